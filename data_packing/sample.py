@@ -1,0 +1,67 @@
+"""A document after the processor, and what a document costs. The second of the four nouns.
+
+Arrays are NumPy: samples cross from loader workers to the training process, and planning code that
+only reads `Cost` must not import torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORED = -100
+"""The label of a token that is not learned."""
+
+
+@dataclass(slots=True)
+class ImageSlot:
+    """Where one image sits in the sequence.
+
+    Attributes:
+        start: position of its first token in `Sample.input_ids`.
+        length: how many tokens it takes.
+        grid: (rows, columns) of its visual tokens.
+    """
+
+    start: int
+    length: int
+    grid: tuple[int, int]
+
+
+@dataclass(slots=True)
+class Sample:
+    """One document as the model sees it.
+
+    Attributes:
+        input_ids: int64 [L].
+        labels: int64 [L], aligned with `input_ids` (not shifted); -100 where nothing is learned.
+        slots: one per image, in order.
+        pixels: one uint8 [H, W, 3] per image, in order.
+        targets: further targets by name, for objectives other than language modelling.
+        source, key: where the document came from.
+    """
+
+    input_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    slots: list[ImageSlot] = field(default_factory=list)
+    pixels: list[NDArray[np.uint8]] = field(default_factory=list)
+    targets: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a document costs in text tokens; what its images cost is computed from their size.
+
+    Attributes:
+        overhead: tokens that every slice of the document pays (begin token, system prompt, end
+            token).
+        pieces: for each of `Document.pieces()`: (text tokens, indices of its images).
+    """
+
+    overhead: int
+    pieces: tuple[tuple[int, tuple[int, ...]], ...]
