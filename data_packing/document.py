@@ -105,14 +105,10 @@ class Document:
                 "some parts have a role and some have none: give every part a role, or none"
             )
         for role in roles - {None, *get_args(Role)}:
-            raise DocumentError(
-                f"unknown role {role!r}; known: {', '.join(get_args(Role))}"
-            )
+            raise DocumentError(f"unknown role {role!r}; known: {', '.join(get_args(Role))}")
 
     @classmethod
-    def caption(
-        cls, image: Image, text: str, source: str = "", key: str = ""
-    ) -> Document:
+    def caption(cls, image: Image, text: str, source: str = "", key: str = "") -> Document:
         """An image followed by its caption, which is learned."""
         return cls((replace(image, role=None), Text(text)), source, key)
 
@@ -185,9 +181,7 @@ class Document:
                 f"pieces [{start_piece}, {stop_piece}) of a document that has {len(pieces)}"
             )
         start, stop = pieces[start_piece][0], pieces[stop_piece - 1][1]
-        return replace(
-            self, parts=self.parts[: self.system_parts] + self.parts[start:stop]
-        )
+        return replace(self, parts=self.parts[: self.system_parts] + self.parts[start:stop])
 
     def _may_start(self, at: int, any_turn: bool) -> bool:
         part, before = self.parts[at], self.parts[at - 1]

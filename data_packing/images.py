@@ -83,14 +83,10 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
             return np.array(upright, dtype=np.uint8)
     if orientation == 1:
         return pixels
-    return np.array(
-        _upright(PillowImage.fromarray(pixels), orientation), dtype=np.uint8
-    )
+    return np.array(_upright(PillowImage.fromarray(pixels), orientation), dtype=np.uint8)
 
 
-def decode_all(
-    images: Sequence[Image], max_pixels: int = MAX_PIXELS
-) -> list[NDArray[np.uint8]]:
+def decode_all(images: Sequence[Image], max_pixels: int = MAX_PIXELS) -> list[NDArray[np.uint8]]:
     """Decode the images of a document in order; each must have the size its header promised.
 
     Raises:
@@ -120,9 +116,7 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[PillowImage.Image]:
             warnings.simplefilter("ignore")  # the size is checked below, with a reason
             image = PillowImage.open(io.BytesIO(data), formats=FORMATS)
     except PillowImage.DecompressionBombError as error:
-        raise DocumentError(
-            f"more than the limit of {max_pixels:,} pixels ({error})"
-        ) from error
+        raise DocumentError(f"more than the limit of {max_pixels:,} pixels ({error})") from error
     except UnidentifiedImageError as error:
         start = data[:8].hex(" ")
         raise DocumentError(
@@ -172,9 +166,7 @@ def _to_rgb(image: PillowImage.Image) -> PillowImage.Image:
         grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
         return PillowImage.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError(
-            "floating-point pixels have no defined range; save the image as 8-bit"
-        )
+        raise ValueError("floating-point pixels have no defined range; save the image as 8-bit")
     if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
         coloured = image.convert("RGBA")
         white = PillowImage.new("RGBA", coloured.size, (255, 255, 255, 255))
@@ -184,9 +176,5 @@ def _to_rgb(image: PillowImage.Image) -> PillowImage.Image:
 
 def _reason(kind: Any, error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
-    word = (
-        "truncated"
-        if "truncated" in text.lower() or isinstance(error, EOFError)
-        else "broken"
-    )
+    word = "truncated" if "truncated" in text.lower() or isinstance(error, EOFError) else "broken"
     return f"{word} {kind}: {text}"
