@@ -1,0 +1,387 @@
+"""What a run is: one YAML file, typed, validated before anything loads.
+
+One recipe = one stage = one run; a folder of recipes is a staged training, run in file-name order.
+Unknown keys, wrong types and combinations that cannot work are refused with the file, the line,
+what was expected and the nearest valid name. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from mllm.recipe_yaml import Path_, RecipeError, Source, nearest, override, read
+
+__all__ = ["Recipe", "RecipeError", "load", "load_all", "stages"]
+
+MODULES = ("encoder", "connector", "language_model")
+OBJECTIVE_NAMES = ("language_modeling",)
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, values do not change once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class PartSection(Section):
+    """A part found in a registry; further keys are options of the part that `name` chooses."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys that the schema does not know; the part's own class checks them."""
+        return dict(self.model_extra or {})
+
+
+class EncoderSection(PartSection):
+    """The vision encoder: a family, its weights, and the family's own options."""
+
+    name: str
+    path: str | None = None
+
+
+class ConnectorSection(PartSection):
+    """What turns visual features into language tokens. `init: ridge` solves its last layer."""
+
+    name: str | None = None
+    visual_tokens: int | None = Field(default=None, gt=0)
+    init: Literal["random", "ridge"] | None = None
+
+
+class LanguageModelSection(Section):
+    """Any causal language model of transformers: a local folder or a hub id."""
+
+    path: str
+
+
+class ModelSection(Section):
+    """Either `from:` a folder that a stage saved, or the three parts of a new model."""
+
+    from_: str | None = Field(default=None, alias="from")
+    encoder: EncoderSection | None = None
+    connector: ConnectorSection | None = None
+    language_model: LanguageModelSection | None = None
+
+
+class LoraSection(Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685). Scale is alpha / rank."""
+
+    rank: int = Field(gt=0)
+    alpha: float | None = Field(default=None, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: tuple[str, ...] | None = None
+
+
+class TrainSection(Section):
+    """How one module learns: not at all, all of it, or through adapters."""
+
+    frozen: bool = False
+    lr: float | None = Field(default=None, gt=0)
+    lora: LoraSection | None = None
+    qlora: dict[str, Any] | None = None
+
+
+def _frozen_word(value: Any) -> Any:
+    if value == "frozen":
+        return {"frozen": True}
+    if not isinstance(value, dict | TrainSection):
+        raise ValueError("expected frozen or {lr: …, lora: {…}}")
+    return value
+
+
+TrainValue = Annotated[TrainSection, BeforeValidator(_frozen_word)]
+
+
+class SourceSection(Section):
+    """Shards of one source. `weight` = passes over it per epoch."""
+
+    path: str
+    weight: float = Field(default=1.0, gt=0)
+
+
+class PackingSection(Section):
+    """The capacities of a pack: language tokens, vision patches, documents."""
+
+    tokens: int = Field(gt=1)
+    patches: int | None = Field(default=None, gt=0)
+    documents: int | None = Field(default=None, gt=0)
+    across_documents: bool = False
+
+
+class DataSection(Section):
+    """What is learned from. `workers` = loader processes per rank."""
+
+    sources: tuple[SourceSection, ...]
+    packing: PackingSection
+    workers: int = Field(default=1, ge=0)
+
+
+class OptimizerSection(Section):
+    """AdamW and the course of its learning rate. `warmup` is a fraction of the run."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float | None = Field(default=None, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    clip: float = Field(default=1.0, ge=0)
+
+
+class RunSection(Section):
+    """How long, how precise, on what, and where to."""
+
+    tokens: int | None = Field(default=None, gt=0)
+    epochs: int | None = Field(default=None, gt=0)
+    tokens_per_step: int = Field(gt=0)
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    zero: Literal["auto", 0, 1, 2, 3] = "auto"
+    seed: int = Field(default=0, ge=0)
+    checkpoint_every: int | None = Field(default=None, gt=0)
+    output: str | None = None
+
+
+class Recipe(Section):
+    """One stage. `file` is where it was read from; `run.output` is always filled in."""
+
+    model: ModelSection
+    train: dict[str, TrainValue]
+    data: DataSection
+    objectives: tuple[str, ...] = ("language_modeling",)
+    optimizer: OptimizerSection = OptimizerSection()
+    run: RunSection
+
+    @property
+    def output(self) -> Path:
+        """The stage's folder."""
+        assert self.run.output is not None
+        return Path(self.run.output)
+
+    def identity(self) -> dict[str, Any]:
+        """Dotted key → value of everything that decides the result.
+
+        Where a run is written, how often it is saved, its loader workers and its ZeRO stage are
+        left out: they may change between two parts of one run.
+        """
+        values = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        for section, key in (
+            ("run", "output"),
+            ("run", "checkpoint_every"),
+            ("run", "zero"),
+            ("data", "workers"),
+        ):
+            values[section].pop(key, None)
+        return dict(_flatten(values, ""))
+
+    def hash(self) -> str:
+        """Hex digest of `identity()`."""
+        text = json.dumps(self.identity(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, complete and check one recipe.
+
+    Args:
+        file: the YAML file; its paths are relative to the working directory.
+        overrides: `dotted.key=value` assignments laid over it.
+
+    Raises:
+        RecipeError: for everything a user can get wrong, each with its place; all at once.
+    """
+    file = Path(file)
+    source = read(file)
+    override(source, overrides)
+    try:
+        recipe = Recipe.model_validate(source.values)
+    except ValidationError as error:
+        lines = [_explain(source, detail) for detail in error.errors()]
+        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+    problems = list(_impossible(recipe))
+    if problems:
+        raise RecipeError("\n".join(f"{source.place(path)}: {text}" for path, text in problems))
+    if recipe.run.output is None:
+        folder = file.resolve().parent.name
+        output = str(Path("outputs") / folder / file.stem)
+        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"output": output})})
+    return recipe
+
+
+def stages(path: str | Path) -> list[Path]:
+    """The recipe files of a recipe or of a folder of recipes, in running order."""
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    files = sorted(p for p in path.iterdir() if p.suffix in (".yaml", ".yml"))
+    if not files:
+        raise RecipeError(f"{path}: there is no recipe (.yaml) in this folder")
+    return files
+
+
+def load_all(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple[Path, Recipe]]:
+    """Load every stage of a recipe or folder, so that a mistake in the last is seen first.
+
+    Raises:
+        RecipeError: also when two stages would write to one folder.
+    """
+    loaded = [(file, load(file, overrides)) for file in stages(path)]
+    seen: dict[Path, Path] = {}
+    for file, recipe in loaded:
+        home = recipe.output.resolve()
+        if home in seen:
+            raise RecipeError(f"{file}: run.output {recipe.output} is also that of {seen[home]}")
+        seen[home] = file
+    return loaded
+
+
+def _impossible(recipe: Recipe) -> Iterable[tuple[Path_, str]]:
+    """Combinations that the types allow and that cannot work."""
+    yield from _model_problems(recipe.model)
+    yield from _train_problems(recipe)
+    run, packing = recipe.run, recipe.data.packing
+    if run.tokens is None and run.epochs is None:
+        yield ("run",), "give run.tokens or run.epochs: how long should it train?"
+    if run.tokens is not None and run.epochs is not None:
+        yield ("run", "epochs"), "give run.tokens or run.epochs, not both"
+    if run.tokens_per_step < packing.tokens:
+        yield (
+            ("run", "tokens_per_step"),
+            f"run.tokens_per_step ({run.tokens_per_step}) is smaller than one pack "
+            f"(data.packing.tokens = {packing.tokens}); make it a multiple of the pack",
+        )
+    if run.precision == "bf16" and run.zero == 0:
+        yield (
+            ("run", "zero"),
+            "run.zero: 0 keeps no fp32 master weights for bf16; use zero: 1 or precision: fp32",
+        )
+    if not all(0 <= beta < 1 for beta in recipe.optimizer.betas):
+        yield ("optimizer", "betas"), "optimizer.betas must lie in [0, 1)"
+    if not recipe.data.sources:
+        yield ("data", "sources"), "data.sources is empty: give at least one {path: …}"
+    if not recipe.objectives:
+        yield ("objectives",), f"objectives is empty; valid: {', '.join(OBJECTIVE_NAMES)}"
+    for i, name in enumerate(recipe.objectives):
+        if name not in OBJECTIVE_NAMES:
+            yield (
+                ("objectives", i),
+                f"unknown objective {name!r}{nearest(name, OBJECTIVE_NAMES)}",
+            )
+
+
+def _model_problems(model: ModelSection) -> Iterable[tuple[Path_, str]]:
+    if model.from_ is not None:
+        for part in ("encoder", "language_model"):
+            if getattr(model, part) is not None:
+                yield (
+                    ("model", part),
+                    f"model.from already brings the {part}; remove model.{part} or model.from",
+                )
+        connector = model.connector
+        if connector is not None and (connector.name is not None or connector.init is not None):
+            yield (
+                ("model", "connector"),
+                "model.from already brings the connector and its weights; only its "
+                "visual_tokens and options can change",
+            )
+        return
+    for part in MODULES:
+        if getattr(model, part) is None:
+            yield ("model",), f"give model.{part}, or model.from a folder that a stage saved"
+    if model.connector is not None and model.connector.name is None:
+        yield ("model", "connector"), "give model.connector.name"
+
+
+def _train_problems(recipe: Recipe) -> Iterable[tuple[Path_, str]]:
+    for name, how in recipe.train.items():
+        path: Path_ = ("train", name)
+        root = name.split(".")[0]
+        if root not in MODULES:
+            yield path, f"train: unknown module {name!r}{nearest(root, MODULES)}"
+            continue
+        if how.frozen:
+            if how.lr or how.lora:
+                yield path, f"train.{name} is frozen and has a learning rate; choose one"
+            continue
+        if how.qlora is not None:
+            yield (
+                (*path, "qlora"),
+                f"train.{name}.qlora is not supported yet (4-bit weights do not learn under "
+                "ZeRO-2 and ZeRO-3); use lora: {rank: …}",
+            )
+        if how.lora is not None and name != "language_model":
+            yield (
+                (*path, "lora"),
+                f"train.{name}: LoRA is for language_model only; give {name} a plain lr",
+            )
+        if how.lr is None and recipe.optimizer.lr is None:
+            yield path, f"train.{name} has no learning rate; give train.{name}.lr or optimizer.lr"
+    if all(how.frozen for how in recipe.train.values()):
+        yield ("train",), "nothing would be trained: give at least one module a learning rate"
+
+
+def _flatten(value: Any, prefix: str) -> Iterable[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for i, inner in enumerate(value):
+            yield from _flatten(inner, f"{prefix}.{i}")
+    else:
+        yield prefix, value
+
+
+def _explain(source: Source, detail: ErrorDetails) -> str:
+    """One pydantic error as: place: key: what is wrong and what is valid."""
+    path: Path_ = tuple(detail["loc"])
+    dotted = ".".join(map(str, path))
+    kind, value = detail["type"], detail.get("input")
+    if kind == "extra_forbidden":
+        valid = _fields(path[:-1])
+        return f"{source.place(path)}: unknown key {dotted!r}{nearest(str(path[-1]), valid)}"
+    if kind == "missing":
+        return f"{source.place(path[:-1])}: {dotted} is missing"
+    text = detail["msg"].removeprefix("Value error, ")
+    text = text.replace("Input should be", "expected")
+    if kind in ("model_type", "dict_type"):
+        valid = _fields(path)
+        keys = f" with the keys {', '.join(valid)}" if valid else ""
+        text = f"expected a mapping{keys}"
+    hint = ""
+    if kind == "literal_error" and isinstance(value, str):
+        expected = str(detail.get("ctx", {}).get("expected", ""))
+        hint = nearest(value, [w.strip("' ") for w in expected.replace(" or ", ",").split(",")])
+    return f"{source.place(path)}: {dotted}: {text}, got {value!r}{hint}"
+
+
+def _fields(path: Path_) -> list[str]:
+    """The valid keys at a place of the schema, [] where any key is allowed."""
+    here: Any = Recipe
+    for part in path:
+        if isinstance(here, type) and issubclass(here, BaseModel):
+            fields = here.model_fields.items()
+            here = next((f.annotation for n, f in fields if part in (n, f.alias)), None)
+        else:
+            here = _inner(here)
+    here = _inner(here)
+    if isinstance(here, type) and issubclass(here, Section):
+        return [f.alias or name for name, f in here.model_fields.items() if name != "frozen"]
+    return []
+
+
+def _inner(annotation: Any) -> Any:
+    """The section inside Optional[...], tuple[X, ...], dict[str, X] and Annotated[X, ...]."""
+    if typing.get_origin(annotation) is dict:
+        annotation = typing.get_args(annotation)[1]
+    for argument in typing.get_args(annotation):
+        if isinstance(argument, type) and issubclass(argument, Section):
+            return argument
+    return annotation

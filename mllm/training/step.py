@@ -1,0 +1,72 @@
+"""The one module that DeepSpeed wraps: model and objectives together.
+
+Under ZeRO-3 a weight exists only inside forward, so everything that touches a weight happens here.
+T tokens of a pack, I images, D hidden width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mllm.objectives import OBJECTIVES
+
+
+class TrainStep(nn.Module):
+    """One pack in, the sum of its losses out.
+
+    Args:
+        model: a MultimodalModel.
+        objectives: names in `OBJECTIVES`.
+        capacity: tokens of a full pack.
+    """
+
+    def __init__(self, model: nn.Module, objectives: tuple[str, ...], capacity: int) -> None:
+        super().__init__()
+        self.model = model
+        vocabulary = head_rows(model)
+        self.objectives = nn.ModuleDict(
+            {name: OBJECTIVES[name](capacity, vocabulary) for name in objectives}
+        )
+
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        labels_T: Tensor,
+        position_ids_T: Tensor,
+        cu_seqlens: Tensor,
+        pixels: Tensor,
+    ) -> Tensor:
+        """Sum of all losses of the pack, a scalar in fp32.
+
+        Args:
+            input_ids_T, labels_T, position_ids_T: int64.
+            cu_seqlens: int32 [documents + 1].
+            pixels: uint8 [I, H, W, 3].
+        """
+        hidden_BTD = self.model.hidden_states(  # type: ignore[operator]
+            input_ids=input_ids_T[None],
+            pixels=pixels,
+            position_ids=position_ids_T[None],
+            cu_seqlens=cu_seqlens,
+        )
+        total = hidden_BTD.new_zeros((), dtype=torch.float32)
+        for objective in self.objectives.values():
+            total = total + objective(hidden_BTD[0], labels_T, self.model.lm_head)
+        return total
+
+    def train(self, mode: bool = True) -> TrainStep:
+        """Batch norms stay in evaluation mode: statistics of a rank's own packs would make the
+        result depend on the number of ranks."""
+        super().train(mode)
+        for module in self.model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+
+def head_rows(model: nn.Module) -> int:
+    """Rows of the model's input embedding, which is the width of its logits."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return int(embedding.num_embeddings)
