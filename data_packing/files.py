@@ -1,0 +1,77 @@
+"""Small tools for files: atomic writing, NumPy archives without pickle, text in arrays."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears under its name only when it is complete on disk."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """Write named arrays to an .npz file, atomically."""
+    with atomic(path) as file:
+        np.savez(file, **arrays)
+
+
+def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Read an .npz file; nothing in it is unpickled.
+
+    Raises:
+        ValueError: not such a file, damaged, or holding Python objects.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} is damaged or not an array file: {error}") from error
+
+
+def pack_strings(name: str, strings: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Store texts as UTF-8 bytes and where each ends, under `name` and `name_ends`."""
+    encoded = [text.encode("utf-8", "surrogatepass") for text in strings]
+    return {
+        name: np.frombuffer(b"".join(encoded), dtype=np.uint8),
+        f"{name}_ends": np.cumsum([len(text) for text in encoded], dtype=np.int64),
+    }
+
+
+def unpack_strings(arrays: dict[str, NDArray[Any]], name: str) -> list[str]:
+    """Read back what `pack_strings` stored."""
+    data, ends = arrays[name].tobytes(), arrays[f"{name}_ends"].tolist()
+    starts = [0, *ends[:-1]]
+    return [
+        data[start:end].decode("utf-8", "surrogatepass")
+        for start, end in zip(starts, ends, strict=True)
+    ]

@@ -1,0 +1,148 @@
+"""The account of every document: read, used, split or refused, with the reason and its key."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A record that is not used.
+
+    Attributes:
+        source: the name of the data set.
+        key: the record's name inside it (or its place, where it has no name).
+        reason: why, written for a person.
+    """
+
+    source: str
+    key: str
+    reason: str
+
+
+@dataclass(slots=True)
+class Counts:
+    """What became of the documents of one source; read = used + refused + unreached.
+
+    Attributes:
+        read: records that were looked at.
+        used: documents that are in at least one pack.
+        refused: documents of which nothing is used.
+        unreached: usable documents that the run ends before, or that its weight leaves out.
+        split: those of `used` that were cut into several slices, or lost a piece.
+        pieces_refused: pieces that fit no pack, of documents whose other pieces are used.
+    """
+
+    read: int = 0
+    used: int = 0
+    refused: int = 0
+    unreached: int = 0
+    split: int = 0
+    pieces_refused: int = 0
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Counts by source, and by name every document that was refused or split.
+
+    Attributes:
+        counts: one `Counts` per source.
+        refused: every document that is not used.
+        split: every document that was cut, with how and why.
+    """
+
+    counts: dict[str, Counts] = field(default_factory=dict)
+    refused: list[Refusal] = field(default_factory=list)
+    split: list[Refusal] = field(default_factory=list)
+
+    def of(self, source: str) -> Counts:
+        """The counts of a source, made when first asked for."""
+        return self.counts.setdefault(source, Counts())
+
+    def read(self, source: str, count: int = 1) -> None:
+        """Note that documents were looked at."""
+        self.of(source).read += count
+
+    def use(self, source: str, count: int = 1) -> None:
+        """Note that documents are in a pack."""
+        self.of(source).used += count
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Note a document of which nothing is used."""
+        self.of(refusal.source).refused += 1
+        self.refused.append(refusal)
+
+    def cut(self, how: Refusal, pieces_refused: int = 0) -> None:
+        """Note a document that was split; `how.reason` says how."""
+        counts = self.of(how.source)
+        counts.split += 1
+        counts.pieces_refused += pieces_refused
+        self.split.append(how)
+
+    def drop(self, refusals: Iterable[Refusal]) -> None:
+        """Move documents from used to refused: they failed after they were planned.
+
+        A document that fails again in a later epoch is counted once.
+        """
+        known = {(item.source, item.key) for item in self.refused}
+        for refusal in refusals:
+            if (refusal.source, refusal.key) not in known:
+                known.add((refusal.source, refusal.key))
+                self.of(refusal.source).used -= 1
+                self.refuse(refusal)
+
+    def merge(self, other: Ledger) -> None:
+        """Add another ledger's counts and names to this one."""
+        for source, counts in other.counts.items():
+            mine = self.of(source)
+            for name, value in asdict(counts).items():
+                setattr(mine, name, getattr(mine, name) + value)
+        self.refused.extend(other.refused)
+        self.split.extend(other.split)
+
+    def write(self, path: str | Path) -> None:
+        """Write as JSON lines, atomically: the counts, then one line per refused or split."""
+        lines = [
+            {"kind": "counts", "source": source, **asdict(counts)}
+            for source, counts in self.counts.items()
+        ]
+        for kind, items in (("refused", self.refused), ("split", self.split)):
+            lines.extend({"kind": kind, **asdict(item)} for item in items)
+        partial = Path(f"{path}.{os.getpid()}.tmp")
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Ledger:
+        """Read what `write` wrote."""
+        ledger = cls()
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            kind = record.pop("kind")
+            if kind == "counts":
+                ledger.counts[record.pop("source")] = Counts(**record)
+            else:
+                (ledger.refused if kind == "refused" else ledger.split).append(Refusal(**record))
+        return ledger
+
+    def table(self) -> Table:
+        """The counts as a table for the terminal, one row per source."""
+        from rich.table import Table
+
+        names = ("read", "used", "split", "refused", "unreached")
+        table = Table(title="Documents")
+        table.add_column("source")
+        for name in names:
+            table.add_column(name, justify="right")
+        for source, counts in self.counts.items():
+            table.add_row(source, *(f"{getattr(counts, name):,}" for name in names))
+        return table
