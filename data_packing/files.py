@@ -60,7 +60,7 @@ def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 def pack_strings(name: str, strings: Sequence[str]) -> dict[str, NDArray[Any]]:
     """Store texts as UTF-8 bytes and where each ends, under `name` and `name_ends`."""
-    encoded = [text.encode("utf-8", "surrogatepass") for text in strings]
+    encoded = [text.encode("utf-8") for text in strings]
     return {
         name: np.frombuffer(b"".join(encoded), dtype=np.uint8),
         f"{name}_ends": np.cumsum([len(text) for text in encoded], dtype=np.int64),
@@ -71,7 +71,4 @@ def unpack_strings(arrays: dict[str, NDArray[Any]], name: str) -> list[str]:
     """Read back what `pack_strings` stored."""
     data, ends = arrays[name].tobytes(), arrays[f"{name}_ends"].tolist()
     starts = [0, *ends[:-1]]
-    return [
-        data[start:end].decode("utf-8", "surrogatepass")
-        for start, end in zip(starts, ends, strict=True)
-    ]
+    return [data[start:end].decode("utf-8") for start, end in zip(starts, ends, strict=True)]

@@ -254,6 +254,13 @@ def _fault(document: Document, name: str, seen: set[str]) -> Refusal | None:
         return Refusal(source, document.key, "duplicate key: an earlier document has the same one")
     if not document.parts:
         return Refusal(source, document.key, "the document is empty")
+    try:
+        for part in document.parts:
+            if isinstance(part, Text):
+                part.text.encode("utf-8")
+        document.key.encode("utf-8")
+    except UnicodeEncodeError:
+        return Refusal(source, repr(document.key)[1:-1], "text holds half a character (surrogate)")
     return None
 
 
@@ -299,7 +306,7 @@ class _ShardWriter:
     def __init__(self, path: Path, refused: list[Refusal]) -> None:
         self.path = path
         self.partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self.file = open(self.partial, "wb")
+        self.file = open(self.partial, "wb")  # noqa: SIM115 - closed by close() or abandon()
         self.out = _Hashing(self.file)
         self.refused = refused
         self.keys: list[str] = []

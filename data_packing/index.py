@@ -1,0 +1,255 @@
+"""The numbers of one source: where each document lies, and what it costs. No text, no pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_packing.document import Document, DocumentError
+from data_packing.files import load_arrays, pack_strings, save_arrays, unpack_strings
+from data_packing.ledger import Refusal
+from data_packing.sample import Cost
+from data_packing.shards import parse_span, read_index, read_refusals
+
+_OPEN_FILES = 64
+_Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(slots=True)
+class Index:
+    """One source as numbers. N documents, P pieces, I images; ragged by `*_start` offsets.
+
+    Attributes:
+        name: the source's name, from its shards.
+        paths: its shards.
+        shard int32 [N], offset, size int64 [N]: where a document's bytes are.
+        overhead int32 [N]: text tokens that every slice pays.
+        piece_start int64 [N+1]: a document's pieces; none where the document is refused.
+        piece_text int32 [P]: text tokens of a piece.
+        piece_image_start int64 [P+1]: a piece's images.
+        height, width int32 [I]: of the images that pieces refer to.
+        refused: documents that are in no piece: bad records, and what `cost` refused.
+        refused_documents: how many of the N are among them.
+        fingerprint: hash of everything above and of the shards' bytes.
+    """
+
+    name: str
+    paths: list[Path]
+    shard: NDArray[np.int32]
+    offset: NDArray[np.int64]
+    size: NDArray[np.int64]
+    overhead: NDArray[np.int32]
+    piece_start: NDArray[np.int64]
+    piece_text: NDArray[np.int32]
+    piece_image_start: NDArray[np.int64]
+    height: NDArray[np.int32]
+    width: NDArray[np.int32]
+    refused: list[Refusal]
+    refused_documents: int
+    fingerprint: str
+    _shard_start: NDArray[np.int64]
+    _files: dict[int, int]
+    _keys: dict[int, list[str]]
+
+    def __len__(self) -> int:
+        """The number of documents in the shards, the refused ones included."""
+        return len(self.offset)
+
+    def read(self, number: int) -> Document:
+        """Read one document by its number.
+
+        Raises:
+            DocumentError: its bytes are damaged.
+            OSError: the shard cannot be read.
+        """
+        file = self._file(int(self.shard[number]))
+        span = os.pread(file, int(self.size[number]), int(self.offset[number]))
+        return parse_span(span)
+
+    def key(self, number: int) -> str:
+        """The key of a document, without reading the document."""
+        shard = int(self.shard[number])
+        if shard not in self._keys:
+            self._keys.clear()
+            self._keys[shard] = unpack_strings(read_index(self.paths[shard]), "keys")
+        return self._keys[shard][number - int(self._shard_start[shard])]
+
+    def close(self) -> None:
+        """Close the shards that were opened for reading."""
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+    def _file(self, shard: int) -> int:
+        if shard not in self._files:
+            if len(self._files) >= _OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
+            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
+        return self._files[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: getattr(self, name) for name in self.__slots__}
+        return state | {"_files": {}, "_keys": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def build_index(
+    paths: Sequence[str | Path],
+    cost: Callable[[Document], Cost],
+    fingerprint: str,
+    workers: int = 0,
+) -> Index:
+    """Index the shards of one source; token counts are cached beside each shard.
+
+    Args:
+        paths: the shards, in the order that fixes document numbers (`expand` sorts them).
+        cost: what a document costs; raises DocumentError to refuse it. Picklable if workers > 0.
+        fingerprint: names what `cost` depends on (tokenizer, template); the cache is kept by it.
+        workers: processes that count tokens; 0 counts here.
+
+    Raises:
+        ValueError: a shard is missing, unfinished or damaged; the message says which and why.
+    """
+    shards = [Path(path) for path in paths]
+    if not shards:
+        raise ValueError("no shards to index")
+    token = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+    count = partial(_token_counts, cost=cost, token=token)
+    if workers > 0 and len(shards) > 1:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            counted = list(pool.map(count, shards))
+    else:
+        counted = [count(shard) for shard in shards]
+    return _assemble(shards, counted, fingerprint)
+
+
+def _token_counts(shard: Path, *, cost: Callable[[Document], Cost], token: str) -> _Arrays:
+    """The token counts of a shard, from the cache beside it or counted now."""
+    index = read_index(shard)
+    cache = shard.with_name(shard.name.removesuffix(".tar") + f".tokens-{token}.npz")
+    try:
+        counts = load_arrays(cache)
+        if np.array_equal(counts["sha256"], index["sha256"]):
+            return index | counts
+    except (FileNotFoundError, ValueError, KeyError):
+        pass  # no cache yet, or a damaged one: it is only a cache
+    counts = _count(shard, index, cost)
+    save_arrays(cache, counts)
+    return index | counts
+
+
+def _count(shard: Path, index: _Arrays, cost: Callable[[Document], Cost]) -> _Arrays:
+    overhead: list[int] = []
+    piece_count: list[int] = []
+    piece_text: list[int] = []
+    piece_images: list[int] = []
+    refused: list[int] = []
+    reasons: list[str] = []
+    with open(shard, "rb") as file:
+        for number in range(len(index["offset"])):
+            try:
+                size, offset = int(index["size"][number]), int(index["offset"][number])
+                price = _checked_cost(parse_span(os.pread(file.fileno(), size, offset)), cost)
+            except DocumentError as error:
+                price = Cost(0, ())
+                refused.append(number)
+                reasons.append(str(error))
+            overhead.append(price.overhead)
+            piece_count.append(len(price.pieces))
+            piece_text.extend(text for text, _ in price.pieces)
+            piece_images.extend(len(images) for _, images in price.pieces)
+    return {
+        "sha256": index["sha256"],
+        "overhead": np.array(overhead, dtype=np.int32),
+        "piece_count": np.array(piece_count, dtype=np.int32),
+        "piece_text": np.array(piece_text, dtype=np.int32),
+        "piece_images": np.array(piece_images, dtype=np.int32),
+        "cost_refused": np.array(refused, dtype=np.int64),
+        **pack_strings("cost_reasons", reasons),
+    }
+
+
+def _checked_cost(document: Document, cost: Callable[[Document], Cost]) -> Cost:
+    price = cost(document)
+    images = [image for _, images in price.pieces for image in images]
+    if images != list(range(len(document.images))):
+        raise ValueError(
+            f"cost() of document {document.key!r} names the images {images}; it must name each of "
+            f"the {len(document.images)} once, in order"
+        )
+    if not price.pieces:
+        raise DocumentError("nothing to learn from: the document has no piece")
+    if price.overhead < 0 or any(text < 0 for text, _ in price.pieces):
+        raise ValueError(f"cost() of document {document.key!r} is negative: {price}")
+    return price
+
+
+def _assemble(shards: list[Path], counted: list[_Arrays], fingerprint: str) -> Index:
+    def joined(name: str, dtype: Any) -> NDArray[Any]:
+        return np.concatenate([arrays[name] for arrays in counted]).astype(dtype, copy=False)
+
+    name = re.sub(r"-\d+$", "", shards[0].name.removesuffix(".tar"))
+    documents = [len(arrays["offset"]) for arrays in counted]
+    refused = [item for arrays in counted for item in read_refusals(arrays, name)]
+    refused_documents = 0
+    for arrays in counted:
+        numbers = arrays["cost_refused"].tolist()
+        if numbers:
+            keys = unpack_strings(arrays, "keys")
+            reasons = unpack_strings(arrays, "cost_reasons")
+            refused += [
+                Refusal(name, keys[number], reason)
+                for number, reason in zip(numbers, reasons, strict=True)
+            ]
+            refused_documents += len(numbers)
+    used = [_used_images(arrays) for arrays in counted]
+    digest = hashlib.sha256(fingerprint.encode())
+    for arrays in counted:
+        for field in ("sha256", "offset", "size", "overhead", "piece_count", "piece_text"):
+            digest.update(np.ascontiguousarray(arrays[field]).tobytes())
+        for field in ("piece_images", "height", "width"):
+            digest.update(np.ascontiguousarray(arrays[field]).tobytes())
+    return Index(
+        name=name,
+        paths=shards,
+        shard=np.repeat(np.arange(len(shards), dtype=np.int32), documents),
+        offset=joined("offset", np.int64),
+        size=joined("size", np.int64),
+        overhead=joined("overhead", np.int32),
+        piece_start=_starts(joined("piece_count", np.int64)),
+        piece_text=joined("piece_text", np.int32),
+        piece_image_start=_starts(joined("piece_images", np.int64)),
+        height=np.concatenate([a["height"][u] for a, u in zip(counted, used, strict=True)]),
+        width=np.concatenate([a["width"][u] for a, u in zip(counted, used, strict=True)]),
+        refused=refused,
+        refused_documents=refused_documents,
+        fingerprint=digest.hexdigest(),
+        _shard_start=_starts(np.array(documents, dtype=np.int64)),
+        _files={},
+        _keys={},
+    )
+
+
+def _used_images(arrays: _Arrays) -> NDArray[np.bool_]:
+    """Which images of a shard belong to documents that were not refused."""
+    keep = np.ones(len(arrays["offset"]), dtype=bool)
+    keep[arrays["cost_refused"]] = False
+    return np.repeat(keep, arrays["image_count"])
+
+
+def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])

@@ -1,0 +1,114 @@
+"""Samples side by side in one row, with the bounds of the documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_packing.ledger import Refusal
+from data_packing.sample import IGNORED, Sample
+
+
+@dataclass(slots=True)
+class Pack:
+    """One row of T tokens made of n documents with I images.
+
+    Attributes:
+        input_ids int64 [T].
+        labels int64 [T]: aligned with `input_ids`; -100 where nothing is learned, and at the first
+            token of every document, which nothing before it can predict.
+        position_ids int64 [T]: from 0 in every document.
+        cu_seqlens int32 [n+1]: where documents start, and T.
+        pixels uint8 [I, H, W, 3]: of all images in order; I may be 0.
+        keys: of the documents.
+        refused: documents that were planned for this pack and failed.
+        number: of the pack in the plan, -1 where a rank has none.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    pixels: Tensor
+    keys: list[str] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    number: int = -1
+
+    @property
+    def learned(self) -> int:
+        """How many tokens are learned."""
+        return int((self.labels != IGNORED).sum())
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Pack:
+        """The pack with its tensors on a device."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=non_blocking) for name in TENSORS
+        }
+        return replace(self, **moved)
+
+    @classmethod
+    def empty(cls) -> Pack:
+        """The pack of a rank that has none in this micro-step: no tokens, no images."""
+        return collate([], -1)
+
+
+TENSORS = ("input_ids", "labels", "position_ids", "cu_seqlens", "pixels")
+
+
+def collate(samples: Sequence[Sample], number: int, across_documents: bool = False) -> Pack:
+    """Lay samples side by side.
+
+    Args:
+        samples: in the order of the plan.
+        number: of the pack.
+        across_documents: make one segment with continuous positions, in which attention and loss
+            cross from document to document.
+
+    Raises:
+        ValueError: images of different sizes, or labels not as long as the tokens.
+    """
+    lengths = [len(sample.input_ids) for sample in samples]
+    for sample in samples:
+        if len(sample.labels) != len(sample.input_ids):
+            raise ValueError(
+                f"document {sample.key!r}: {len(sample.input_ids)} tokens but "
+                f"{len(sample.labels)} labels"
+            )
+    ends = np.cumsum([0, *lengths], dtype=np.int32)
+    total = int(ends[-1])
+    labels = _joined([sample.labels for sample in samples])
+    positions = [np.arange(length, dtype=np.int64) for length in lengths]
+    bounds = ends
+    if across_documents:
+        positions = [np.arange(total, dtype=np.int64)]
+        bounds = np.array([0, total] if samples else [0], dtype=np.int32)
+    labels[bounds[:-1]] = IGNORED
+    return Pack(
+        input_ids=torch.from_numpy(_joined([sample.input_ids for sample in samples])),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(_joined(positions)),
+        cu_seqlens=torch.from_numpy(bounds),
+        pixels=torch.from_numpy(_stacked(samples)),
+        keys=[sample.key for sample in samples],
+        number=number,
+    )
+
+
+def _joined(rows: Sequence[np.ndarray]) -> np.ndarray:
+    if not rows:
+        return np.zeros(0, dtype=np.int64)
+    return np.concatenate(rows).astype(np.int64, copy=False)
+
+
+def _stacked(samples: Sequence[Sample]) -> np.ndarray:
+    pixels = [image for sample in samples for image in sample.pixels]
+    if not pixels:
+        return np.zeros((0, 0, 0, 3), dtype=np.uint8)
+    sizes = {image.shape for image in pixels}
+    if len(sizes) > 1:
+        raise ValueError(f"images of different sizes in one pack: {sorted(sizes)}")
+    return np.stack(pixels)
