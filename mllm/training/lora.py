@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
@@ -131,20 +130,3 @@ def save(
     saved.base_model_name_or_path = base
     saved.inference_mode = True
     saved.save_pretrained(str(folder))
-
-
-def count(model: nn.Module) -> int:
-    """How many layers carry an adapter."""
-    return sum(1 for _ in adapters(model))
-
-
-@torch.no_grad()
-def reset(model: nn.Module, seed: int) -> None:
-    """Draw the adapters anew from a seed, alike on every rank."""
-    generator = torch.Generator().manual_seed(seed)
-    for _, layer in adapters(model):
-        a_RI = layer.lora_A[ADAPTER].weight
-        bound = (1.0 / a_RI.shape[1]) ** 0.5
-        drawn = torch.rand(a_RI.shape, generator=generator) * 2 * bound - bound
-        a_RI.copy_(drawn.to(a_RI))
-        layer.lora_B[ADAPTER].weight.zero_()

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mllm.objectives import OBJECTIVES
+from mllm.objectives.language_modeling import IGNORED
 
 
 class TrainStep(nn.Module):
@@ -45,6 +45,11 @@ class TrainStep(nn.Module):
             cu_seqlens: int32 [documents + 1].
             pixels: uint8 [I, H, W, 3].
         """
+        if input_ids_T.numel() == 0:  # a rank without a pack takes part all the same
+            input_ids_T = input_ids_T.new_zeros(2)
+            labels_T = labels_T.new_full((2,), IGNORED)
+            position_ids_T = torch.arange(2, device=position_ids_T.device)
+            cu_seqlens = torch.tensor([0, 2], dtype=torch.int32, device=cu_seqlens.device)
         hidden_BTD = self.model.hidden_states(  # type: ignore[operator]
             input_ids=input_ids_T[None],
             pixels=pixels,
@@ -55,15 +60,6 @@ class TrainStep(nn.Module):
         for objective in self.objectives.values():
             total = total + objective(hidden_BTD[0], labels_T, self.model.lm_head)
         return total
-
-    def train(self, mode: bool = True) -> TrainStep:
-        """Batch norms stay in evaluation mode: statistics of a rank's own packs would make the
-        result depend on the number of ranks."""
-        super().train(mode)
-        for module in self.model.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
-        return self
 
 
 def head_rows(model: nn.Module) -> int:

@@ -1,0 +1,138 @@
+"""What workers and the command that started them tell each other.
+
+The command gives the workers a folder through `MLLM_CONTROL`: rank 0 writes its phases there, a
+worker that fails its error, and the command a request to stop. Without it (workers started by
+`deepspeed` directly) rank 0 prints plain lines and errors go to the screen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mllm.training.run_folder import NoSpace
+
+CONTROL = "MLLM_CONTROL"
+PARENT = "MLLM_PARENT"
+EVENTS = "events.jsonl"
+ERROR = "error.json"
+STOP = "stop"
+WATCH_SECONDS = 0.5
+
+
+class Control:
+    """A worker's end.
+
+    Args:
+        rank: this worker's.
+        folder: shared with the command and the other workers, None when there is no command.
+    """
+
+    def __init__(self, rank: int, folder: Path | None) -> None:
+        self.rank = rank
+        self.folder = folder
+        self._stop = threading.Event()
+        self._failed = False
+
+    @classmethod
+    def from_environment(cls, rank: int) -> Control:
+        """The channel that the command opened, if one did."""
+        folder = os.environ.get(CONTROL)
+        return cls(rank, Path(folder) if folder else None)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether this worker was asked to save and leave."""
+        return self._stop.is_set()
+
+    def watch(self) -> None:
+        """Listen for signals, for the command's wishes, its death, and other workers' errors."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop.set())
+        if self.folder is not None:
+            threading.Thread(target=self._watch, daemon=True, name="watch").start()
+
+    def _watch(self) -> None:
+        assert self.folder is not None
+        while True:
+            time.sleep(WATCH_SECONDS)
+            if (self.folder / STOP).exists() or not parent_lives():
+                self._stop.set()
+            if (self.folder / ERROR).exists() and not self._failed:
+                time.sleep(2 * WATCH_SECONDS)  # let a rank that fails as well say so in the log
+                os._exit(1)
+
+    def event(self, **facts: Any) -> None:
+        """Tell the command something (rank 0 only; the others are silent)."""
+        if self.rank != 0:
+            return
+        if self.folder is None:
+            if "phase" in facts:
+                say(f"[{facts['phase']}]")
+            elif "note" in facts:
+                say(str(facts["note"]))
+            return
+        with contextlib.suppress(OSError), (self.folder / EVENTS).open("a") as file:
+            file.write(json.dumps(facts) + "\n")
+
+    def phase(self, name: str, **facts: Any) -> None:
+        """What is happening now, in words for people."""
+        self.event(phase=name, **facts)
+
+    def note(self, text: str) -> None:
+        """Something people should know."""
+        self.event(note=text)
+
+    def fail(self, error: BaseException) -> None:
+        """Report this worker's error. The first of all workers is the one that people see."""
+        self._failed = True
+        traceback.print_exception(error)
+        record = {"rank": self.rank, "message": message(error)}
+        if self.folder is None:
+            print(f"rank {self.rank}: {record['message']}", file=sys.stderr, flush=True)
+            return
+        draft = self.folder / f".{ERROR}.{self.rank}"
+        with contextlib.suppress(OSError):
+            draft.write_text(json.dumps(record))
+            os.link(draft, self.folder / ERROR)
+
+
+def message(error: BaseException) -> str:
+    """An error as people should see it: what a user did wrong has its whole story in it."""
+    if isinstance(error, ValueError | NoSpace):
+        return str(error)
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def parent_mark() -> str:
+    """Identifies this process for `parent_lives`: its number and when it started."""
+    return f"{os.getpid()}:{psutil.Process().create_time()}"
+
+
+def parent_lives() -> bool:
+    """Whether the command that started the workers still runs."""
+    mark = os.environ.get(PARENT)
+    if not mark:
+        return True
+    number, _, started = mark.partition(":")
+    try:
+        return psutil.Process(int(number)).create_time() == float(started)
+    except psutil.Error:
+        return False
+
+
+def say(line: str) -> None:
+    """Print a line; nobody reading it any more is no reason to fail."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)

@@ -1,0 +1,168 @@
+"""DeepSpeed, configured from a recipe. Always DeepSpeed, at one rank too: one path, not two."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from mllm.recipe import Recipe
+from mllm.training.groups import Group, optimizer_groups
+
+BYTES_PER_TRAINABLE = 12
+"""fp32 master and two moments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What `auto` in a recipe came to on this machine.
+
+    Attributes:
+        precision: "bf16" or "fp32".
+        zero: 0, 1, 2 or 3.
+        reasons: one line per choice, for people.
+    """
+
+    precision: str
+    zero: int
+    reasons: tuple[str, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+def choose(recipe: Recipe, world: int, parameters: int, trainable: int) -> Placement:
+    """Resolve `precision: auto` and `zero: auto`, and say why.
+
+    Args:
+        world: number of ranks.
+        parameters, trainable: parameters of the model, and those that learn.
+    """
+    reasons = []
+    precision = recipe.run.precision
+    if precision == "auto":
+        fast, why = bf16_is_fast()
+        precision = "bf16" if fast and recipe.run.zero != 0 else "fp32"
+        reasons.append(f"precision: {precision} ({why})")
+    zero = recipe.run.zero
+    if zero == "auto":
+        zero, why = _choose_zero(world, parameters, trainable, precision)
+        reasons.append(f"zero: {zero} ({why})")
+    return Placement(precision, zero, tuple(reasons))
+
+
+def _choose_zero(world: int, parameters: int, trainable: int, precision: str) -> tuple[int, str]:
+    if world == 1:
+        return (1 if precision == "bf16" else 0), "one rank has nothing to share"
+    width = 2 if precision == "bf16" else 4
+    memory = rank_memory(world)
+    weights = width * parameters
+    gradients = 4 * trainable
+    states = BYTES_PER_TRAINABLE * trainable / world
+    for stage, need in ((1, weights + gradients + states), (2, weights + states + gradients / 2)):
+        if need < 0.5 * memory:
+            return stage, f"about {need / 2**30:.1f} of {memory / 2**30:.0f} GiB a rank for weights"
+    return 3, f"the weights would leave too little of {memory / 2**30:.0f} GiB a rank"
+
+
+def rank_memory(world: int) -> int:
+    """Bytes that one rank may use: its GPU, or its share of the machine's memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // max(1, local)
+
+
+def bf16_is_fast() -> tuple[bool, str]:
+    """Whether bfloat16 is worth it here, and why."""
+    if torch.cuda.is_available():
+        good = torch.cuda.is_bf16_supported()
+        return good, "the GPU has bf16" if good else "the GPU has no bf16"
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
+    except (OSError, IndexError):
+        flags = []
+    for flag in ("avx512_bf16", "amx_bf16"):
+        if flag in flags:
+            return True, f"the processor has {flag}"
+    return False, "the processor has no bf16 instructions"
+
+
+def config(
+    recipe: Recipe, placement: Placement, accumulation: int, parameters: int
+) -> dict[str, Any]:
+    """DeepSpeed's configuration.
+
+    Args:
+        accumulation: packs per rank and step; fixed, so every step has the same shape.
+        parameters: trainable ones; no bucket is larger than all of their gradients.
+    """
+    bucket = max(2**16, min(50_000_000, parameters))
+    zero: dict[str, Any] = {"stage": placement.zero}
+    if placement.zero:
+        zero |= {
+            "overlap_comm": torch.cuda.is_available(),
+            "contiguous_gradients": True,
+            "reduce_bucket_size": bucket,
+        }
+    if placement.zero in (1, 2):
+        zero["allgather_bucket_size"] = bucket
+    if placement.zero == 3:
+        zero["stage3_prefetch_bucket_size"] = bucket
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": recipe.optimizer.clip,
+        "bf16": {"enabled": placement.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": zero,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+def accumulation_steps(packs_per_step: int, world: int) -> int:
+    """Micro-steps of every rank in every step."""
+    return math.ceil(packs_per_step / world)
+
+
+def start(
+    module: nn.Module, recipe: Recipe, placement: Placement, groups: list[Group], accumulation: int
+) -> Any:
+    """Wrap a TrainStep. Returns DeepSpeed's engine.
+
+    Args:
+        module: with `requires_grad` set and the groups' parameter names.
+        groups: who learns how fast.
+    """
+    module.to(placement.dtype)
+    optimizer = torch.optim.AdamW(
+        optimizer_groups(module, groups), betas=recipe.optimizer.betas, eps=1e-8
+    )
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        config=config(recipe, placement, accumulation, trainable),
+        dist_init_required=False,
+    )
+    engine.mllm_groups = groups
+    return engine
+
+
+def set_lr(engine: Any, factor: float) -> float:
+    """Set every group to a fraction of its peak. Returns the largest rate, for the log."""
+    rates = []
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+        rates.append(group["lr"])
+    return max(rates)

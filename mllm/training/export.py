@@ -1,0 +1,121 @@
+"""What a stage leaves behind: a model that loads without being told how it was made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig
+from torch import Tensor
+
+from mllm.recipe import Recipe
+from mllm.training import lora, masters
+from mllm.training.run_folder import RunFolder, full_disk_is_clear, sync_folder, write_atomically
+
+LANGUAGE_MODEL = "language_model"
+
+
+def finish(
+    engine: Any,
+    processor: Any,
+    recipe: Recipe,
+    folder: RunFolder,
+    adapter: LoraConfig | None,
+    facts: dict[str, Any],
+) -> None:
+    """Gather the model, merge adapters, write everything, then the marker (collective).
+
+    Args:
+        adapter: what `lora.inject` returned, None without adapters.
+        facts: what the marker says, beside the identity of the weights.
+
+    Raises:
+        NoSpace: on rank 0; nothing in the folder passes for finished.
+    """
+    weights = gather(engine)
+    if dist.get_rank() == 0:
+        model = engine.module.model
+        draft = folder.path / ".model"
+        shutil.rmtree(draft, ignore_errors=True)
+        try:
+            with full_disk_is_clear(draft):
+                write_model(model, processor, recipe, weights, adapter, draft)
+                _move(draft, folder.path)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        facts = facts | {"weights": weights_id(folder.path)}
+        write_atomically(folder.marker, json.dumps(facts, indent=2) + "\n")
+        for old in sorted(folder.state.glob("step-*"))[:-1]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+@torch.no_grad()
+def gather(engine: Any) -> dict[str, Tensor]:
+    """All weights of the model on rank 0's CPU, {} on the other ranks (collective).
+
+    Trained ones are the fp32 masters, frozen ones and buffers are as the model has them.
+    """
+    keep = dist.get_rank() == 0
+    model = engine.module.model
+    result: dict[str, Tensor] = {}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, weight in masters.full_weights(model):
+        full = masters.read(engine, trained[name])["master"] if name in trained else weight
+        if keep:
+            result[name] = full.detach().cpu().clone()
+    if keep:
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        for name, tensor in model.state_dict().items():
+            if name not in parameters:
+                result[name] = tensor.detach().cpu().clone()
+    return result
+
+
+def write_model(
+    model: Any,
+    processor: Any,
+    recipe: Recipe,
+    weights: dict[str, Tensor],
+    adapter: LoraConfig | None,
+    folder: Path,
+) -> None:
+    """Write model, processor and adapters into a new folder."""
+    folder.mkdir(parents=True)
+    plain = lora.merged(weights, model)
+    dtype = next(p.dtype for p in model.parameters())
+    plain = {n: (w.to(dtype) if w.is_floating_point() else w) for n, w in plain.items()}
+    model.save_pretrained(folder, state_dict=plain)
+    processor.save_pretrained(folder)
+    if adapter is not None:
+        language = recipe.model.language_model
+        base = recipe.model.from_ or (language.path if language else "")
+        lora.save(weights, LANGUAGE_MODEL, adapter, base, folder / "lora")
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def weights_id(folder: Path) -> str:
+    """Hash of the weights in a folder: which version of a stage another one started from."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("model*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+def _move(draft: Path, home: Path) -> None:
+    for path in sorted(draft.iterdir()):
+        target = home / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)
+    sync_folder(home)

@@ -1,0 +1,194 @@
+"""The loop: fetch a step whole, agree on its weight, propagate, update, note, save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data_packing.pack import Pack
+from data_packing.plan import PlannedStep
+from mllm.recipe import Recipe
+from mllm.training import engine as engines
+from mllm.training import schedule
+from mllm.training.checkpoint import State
+from mllm.training.run_folder import RunFolder, append_line
+
+SAVE_SECONDS = 300.0
+"""Between two checkpoints when the recipe does not say."""
+
+
+@dataclass(slots=True)
+class Agreement:
+    """What all ranks have to know of a step before anything is propagated."""
+
+    learned: int
+    tokens: int
+    refused: int
+    stop: bool
+    save: bool
+
+
+@dataclass(slots=True)
+class Loop:
+    """One run's training.
+
+    Attributes:
+        engine: DeepSpeed's.
+        state: where the run stands; moved on by every step.
+        accumulation: micro-steps of every step.
+        stop: whether this rank was asked to leave.
+        save: writes a checkpoint of `state` (collective).
+    """
+
+    engine: Any
+    recipe: Recipe
+    folder: RunFolder
+    state: State
+    total_steps: int
+    accumulation: int
+    stop: Callable[[], bool]
+    save: Callable[[State], None]
+    saved: float = 0.0
+    saved_step: int = -1
+
+    def run(self, loader: Iterable[tuple[PlannedStep, list[Pack]]]) -> bool:
+        """Train to the end. Returns False when it was asked to stop before; the state is saved."""
+        self.saved, self.saved_step = time.monotonic(), self.state.step
+        self.engine.train()
+        started = time.monotonic()
+        for planned, packs in loader:
+            arrived = time.monotonic()
+            agreed = self._agree(packs)
+            self._step(planned, packs, agreed, started, arrived)
+            if agreed.stop or agreed.save or self._due():
+                self._save()
+            if agreed.stop and self.state.step < self.total_steps:
+                return False
+            started = time.monotonic()
+        if self.saved_step != self.state.step:
+            self._save()
+        return True
+
+    def _agree(self, packs: list[Pack]) -> Agreement:
+        """Sum what the ranks really have: documents may have been refused at decode."""
+        late = (
+            self.recipe.run.checkpoint_every is None
+            and dist.get_rank() == 0
+            and time.monotonic() - self.saved > SAVE_SECONDS
+        )
+        counts = torch.tensor(
+            [
+                sum(pack.learned for pack in packs),
+                sum(pack.input_ids.numel() for pack in packs),
+                sum(len(pack.refused) for pack in packs),
+                int(self.stop()),
+                int(late),
+            ],
+            dtype=torch.int64,
+            device=self.engine.device,
+        )
+        dist.all_reduce(counts)
+        learned, tokens, refused, stop, save = counts.tolist()
+        return Agreement(learned, tokens, refused, stop > 0, save > 0)
+
+    def _step(
+        self,
+        planned: PlannedStep,
+        packs: list[Pack],
+        agreed: Agreement,
+        started: float,
+        arrived: float,
+    ) -> None:
+        step = planned.number
+        assert step == self.state.step, f"the data is at step {step}, the run at {self.state.step}"
+        factor = schedule.factor(
+            step, self.total_steps, self.recipe.optimizer.warmup, self.recipe.optimizer.schedule
+        )
+        rate = engines.set_lr(self.engine, factor)
+        loss = self._propagate(step, packs, max(1, agreed.learned))
+        self.state.step = step + 1
+        self.state.cursor = planned.after.to_json()
+        self.state.tokens += agreed.tokens
+        ended = time.monotonic()
+        self.state.seconds += ended - started
+        norm = self.engine.get_global_grad_norm()
+        self._note_refused(packs, agreed.refused)
+        if dist.get_rank() == 0:
+            append_line(
+                self.folder.metrics,
+                {
+                    "step": self.state.step,
+                    "steps": self.total_steps,
+                    "loss": loss,
+                    "tokens": agreed.tokens,
+                    "learned": agreed.learned,
+                    "packs": len(planned.packs),
+                    "refused": agreed.refused,
+                    "lr": rate,
+                    "grad_norm": None if norm is None else float(norm),
+                    "seconds": round(ended - started, 4),
+                    "wait": round(arrived - started, 4),
+                    "total_tokens": self.state.tokens,
+                    "total_seconds": round(self.state.seconds, 3),
+                },
+            )
+
+    def _propagate(self, step: int, packs: list[Pack], learned: int) -> float:
+        """Forward and backward of every pack, then the update. Returns the step's loss.
+
+        Ranks average their gradients, so each multiplies its sum by the number of ranks and
+        divides by the learned tokens of the whole step.
+        """
+        scale = dist.get_world_size() / learned
+        total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        for i in range(self.accumulation):
+            pack = (packs[i] if i < len(packs) else Pack.empty()).to(self.engine.device)
+            seed(self.recipe.run.seed, step, pack.number)
+            loss_sum = self.engine(
+                pack.input_ids, pack.labels, pack.position_ids, pack.cu_seqlens, pack.pixels
+            )
+            total += loss_sum.detach().double()
+            self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
+            if i == self.accumulation - 1:
+                dist.all_reduce(total)
+                loss = total.item() / learned
+                if not torch.isfinite(total):
+                    raise ValueError(
+                        f"the loss of step {step + 1} is {loss}. Lower the learning rate or raise "
+                        "optimizer.warmup; the last checkpoint is from before."
+                    )
+            self.engine.step()
+        return loss
+
+    def _note_refused(self, packs: list[Pack], refused: int) -> None:
+        """Write down the documents that failed at decode, on whichever rank."""
+        if not refused:
+            return
+        mine = [asdict(refusal) for pack in packs for refusal in pack.refused]
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        if dist.get_rank() == 0:
+            for refusal in (r for refusals in everyone for r in refusals):
+                append_line(self.folder.refused, {"step": self.state.step, **refusal})
+
+    def _due(self) -> bool:
+        every = self.recipe.run.checkpoint_every
+        return every is not None and self.state.step % every == 0
+
+    def _save(self) -> None:
+        self.save(self.state)
+        self.saved, self.saved_step = time.monotonic(), self.state.step
+
+
+def seed(run_seed: int, step: int, pack: int) -> None:
+    """Make dropout a function of the seed, the step and the pack, so that it has no state.
+
+    A pack draws the same masks on whichever rank and in whichever micro-step it is computed.
+    """
+    mixed = (run_seed * 1_000_003 + step) * 1_000_003 + pack + 1
+    torch.manual_seed(mixed % (2**63))

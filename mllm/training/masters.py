@@ -1,0 +1,163 @@
+"""Reading and writing fp32 master weights and Adam moments, whatever ZeRO does with them.
+
+DeepSpeed keeps masters and moments in flat pieces that depend on the stage, the precision and the
+number of ranks. This file is the only place that knows where they are. Everything outside sees one
+full tensor per parameter, so that a checkpoint fits any stage and any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def named_trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Trainable parameters and their names, in the same order on every rank."""
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def read(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """The full fp32 master and moments of one parameter, on every rank (collective).
+
+    Returns:
+        "master", "exp_avg" and "exp_avg_sq", each with the parameter's full shape.
+    """
+    if engine.zero_optimization_stage() == 0:
+        state = engine.optimizer.state[parameter]
+        full = {"master": parameter.data} | {key: state[key] for key in MOMENTS}
+    else:
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is not None and not mapping.optim_fragment:
+            _link(engine)
+        full = {"master": safe_get_full_fp32_param(parameter)}
+        full |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+    shape = full_shape(parameter)
+    return {key: value.reshape(shape) for key, value in full.items()}
+
+
+@torch.no_grad()
+def write(engine: Any, parameter: nn.Parameter, full: dict[str, Tensor]) -> None:
+    """Set master and moments of one parameter from full fp32 tensors (call on every rank).
+
+    `prepare` must have been called before, and `refresh` must be called after the last one.
+    """
+    stage = engine.zero_optimization_stage()
+    device = parameter.device
+    if stage == 0:
+        state = engine.optimizer.state[parameter]
+        parameter.data.copy_(full["master"])
+        for key in MOMENTS:
+            state[key].copy_(full[key])
+    elif stage == 3:
+        safe_set_local_fp32_param(parameter, _local_piece(parameter, full["master"]).to(device))
+        for key in MOMENTS:
+            piece = _local_piece(parameter, full[key]).to(device)
+            safe_set_local_optimizer_state(parameter, piece, key)
+    else:
+        safe_set_full_fp32_param(parameter, full["master"].to(device))
+        for key in MOMENTS:
+            safe_set_full_optimizer_state(parameter, full[key].to(device), key)
+
+
+@torch.no_grad()
+def prepare(engine: Any, step: int) -> None:
+    """Create the optimizer's state, which torch creates only in its first step.
+
+    Args:
+        step: how many steps the state has seen (Adam corrects its bias by it).
+    """
+    optimizer = _torch_optimizer(engine)
+    for piece in _optimized(engine):
+        optimizer.state[piece] = {
+            "step": torch.tensor(float(step), dtype=torch.float32),
+            **{key: torch.zeros_like(piece, memory_format=torch.preserve_format) for key in MOMENTS},
+        }
+    if engine.zero_optimization_stage() in (1, 2):
+        _link(engine)
+
+
+@torch.no_grad()
+def refresh(engine: Any) -> None:
+    """Copy the masters into the weights that the model computes with."""
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage in (1, 2):
+        optimizer.update_lp_params()
+    elif stage == 3:
+        optimizer._partition_all_parameters()
+        for i in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(i)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+@torch.no_grad()
+def full_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and full weight of every parameter, one after the other (collective).
+
+    The weights are those the model computes with; a yielded tensor is valid until the next one.
+    """
+    for name, parameter in module.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                yield name, parameter.data
+        else:
+            yield name, parameter.data
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """Shape of the whole parameter, also where ZeRO-3 keeps only a piece of it."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _link(engine: Any) -> None:
+    """Let parameters find their moments. DeepSpeed links them after the first group's first step,
+    when the other groups have none yet, and never again."""
+    engine.optimizer._hp_optimizer_states_linked = False
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _local_piece(parameter: Any, full: Tensor) -> Tensor:
+    """This rank's piece of a full tensor, padded as ZeRO-3 pads it."""
+    size = parameter.ds_tensor.ds_numel
+    flat = full.flatten()
+    start = min(size * dist.get_rank(), flat.numel())
+    stop = min(start + size, flat.numel())
+    piece = flat.new_zeros(size)
+    piece[: stop - start] = flat[start:stop]
+    return piece
+
+
+def _torch_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The AdamW inside DeepSpeed's wrapper."""
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    assert isinstance(inner, torch.optim.Optimizer)
+    return inner
+
+
+def _optimized(engine: Any) -> list[Tensor]:
+    """What AdamW steps: the parameters themselves, or this rank's flat fp32 pieces."""
+    optimizer = engine.optimizer
+    for attribute in (
+        "fp32_partitioned_groups_flat",  # ZeRO-3
+        "single_partition_of_fp32_groups",  # ZeRO-1 and 2
+        "fp32_groups_flat_partition",  # ZeRO-1 with bf16 weights and fp32 gradients
+    ):
+        if hasattr(optimizer, attribute):
+            return list(getattr(optimizer, attribute))
+    return [p for group in optimizer.param_groups for p in group["params"]]
