@@ -1,0 +1,192 @@
+"""From a recipe's model section to a model and its processor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import mllm.models.auto  # noqa: F401  (the Auto classes know the model from here on)
+from mllm.models import attention
+from mllm.models.config import MultimodalConfig
+from mllm.models.connectors import CONNECTORS
+from mllm.models.encoders import ENCODERS
+from mllm.models.errors import check_folder, check_options, choose, loading
+from mllm.models.modeling import MultimodalModel
+from mllm.models.processor import IMAGE_TOKEN, Processor, changed_connector
+
+_ROWS = 64  # the embedding is padded to a multiple: tensor cores want it
+_TRAINING_OPTIONS = ("init",)  # of a connector's section, but not the model's concern
+
+
+def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[MultimodalModel, Processor]:
+    """Build the model of a recipe and its processor, on the CPU.
+
+    Args:
+        section: the `model:` section, as a mapping or an object with `model_dump`: either `from`
+            (a stage's folder; `connector` may change reloadable options) or `encoder` {name, path,
+            …}, `connector` {name, …} and `language_model` {path}.
+        dtype: of all weights.
+
+    Returns:
+        The model in eval mode and its processor.
+
+    Raises:
+        ValueError: unknown part or option, a folder that cannot be used, parts that do not fit.
+    """
+    parts = _as_mapping(section)
+    connector = {
+        key: value
+        for key, value in (parts.get("connector") or {}).items()
+        if key not in _TRAINING_OPTIONS
+    }
+    if start := parts.get("from", parts.get("from_")):
+        for name in ("encoder", "language_model"):
+            if parts.get(name):
+                raise ValueError(f"model.from takes the {name} from {start}; leave {name} out")
+        return load(start, dtype=dtype, connector=connector)
+    for name in ("encoder", "connector", "language_model"):
+        if not parts.get(name):
+            raise ValueError(f"model.{name} is missing (or give model.from, a trained folder)")
+    return _from_parts(dict(parts["encoder"]), connector, dict(parts["language_model"]), dtype)
+
+
+def load(
+    folder: str | Path,
+    dtype: torch.dtype | str = "auto",
+    connector: Mapping[str, Any] | None = None,
+) -> tuple[MultimodalModel, Processor]:
+    """Load a stage's folder.
+
+    Args:
+        folder: what a stage saved.
+        dtype: of all weights; "auto" keeps the saved one.
+        connector: reloadable options to change, e.g. {"visual_tokens": 144}.
+
+    Returns:
+        The model in eval mode and its processor.
+
+    Raises:
+        ValueError: not such a folder, damaged files, or an option that cannot change.
+    """
+    check_folder(folder, "model")
+    with loading("model", folder):
+        config = AutoConfig.from_pretrained(folder)
+    if not isinstance(config, MultimodalConfig):
+        raise ValueError(
+            f"{folder} holds a {config.model_type!r} model, not one that was assembled here: give "
+            "it as language_model or encoder"
+        )
+    changes = dict(connector or {})
+    config.connector = changed_connector(config.connector, changes)
+    processor = Processor.from_pretrained(folder, connector=changes)
+    return MultimodalModel.from_pretrained(folder, config=config, dtype=dtype), processor
+
+
+def _from_parts(
+    encoder_section: dict[str, Any],
+    connector: dict[str, Any],
+    language_section: dict[str, Any],
+    dtype: torch.dtype,
+) -> tuple[MultimodalModel, Processor]:
+    name, path = encoder_section.pop("name"), encoder_section.pop("path")
+    encoder_class = choose(ENCODERS, name, "encoder")
+    connector_class = choose(CONNECTORS, connector["name"], "connector")
+    options = {key: value for key, value in encoder_section.items() if value is not None}
+    connector = {key: value for key, value in connector.items() if value is not None}
+    connector_class.check(connector)
+    encoder = encoder_class.from_folder(path, **options).to(dtype)
+    language_path = language_section.pop("path")
+    check_options(language_section, (), "language_model")
+    language_model, tokenizer = load_language_model(language_path, dtype)
+    added = _add_image_token(language_model, tokenizer)
+    processor = Processor(tokenizer, encoder.geometry, connector)
+    config = MultimodalConfig(
+        encoder={"name": name, **encoder.spec},
+        connector=connector,
+        text_config=language_model.config,
+        image_token=IMAGE_TOKEN,
+        image_token_id=processor.image_token_id,
+        dtype=dtype,
+    )
+    model = MultimodalModel(config, encoder=encoder, language_model=language_model)
+    model.connector.to(dtype)
+    model.generation_config = _generation_config(language_model, tokenizer, added)
+    return model.eval(), processor
+
+
+def load_language_model(
+    path: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model (safetensors only) and its tokenizer.
+
+    Raises:
+        ValueError: the folder (or hub id) cannot be used, or the model cannot be packed.
+    """
+    check_folder(path, "language_model")
+    with loading("language model", path):
+        config = AutoConfig.from_pretrained(path)
+        attention.check_supported(config)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{path}: {len(missing)} weights are missing, {missing[0]} first")
+    return model, tokenizer
+
+
+def _add_image_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Add the image token once; return the rows of the embedding that are nobody's text."""
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        token = AddedToken(IMAGE_TOKEN, special=True, normalized=False)
+        tokenizer.add_tokens([token], special_tokens=True)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    before = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) <= before:
+        return [image_id]
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=_ROWS, mean_resizing=False)
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    with torch.no_grad():
+        for weight in {id(layer.weight): layer.weight for layer in layers}.values():
+            # the mean's logit is far below any likely token's, a random row's need not be
+            weight[before:] = weight[:before].float().mean(dim=0).to(weight.dtype)
+    return list(range(before, model.get_input_embeddings().num_embeddings))
+
+
+def _generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, never: list[int]
+) -> GenerationConfig:
+    """The language model's own, ending turns, never writing image tokens."""
+    config = model.generation_config or GenerationConfig()
+    ends = config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    config.eos_token_id = sorted(ends)
+    if config.pad_token_id is None:
+        pad = tokenizer.pad_token_id
+        config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+    config.suppress_tokens = sorted({*never, *(config.suppress_tokens or [])})
+    return config
+
+
+def _as_mapping(section: Any) -> Mapping[str, Any]:
+    if isinstance(section, Mapping):
+        return section
+    values: Mapping[str, Any] = section.model_dump(by_alias=True, exclude_none=True)
+    return values

@@ -1,0 +1,30 @@
+"""The configuration of the assembled model: what config.json of a stage holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+class MultimodalConfig(PreTrainedConfig):
+    """Configuration of `MultimodalModel`.
+
+    Attributes:
+        encoder: what the encoder is rebuilt from: `name` (key of ENCODERS), `geometry`
+            (ImageGeometry) and what the class adds.
+        connector: what the connector is rebuilt from: `name` (key of CONNECTORS) and its options.
+        text_config: configuration of the language model (any causal LM of transformers).
+        image_token: the placeholder in text.
+        image_token_id: its id in the tokenizer; -1 in a configuration that is not filled in yet.
+    """
+
+    model_type = "mllm"
+    sub_configs_defaults = {"text_config": SubConfigSpec(AutoConfig, model_type="llama")}
+
+    encoder: dict[str, Any] | None = None
+    connector: dict[str, Any] | None = None
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    image_token: str = "<image>"
+    image_token_id: int = -1

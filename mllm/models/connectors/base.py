@@ -1,0 +1,65 @@
+"""What every connector is: features of the encoder in, visual tokens of the language model out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from mllm.models.errors import check_options
+
+
+class Connector(nn.Module, ABC):
+    """From features [I, N, Dv] of a grid to visual tokens [I, M, D].
+
+    Args:
+        spec: its options by name; stored in the model's config.json.
+        features: Dv.
+        width: D, the language model's hidden size.
+
+    Attributes:
+        OPTIONS: names that a recipe may set.
+        RELOADABLE: the options that may change when saved weights are loaded.
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ()
+    RELOADABLE: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, spec: Mapping[str, Any], features: int, width: int) -> None:
+        super().__init__()
+        self.check(spec)
+        self.spec = dict(spec)
+
+    @classmethod
+    def check(cls, spec: Mapping[str, Any]) -> None:
+        """Refuse options that make no sense.
+
+        Raises:
+            ValueError: an unknown option or a bad value.
+        """
+        options = {name: value for name, value in spec.items() if name != "name"}
+        check_options(options, cls.OPTIONS, f"the connector {cls.__name__}")
+
+    @classmethod
+    @abstractmethod
+    def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:
+        """Return (rows, columns) of the visual tokens, without building the module.
+
+        Raises:
+            ValueError: the options do not fit the grid.
+        """
+
+    @abstractmethod
+    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Map features [I, N, Dv], N = rows x columns of `grid`, to tokens [I, M, D]."""
+
+    @abstractmethod
+    def last_linear(self) -> nn.Linear:
+        """Return the last linear layer, which a closed-form start solves for."""
+
+    def tokens_per_image(self, grid: tuple[int, int]) -> int:
+        """Return M for an image with this feature grid."""
+        rows, columns = self.output_grid(self.spec, grid)
+        return rows * columns

@@ -1,0 +1,40 @@
+"""LayerNorm and a two-layer GELU MLP per cell (LLaVA-1.5, arXiv 2310.03744)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from mllm.models.connectors.base import Connector
+
+
+class Mlp(Connector):
+    """One visual token per grid cell.
+
+    Options: `hidden`, the width between the two layers (default: the language model's).
+    """
+
+    OPTIONS = ("hidden",)
+
+    def __init__(self, spec: Mapping[str, Any], features: int, width: int) -> None:
+        super().__init__(spec, features, width)
+        hidden = spec.get("hidden") or width
+        self.norm = nn.LayerNorm(features)
+        self.first = nn.Linear(features, hidden)
+        self.act = nn.GELU()
+        self.second = nn.Linear(hidden, width)
+
+    @classmethod
+    def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:
+        """Return the grid itself."""
+        return grid
+
+    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Map [I, N, Dv] to [I, N, D]."""
+        return self.second(self.act(self.first(self.norm(features))))
+
+    def last_linear(self) -> nn.Linear:
+        """Return the second layer."""
+        return self.second

@@ -1,0 +1,19 @@
+"""CLIP's vision transformer (Radford et al. 2021, arXiv 2103.00020), classes of transformers."""
+
+from __future__ import annotations
+
+from transformers import CLIPVisionModel
+
+from mllm.models.encoders.vit import VisionTransformer, drop
+
+
+class ClipEncoder(VisionTransformer):
+    """Patch features of the last layer but one, as LLaVA takes them; the class token is left out.
+
+    No normalisation follows the chosen layer: CLIP's own only serves its class token.
+    """
+
+    MODEL = CLIPVisionModel
+
+    def _strip(self) -> None:
+        drop(self.vision, "post_layernorm")

@@ -1,0 +1,137 @@
+"""EfficientNet-Lite, from the package efficientnet-lite-pytorch (Apache-2.0, ImageNet)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mllm.models.encoders.base import VisionEncoder
+from mllm.models.errors import check_folder, loading, read_json, unknown
+from mllm.models.geometry import RESAMPLING_NAMES, ImageGeometry
+
+IMAGE_SIZES = {
+    "efficientnet-lite0": 224,
+    "efficientnet-lite1": 240,
+    "efficientnet-lite2": 260,
+    "efficientnet-lite3": 280,
+    "efficientnet-lite4": 300,
+}
+_STRIDE = 32
+_MODEL_TYPE = "efficientnet_lite"
+
+
+class EfficientNetLiteEncoder(VisionEncoder):
+    """The convolutional features before pooling: 1280 wide, one cell per 32 pixels.
+
+    Spec: `variant` (a key of IMAGE_SIZES) and `geometry`.
+    """
+
+    width = 1280
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        super().__init__(spec)
+        # no drop-connect: a random skip would make a packed step differ from an unpacked one
+        net = _package().from_name(spec["variant"], drop_connect_rate=0.0)
+        for unused in ("_fc", "_dropout", "_avg_pooling"):
+            delattr(net, unused)
+        self.net = net.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def spec_from_folder(cls, path: str | Path, **options: Any) -> dict[str, Any]:
+        """Read config.json and preprocessor_config.json."""
+        check_folder(path, "encoder")
+        folder = Path(path)
+        config = read_json(folder / "config.json")
+        if config.get("model_type") != _MODEL_TYPE:
+            raise ValueError(
+                f"{folder} holds a {config.get('model_type')!r} model, not an EfficientNet-Lite"
+            )
+        variant = config.get("variant", "")
+        if variant not in IMAGE_SIZES:
+            raise unknown("EfficientNet-Lite variant", variant, IMAGE_SIZES)
+        seen = read_json(folder / "preprocessor_config.json")
+        geometry = ImageGeometry(
+            image_size=int(seen["image_size"]),
+            cells=-(-int(seen["image_size"]) // _STRIDE),
+            mean=tuple(seen["image_mean"]),
+            std=tuple(seen["image_std"]),
+            resize=options.get("resize") or seen["resize"],
+            resampling=RESAMPLING_NAMES[seen["resample"]],
+        )
+        return {"variant": variant, "geometry": geometry.to_dict()}
+
+    def load_weights(self, path: str | Path) -> None:
+        """Load model.safetensors."""
+        file = Path(path) / "model.safetensors"
+        with loading("encoder weights", file):
+            weights = load_file(file)
+        try:
+            self.net.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{file} does not hold the weights of {self.spec['variant']}: "
+                f"{str(error).splitlines()[1].strip()}"
+            ) from error
+
+    def features(self, images: Tensor) -> Tensor:
+        """Encode [I, 3, S, S] to [I, cells, 1280]; channels last is twice as fast on a CPU."""
+        maps = self.net.extract_features(images.contiguous(memory_format=torch.channels_last))
+        return maps.flatten(2).transpose(1, 2)
+
+
+def convert_package_weights(
+    weights_file: str | Path, folder: str | Path, variant: str = "efficientnet-lite0"
+) -> None:
+    """Turn the package's .pth into a folder that `EfficientNetLiteEncoder.from_folder` loads.
+
+    The package's own rule scales the short side to the image size with bilinear filtering and does
+    not say how to make a square; "squash" keeps the whole picture. The classifier is left out.
+
+    Args:
+        weights_file: e.g. efficientnet-lite0-57934424.pth.
+        folder: made if missing; config.json is written last.
+
+    Raises:
+        ValueError: unknown variant, or not a file of tensors by name.
+    """
+    if variant not in IMAGE_SIZES:
+        raise unknown("EfficientNet-Lite variant", variant, IMAGE_SIZES)
+    try:
+        state = torch.load(weights_file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        raise ValueError(f"{weights_file} is not a file of weights: {error}") from error
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {name: value.contiguous() for name, value in state.items() if "_fc." not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_size": IMAGE_SIZES[variant],
+            "image_mean": [0.485, 0.456, 0.406],
+            "image_std": [0.229, 0.224, 0.225],
+            "resize": "squash",
+            "resample": RESAMPLING_NAMES.index("bilinear"),
+        },
+    )
+    _write_json(folder / "config.json", {"model_type": _MODEL_TYPE, "variant": variant})
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _package() -> Any:
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ValueError(
+            "the encoder 'efficientnet_lite' needs the package efficientnet-lite-pytorch: "
+            "pip install 'mllm[quickstart]'"
+        ) from error
+    return EfficientNet

@@ -1,0 +1,100 @@
+"""Errors for people: the nearest name, and loading failures in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+
+T = TypeVar("T")
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
+    """An error for a name that is not in a table: what was meant, and what there is."""
+    names = sorted(known)
+    near = get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"unknown {what} {name!r}{hint} (known: {', '.join(names) or 'none'})")
+
+
+def choose(table: Mapping[str, T], name: str, what: str) -> T:
+    """Return `table[name]`.
+
+    Raises:
+        ValueError: no such name; the nearest one is suggested.
+    """
+    if name not in table:
+        raise unknown(what, name, table)
+    return table[name]
+
+
+def check_options(options: Mapping[str, Any], known: Iterable[str], what: str) -> None:
+    """Refuse options that a part does not have.
+
+    Raises:
+        ValueError: an unknown option; the nearest one is suggested.
+    """
+    names = set(known)
+    for name in options:
+        if name not in names:
+            raise unknown(f"option of {what}", name, names)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: missing, unreadable, or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def loading(what: str, path: str | Path) -> Iterator[None]:
+    """Turn what libraries raise while they load `path` into one readable ValueError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"{what} {path}: a weights file is damaged or cut short ({_first_line(error)}); "
+            "copy or download it again"
+        ) from error
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot load {what} from {path}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def check_folder(path: str | Path, what: str) -> None:
+    """Refuse a path that is written like a local folder but is none.
+
+    A hub id looks like `owner/name`; anything absolute, deeper, or starting with a dot is local.
+
+    Raises:
+        ValueError: no such folder, or no config.json in it.
+    """
+    folder, text = Path(path), str(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{what}: the folder {text} has no config.json, so it holds no model")
+        return
+    if folder.exists():
+        raise ValueError(f"{what}: {text} is a file; give the folder that holds the model")
+    if text.startswith((".", "~")) or folder.is_absolute() or text.count("/") != 1:
+        raise ValueError(f"{what}: there is no folder {text}")

@@ -1,0 +1,306 @@
+"""The model: encoder → connector → language model.
+
+Shapes: B rows, T tokens of a row, I images of the call, S image side, N feature cells of an image,
+M visual tokens of an image, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from mllm.models import attention
+from mllm.models.config import MultimodalConfig
+from mllm.models.connectors import CONNECTORS, Connector
+from mllm.models.encoders import ENCODERS, VisionEncoder
+from mllm.models.errors import check_folder, choose, loading
+
+
+class MultimodalModel(PreTrainedModel, GenerationMixin):
+    """A vision encoder, a connector and a causal language model.
+
+    No weight is touched outside its own module's forward, so every part may be sharded.
+
+    Args:
+        config: what to build.
+        encoder, language_model: ready parts with weights; built without weights if left out.
+
+    Attributes:
+        encoder, connector, language_model: the parts; `train:` keys of a recipe name them.
+    """
+
+    config_class = MultimodalConfig
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_attention_backend = True
+    _supports_sdpa = True
+    _supports_cache_class = True
+    _skip_keys_device_placement = "past_key_values"
+
+    def __init__(
+        self,
+        config: MultimodalConfig,
+        encoder: VisionEncoder | None = None,
+        language_model: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        text = config.text_config
+        self.encoder = encoder or choose(ENCODERS, config.encoder["name"], "encoder")(
+            config.encoder
+        )
+        self.connector: Connector = choose(CONNECTORS, config.connector["name"], "connector")(
+            config.connector, self.encoder.width, text.hidden_size
+        )
+        self.language_model = language_model or AutoModelForCausalLM.from_config(
+            text, attn_implementation=attention.NAME
+        )
+        for shared in (text, self.language_model.config):
+            shared._attn_implementation = attention.NAME  # the outer config resets its parts'
+        attention.check_supported(text, self.language_model)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave new modules as their constructors made them; the parts know best."""
+
+    # -- the path from ids and pixels to hidden states ------------------------------------------
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        pixels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return hidden states [B, T, D] after the final norm; `lm_head` turns them into logits.
+
+        Args:
+            input_ids: [B, T]; a pack is one row, [T] or [1, T].
+            pixels: uint8 [I, S, S, 3], the images of all rows in order. None: no image.
+            position_ids: [B, T] or [T]; in a pack they restart with every document (the default).
+            cu_seqlens: int32 [n+1], document bounds of a pack. None: ordinary rows.
+            attention_mask: [B, T], 1 where a row has a token. Not for packs.
+
+        Raises:
+            ValueError: image tokens and features differ in number, or wrong bounds.
+        """
+        return self._states(
+            input_ids, pixels, position_ids, cu_seqlens, attention_mask, **kwargs
+        ).last_hidden_state
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The output layer [.., D] -> [.., V]; call it as a module, a shard is gathered then."""
+        head = self.language_model.get_output_embeddings()
+        assert head is not None
+        return head
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Return the visual tokens [I, M, D] of uint8 [I, S, S, 3]."""
+        trains = self.encoder.trains
+        if self.encoder.training != (self.training and trains):
+            self.encoder.train(self.training)  # frozen or thawed since train() was called
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            features = self.encoder(pixels)
+        dtype = next(self.connector.parameters()).dtype
+        grid = self.encoder.grid(*pixels.shape[1:3])
+        return self.connector(features.to(dtype), grid)
+
+    def _states(
+        self,
+        input_ids: Tensor,
+        pixels: Tensor | None,
+        position_ids: Tensor | None,
+        cu_seqlens: Tensor | None,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        input_ids = input_ids if input_ids.ndim == 2 else input_ids[None]
+        embeds = self._embed(input_ids, pixels)
+        if position_ids is not None and position_ids.ndim == 1:
+            position_ids = position_ids[None]
+        body = self.language_model.base_model
+        if cu_seqlens is None:
+            return body(
+                inputs_embeds=embeds,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                **kwargs,
+            )
+        if input_ids.shape[0] != 1 or attention_mask is not None:
+            raise ValueError("a pack (cu_seqlens) is one row without an attention mask")
+        bounds = attention.document_bounds(cu_seqlens, input_ids.shape[1])
+        if position_ids is None:
+            position_ids = _restarting_positions(bounds, input_ids.device)[None]
+        with attention.packed_call(body, self.config.text_config.num_hidden_layers):
+            return body(
+                inputs_embeds=embeds,
+                position_ids=position_ids,
+                cu_seqlens=cu_seqlens,
+                bounds=bounds,
+                **{"use_cache": False, **kwargs},
+            )
+
+    def _embed(self, input_ids: Tensor, pixels: Tensor | None) -> Tensor:
+        """Embed ids [B, T] to [B, T, D], with the image tokens replaced by visual tokens."""
+        embeds: Tensor = self.language_model.get_input_embeddings()(input_ids)
+        slots = input_ids == self.config.image_token_id
+        wanted = int(slots.sum())
+        images = 0 if pixels is None else len(pixels)
+        if not images:
+            self._check_counts(wanted, 0, 0)
+            if pixels is None and not self.training:
+                return embeds
+            # every rank runs the vision path in every call, or sharded weights would wait for ever
+            side = self.encoder.image_size
+            blank = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=input_ids.device)
+            nothing = self.image_features(blank)[:, :0].sum()
+            return embeds + nothing.to(embeds.dtype)
+        assert pixels is not None
+        tokens = self.image_features(pixels)
+        self._check_counts(wanted, images, tokens.shape[1])
+        return embeds.masked_scatter(slots[..., None], tokens.to(embeds.dtype))
+
+    def _check_counts(self, wanted: int, images: int, each: int) -> None:
+        if wanted != images * each:
+            raise ValueError(
+                f"the text has {wanted} image tokens, but {images} images of {each} visual tokens "
+                f"make {images * each}: the processor and the model disagree, or a text was cut "
+                "inside an image"
+            )
+
+    # -- what transformers expects ---------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return logits [B, T, V] and, with labels [B, T] (not shifted), the mean loss over them.
+
+        The other arguments are those of `hidden_states`. `logits_to_keep`: only the last so many
+        positions (0: all), or the positions themselves.
+        """
+        extra = (
+            kwargs if past_key_values is None else {**kwargs, "past_key_values": past_key_values}
+        )
+        if use_cache is not None:
+            extra = {**extra, "use_cache": use_cache}
+        states = self._states(input_ids, pixels, position_ids, cu_seqlens, attention_mask, **extra)
+        kept = states.last_hidden_state
+        if not isinstance(logits_to_keep, int) or logits_to_keep:
+            span = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
+            kept = kept[:, span]
+        logits = self.lm_head(kept)
+        loss = None
+        if labels is not None:
+            labels = labels if labels.ndim == 2 else labels[None]
+            loss = self.language_model.loss_function(
+                logits=logits, labels=labels, vocab_size=logits.shape[-1]
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=states.past_key_values,
+            hidden_states=states.hidden_states,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Hand the images to the first step only; later ones find them in the cache."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            inputs["pixels"] = None
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Repeat rows for beams or several answers; a row's images stay together."""
+        pixels = model_kwargs.pop("pixels", None)
+        if pixels is not None and expand_size > 1:
+            assert input_ids is not None
+            grid = self.encoder.grid(*pixels.shape[1:3])
+            each = self.connector.tokens_per_image(grid)
+            counts = (input_ids == self.config.image_token_id).sum(dim=1) // each
+            rows = pixels.split(counts.tolist())
+            pixels = torch.cat([row for row in rows for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
+        )
+        return input_ids, {**model_kwargs, "pixels": pixels}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Load what `save_pretrained` wrote; arguments as in transformers, safetensors only.
+
+        Raises:
+            ValueError: not a model of this kind, files missing or damaged, weights that do not fit.
+        """
+        path = pretrained_model_name_or_path
+        check_folder(path, "model")
+        wants_report = kwargs.pop("output_loading_info", False)
+        with loading("model", path):
+            model, report = super().from_pretrained(
+                path, **{**kwargs, "output_loading_info": True, "use_safetensors": True}
+            )
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if names := sorted(map(str, report.get(kind) or ())):
+                raise ValueError(
+                    f"{path}: the weights do not fit the configuration "
+                    f"({len(names)} {kind.replace('_', ' ')}, {names[0]} first)"
+                )
+        return (model, report) if wants_report else model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's token embedding."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's token embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language model's output layer."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's output layer."""
+        self.language_model.set_output_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        """The language model without its output layer."""
+        return self.language_model.base_model
+
+
+def _restarting_positions(bounds: tuple[int, ...], device: torch.device) -> Tensor:
+    """Positions [T] that restart at every bound."""
+    spans = itertools.pairwise(bounds)
+    return torch.cat([torch.arange(high - low, device=device) for low, high in spans])

@@ -1,0 +1,337 @@
+"""THE rule by which a document becomes token ids, and which of them are learned.
+
+Raw document: the begin token if the tokenizer adds one, every text tokenised on its own, images in
+their places, the end token. Captions and pages are written this way.
+
+Conversation: the tokenizer's own chat template renders the whole conversation, which is tokenised
+once. An answer is what the template adds between the conversation before it (with the generation
+prompt) and the conversation after it; it is learned up to and with its end-of-turn token. A default
+system prompt stays where the template puts one, and is not learned. Nothing is found by searching
+strings.
+
+Text that contains a special token's string is refused: it would end a turn or fake an image.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from data_packing.document import Document, DocumentError, Image, Part
+from data_packing.sample import Cost
+
+VERSION = 1
+"""Part of the fingerprint: counts cached under another version of the rule are not used."""
+
+
+@dataclass(slots=True)
+class Written:
+    """A document as token ids, with one placeholder per image.
+
+    Attributes:
+        ids: int64 [L].
+        learned: bool [L]; False at images.
+    """
+
+    ids: NDArray[np.int64]
+    learned: NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class _Message:
+    """Neighbouring parts of one role: a turn."""
+
+    role: str
+    content: str = ""
+    learned: set[bool] = field(default_factory=set)
+    first_part: int = 0
+
+
+class Template:
+    """The rule for one tokenizer.
+
+    Args:
+        tokenizer: a fast tokenizer that has `image_token` as a special token.
+        image_token: the placeholder.
+
+    Raises:
+        ValueError: the tokenizer lacks the placeholder or an end token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token: str) -> None:
+        self.tokenizer = tokenizer
+        self.image_token = image_token
+        self.image_id = tokenizer.convert_tokens_to_ids(image_token)
+        if self.image_id is None or self.image_id == tokenizer.unk_token_id:
+            raise ValueError(f"the tokenizer has no token {image_token!r}")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end token (eos_token), which ends a document")
+        added = tokenizer.added_tokens_decoder.items()
+        self._special_ids = {number for number, token in added if token.special}
+        self._special_ids |= set(tokenizer.all_special_ids)
+        strings = {token.content for _, token in added if token.special}
+        strings |= set(tokenizer.all_special_tokens)
+        longest_first = sorted(strings, key=lambda text: (-len(text), text))
+        self._special = re.compile("|".join(map(re.escape, longest_first)))
+        probe = tokenizer("a")["input_ids"]
+        begins = tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id
+        self._begin = [tokenizer.bos_token_id] if begins else []
+        self._overheads: dict[str, int] = {}
+
+    def write(self, document: Document) -> Written:
+        """Return the ids of a document and which are learned.
+
+        Raises:
+            DocumentError: nothing in it, a special token in a text, an answer learned in part, or
+                a conversation that the chat template refuses.
+            ValueError: a conversation, and the tokenizer has no chat template.
+        """
+        self._check(document)
+        if document.is_conversation:
+            return self._write_conversation(document)
+        return self._write_raw(document)
+
+    def prompt(self, document: Document) -> NDArray[np.int64]:
+        """Return the ids up to where the model goes on.
+
+        A conversation gets the template's generation prompt after its last turn, which must not be
+        the assistant's; a raw document is left open, without the end token.
+
+        Raises:
+            as `write`; DocumentError also if the last turn is the assistant's.
+        """
+        self._check(document)
+        if not document.is_conversation:
+            return self._write_raw(document).ids[:-1]
+        messages = _messages(document, self.image_token)
+        if messages[-1].role == "assistant":
+            raise DocumentError("a prompt ends with the user's turn, this one with an answer")
+        text = self._render(messages, generation_prompt=True)
+        return np.array(self._tokens([text])[0], dtype=np.int64)
+
+    def cost(self, document: Document) -> Cost:
+        """Return the text tokens of the document, by piece.
+
+        The cost of a slice is the overhead and the sum of its pieces (and of their images), which
+        is exactly the length of `write` of that slice.
+
+        Raises:
+            as `write`.
+        """
+        self._check(document)
+        pieces = document.pieces()
+        images = _images_of_pieces(document, pieces)
+        if not document.is_conversation:
+            texts = self._texts(document.parts)
+            counts = [sum(len(ids) for ids in texts[start:stop]) for start, stop in pieces]
+            overhead = len(self._begin) + 1
+        else:
+            counts, overhead = self._conversation_counts(document, pieces)
+        return Cost(overhead, tuple(zip(counts, images, strict=True)))
+
+    # -- raw documents ---------------------------------------------------------------------------
+
+    def _write_raw(self, document: Document) -> Written:
+        ids, learned, last = list(self._begin), [False] * len(self._begin), True
+        for part, text in zip(document.parts, self._texts(document.parts), strict=True):
+            if isinstance(part, Image):
+                ids.append(self.image_id)
+                learned.append(False)
+            else:
+                ids.extend(text)
+                learned.extend([part.learned] * len(text))
+                last = part.learned
+        ids.append(self.tokenizer.eos_token_id)
+        learned.append(last)
+        return Written(np.array(ids, dtype=np.int64), np.array(learned, dtype=bool))
+
+    def _texts(self, parts: tuple[Part, ...]) -> list[list[int]]:
+        """Ids of every part's text; none for an image."""
+        texts = ["" if isinstance(part, Image) else part.text for part in parts]
+        return self._tokens(texts)
+
+    # -- conversations ---------------------------------------------------------------------------
+
+    def _write_conversation(self, document: Document) -> Written:
+        messages = _messages(document, self.image_token)
+        text = self._render(messages)
+        bounds: list[int] = []
+        answers: dict[int, bool] = {}
+        for number, message in enumerate(messages):
+            if message.role == "assistant":
+                start = self._prefix(text, messages[:number], generation_prompt=True)
+                stop = self._prefix(text, messages[: number + 1])
+                bounds += [start, stop]
+                answers[start] = message.learned == {True}
+        ids: list[int] = []
+        learned: list[bool] = []
+        for start, segment in self._segments(text, bounds):
+            ids += segment
+            turn_end = self._turn_end(segment) if answers.get(start) else 0
+            learned += [at < turn_end for at in range(len(segment))]
+        result = Written(np.array(ids, dtype=np.int64), np.array(learned, dtype=bool))
+        result.learned &= result.ids != self.image_id
+        self._check_placeholders(document, result.ids)
+        return result
+
+    def _conversation_counts(
+        self, document: Document, pieces: list[tuple[int, int]]
+    ) -> tuple[list[int], int]:
+        """Tokens of every piece, and what every slice pays besides."""
+        whole = self._write_conversation(document).ids
+        total = int((whole != self.image_id).sum())
+        if len(pieces) == 1:
+            return [total], 0
+        messages = _messages(document, self.image_token)
+        text = self._render(messages)
+        number_of = {message.first_part: number for number, message in enumerate(messages)}
+        bounds = [self._prefix(text, messages[: number_of[start]]) for start, _ in pieces[1:]]
+        counts = [
+            sum(token != self.image_id for token in segment)
+            for _, segment in self._segments(text, bounds)
+        ]
+        overhead = self._overhead(document, counts[1])
+        if not 0 <= overhead <= counts[0]:
+            raise DocumentError("the chat template changes a turn when the turns before it are cut")
+        counts[0] -= overhead
+        return counts, overhead
+
+    def _overhead(self, document: Document, second_piece: int) -> int:
+        """What a slice pays besides its pieces: the second piece alone minus it in the middle."""
+        system = "\n".join(
+            part.text for part in document.parts[: document.system_parts] if not _is_image(part)
+        )
+        if system not in self._overheads:
+            alone = self._write_conversation(document.select(1, 2)).ids
+            self._overheads[system] = int((alone != self.image_id).sum()) - second_piece
+        return self._overheads[system]
+
+    def _segments(self, text: str, bounds: list[int]) -> list[tuple[int, list[int]]]:
+        """(start, ids) of the stretches between the bounds; together they are the whole's ids.
+
+        Raises:
+            DocumentError: a token reaches over a bound.
+        """
+        cuts = sorted({0, *bounds, len(text)})
+        spans = list(itertools.pairwise(cuts))
+        whole, *parts = self._tokens([text, *(text[start:stop] for start, stop in spans)])
+        if [token for part in parts for token in part] != whole:
+            parts = self._cut_by_prefixes(text, whole, spans)
+        return [(start, part) for (start, _), part in zip(spans, parts, strict=True)]
+
+    def _cut_by_prefixes(
+        self, text: str, whole: list[int], spans: list[tuple[int, int]]
+    ) -> list[list[int]]:
+        """Cut ids where prefixes end: for tokenizers that write the first word differently."""
+        prefixes = self._tokens([text[:stop] for _, stop in spans])
+        ends = [len(prefix) for prefix in prefixes]
+        for prefix in prefixes:
+            if whole[: len(prefix)] != prefix:
+                raise DocumentError(
+                    "an answer begins or ends inside a token of the chat template: it starts or "
+                    "ends with white space or a part of a word that merges with the template"
+                )
+        return [whole[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
+
+    def _turn_end(self, answer: list[int]) -> int:
+        """How many tokens of an answer are learned: up to its last special token, if it has one."""
+        ends = [
+            at
+            for at, token in enumerate(answer)
+            if token in self._special_ids and token != self.image_id
+        ]
+        return ends[-1] + 1 if ends else len(answer)
+
+    def _prefix(self, text: str, messages: list[_Message], generation_prompt: bool = False) -> int:
+        """Length of the first turns as rendered, checked to be how the whole begins."""
+        start = self._render(messages, generation_prompt)
+        if not text.startswith(start):
+            raise DocumentError(
+                "the chat template writes earlier turns differently once later ones follow, so "
+                "the answers cannot be told apart"
+            )
+        return len(start)
+
+    def _render(self, messages: list[_Message], generation_prompt: bool = False) -> str:
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "the tokenizer has no chat template, so it cannot write a conversation: choose an "
+                "instruction-tuned language model or add a chat_template.jinja to its folder"
+            )
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            text: Any = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except TemplateError as error:
+            raise DocumentError(f"the chat template refuses it: {error}") from error
+        assert isinstance(text, str)
+        return text
+
+    # -- shared ----------------------------------------------------------------------------------
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _check(self, document: Document) -> None:
+        if not document.parts:
+            raise DocumentError("an empty document")
+        for part in document.parts:
+            if isinstance(part, Image):
+                if part.role == "system":
+                    raise DocumentError("an image in the system prompt")
+            elif found := self._special.search(part.text):
+                raise DocumentError(f"a text contains the special token {found.group()!r}")
+
+    def _check_placeholders(self, document: Document, ids: NDArray[np.int64]) -> None:
+        found, wanted = int((ids == self.image_id).sum()), len(document.images)
+        if found != wanted:
+            raise DocumentError(
+                f"the chat template wrote {found} of {wanted} images: it drops or repeats turns"
+            )
+
+
+def _is_image(part: Part) -> bool:
+    return isinstance(part, Image)
+
+
+def _messages(document: Document, image_token: str) -> list[_Message]:
+    """Join neighbouring parts of one role into turns.
+
+    Raises:
+        DocumentError: an answer that is learned in part.
+    """
+    messages: list[_Message] = []
+    for number, part in enumerate(document.parts):
+        assert part.role is not None
+        if not messages or messages[-1].role != part.role:
+            messages.append(_Message(part.role, first_part=number))
+        message = messages[-1]
+        if isinstance(part, Image):
+            message.content += image_token
+        else:
+            message.content += part.text
+            message.learned.add(part.learned)
+    for message in messages:
+        if message.role == "assistant" and len(message.learned) > 1:
+            raise DocumentError("an answer is learned as a whole or not at all")
+    return messages
+
+
+def _images_of_pieces(document: Document, pieces: list[tuple[int, int]]) -> list[tuple[int, ...]]:
+    """Indices into `document.images` of every piece's images."""
+    numbers: list[tuple[int, ...]] = []
+    seen = 0
+    for start, stop in pieces:
+        count = sum(isinstance(part, Image) for part in document.parts[start:stop])
+        numbers.append(tuple(range(seen, seen + count)))
+        seen += count
+    return numbers
