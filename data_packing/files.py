@@ -70,5 +70,5 @@ def pack_strings(name: str, strings: Sequence[str]) -> dict[str, NDArray[Any]]:
 def unpack_strings(arrays: dict[str, NDArray[Any]], name: str) -> list[str]:
     """Read back what `pack_strings` stored."""
     data, ends = arrays[name].tobytes(), arrays[f"{name}_ends"].tolist()
-    starts = [0, *ends[:-1]]
+    starts = [0, *ends][: len(ends)]
     return [data[start:end].decode("utf-8") for start, end in zip(starts, ends, strict=True)]

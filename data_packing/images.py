@@ -143,7 +143,7 @@ def _orientation(image: PillowImage.Image) -> int:
         return 1
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # noqa: BLE001 - damaged metadata of any kind must not lose a good image
+    except Exception:  # damaged metadata of any kind must not lose a good image
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
