@@ -42,7 +42,7 @@ def shards(recipe: Recipe) -> list[list[Path]]:
 def indexes(recipe: Recipe, processor: Any, workers: int) -> list[Index]:
     """Count the tokens of every document; the counts are kept beside the shards."""
     return [
-        build_index(paths, processor.cost, processor.fingerprint, workers)
+        build_index(paths, processor.cost, processor.text_fingerprint, workers)
         for paths in shards(recipe)
     ]
 

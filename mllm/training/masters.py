@@ -86,7 +86,9 @@ def prepare(engine: Any, step: int) -> None:
     for piece in _optimized(engine):
         optimizer.state[piece] = {
             "step": torch.tensor(float(step), dtype=torch.float32),
-            **{key: torch.zeros_like(piece, memory_format=torch.preserve_format) for key in MOMENTS},
+            **{
+                key: torch.zeros_like(piece, memory_format=torch.preserve_format) for key in MOMENTS
+            },
         }
     if engine.zero_optimization_stage() in (1, 2):
         _link(engine)

@@ -1,15 +1,15 @@
 """A stage's folder: where everything is, who may write to it, and whether it is whole.
 
-    recipe.yaml        what ran, completed and with overrides
-    run.json           plan hash, recipe identity, versions, seed, parent
-    metrics.jsonl      one line per step
-    ledger.jsonl       every document that was split or refused, with the reason
-    refused.jsonl      documents that failed when they were decoded, with their step
-    train.log          what the workers printed
-    state/             checkpoints, see checkpoint.py
-    config.json …      the loadable model, written when the stage ends
-    lora/              the adapters alone, when there are any
-    FINISHED           written last
+recipe.yaml        what ran, completed and with overrides
+run.json           plan hash, recipe identity, versions, seed, parent
+metrics.jsonl      one line per step
+ledger.jsonl       every document that was split or refused, with the reason
+refused.jsonl      documents that failed when they were decoded, with their step
+train.log          what the workers printed
+state/             checkpoints, see checkpoint.py
+config.json …      the loadable model, written when the stage ends
+lora/              the adapters alone, when there are any
+FINISHED           written last
 """
 
 from __future__ import annotations

@@ -149,9 +149,7 @@ class Worker:
         placement = engine.choose(self.recipe, world, total, trained)
         begun = self.folder.begun()
         if begun is not None and self.recipe.run.precision == "auto":
-            placement = engine.Placement(
-                str(begun["precision"]), placement.zero, placement.reasons
-            )
+            placement = engine.Placement(str(begun["precision"]), placement.zero, placement.reasons)
         for reason in placement.reasons:
             self.control.note(reason)
         return placement

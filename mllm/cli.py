@@ -1,0 +1,92 @@
+"""The `mllm` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mllm.training.progress import complain
+from mllm.training.run_folder import NoSpace
+
+app = typer.Typer(
+    name="mllm",
+    help="Train and use multimodal language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(help="Prepare data.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+RecipePath = Annotated[Path, typer.Argument(help="A recipe, or a folder of recipes.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe to change.")
+]
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Workers, one GPU each.")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="Workers without GPUs.")] = None,
+) -> None:
+    """Train a stage, or all stages of a folder. Run it again to go on where it stopped."""
+    from mllm.training.launch import Ranks
+    from mllm.training.launch import train as run
+
+    raise typer.Exit(run(recipe, overrides or [], Ranks.choose(gpus, cpus)))
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Say what a run will be: tokens, packs, steps, documents left out, parameters."""
+    from mllm.training.forecast import forecast
+
+    forecast(recipe, overrides or [])
+
+
+@app.command()
+def chat(
+    folder: Annotated[Path, typer.Argument(help="What a stage saved.")],
+    image: Annotated[list[Path] | None, typer.Option(help="An image to ask about.")] = None,
+    question: Annotated[str | None, typer.Option(help="Ask once and leave.")] = None,
+) -> None:
+    """Talk to a model about images."""
+    from mllm.inference.chat import chat as talk
+
+    talk(folder, images=image or [], question=question)
+
+
+@data.command()
+def shard(
+    source: Annotated[Path, typer.Argument(help="A folder or a file of documents.")],
+    out: Annotated[Path, typer.Argument(help="The folder for the shards.")],
+    format: Annotated[str, typer.Option(help="captions, interleaved or llava.")],
+    name: Annotated[str | None, typer.Option(help="The shards' name; default: OUT's.")] = None,
+    documents_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
+) -> None:
+    """Turn documents into shards that training reads."""
+    from data_packing.formats import READERS
+    from data_packing.shards import write_shards
+    from mllm.recipe_yaml import nearest
+
+    if format not in READERS:
+        raise ValueError(f"unknown format {format!r}{nearest(format, READERS)}")
+    report = write_shards(READERS[format](source), out, name or out.name, documents_per_shard)
+    typer.echo(str(report))
+
+
+def main() -> None:
+    """The command's entry point: errors of users are one message, without a traceback."""
+    try:
+        app()
+    except (ValueError, NoSpace) as error:
+        complain(str(error))
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

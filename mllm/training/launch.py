@@ -1,0 +1,318 @@
+"""What `mllm train` does: it starts `deepspeed`, shows what the workers do, and cleans up.
+
+The workers run in a session of their own, so that Ctrl-C reaches this process alone: it asks them
+to finish the step, save and leave. A second Ctrl-C ends them at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+
+from mllm.recipe import Recipe, load_all
+from mllm.training.control import CONTROL, ERROR, EVENTS, PARENT, STOP, parent_mark
+from mllm.training.progress import Screen, complain, duration
+from mllm.training.run_folder import Lock, NoSpace, RunFolder, full_disk_is_clear
+
+STOPPED = 130
+POLL_SECONDS = 0.2
+LOG_LINES = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """How many workers, and on what.
+
+    Attributes:
+        count: number of workers.
+        gpus: whether each has a GPU; otherwise they share the processor.
+    """
+
+    count: int
+    gpus: bool
+
+    @classmethod
+    def choose(cls, gpus: int | None, cpus: int | None) -> Ranks:
+        """What the user asked for, or all GPUs, or one rank per two cores (at most two).
+
+        Raises:
+            ValueError: when both are given, or more GPUs than there are.
+        """
+        if gpus is not None and cpus is not None:
+            raise ValueError("give --gpus or --cpus, not both")
+        if cpus is not None:
+            return cls(cpus, gpus=False)
+        present = gpu_count()
+        if gpus is not None:
+            if gpus > present:
+                raise ValueError(
+                    f"--gpus {gpus}: this machine has {present}; use --cpus N to train without"
+                )
+            return cls(gpus, gpus=True)
+        if present:
+            return cls(present, gpus=True)
+        return cls(min(2, len(os.sched_getaffinity(0))), gpus=False)
+
+
+def gpu_count() -> int:
+    """GPUs of this machine, without importing torch (which takes seconds)."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([d for d in visible.split(",") if d.strip() not in ("", "-1")])
+    try:
+        listing = subprocess.run(
+            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+
+
+def train(path: Path, overrides: Sequence[str], ranks: Ranks, console: Console | None = None) -> int:
+    """Run a recipe, or every recipe of a folder. Returns the exit status.
+
+    Raises:
+        ValueError: for everything that can be refused before a worker starts.
+    """
+    for file, recipe in load_all(path, overrides):
+        status = train_stage(file, overrides, recipe, ranks, console)
+        if status:
+            return status
+    return 0
+
+
+def train_stage(
+    file: Path,
+    overrides: Sequence[str],
+    recipe: Recipe,
+    ranks: Ranks,
+    console: Console | None = None,
+) -> int:
+    """Run one stage, unless it is finished. Returns 0, 130 when it was stopped, else 1."""
+    from mllm.training import build
+
+    folder = RunFolder(recipe.output)
+    build.shards(recipe)
+    identity = recipe.identity() | {"model.parent": build.parent_id(recipe)}
+    folder.check_same(json.loads(json.dumps(identity)))
+    screen = Screen(file.stem, console)
+    finished = folder.finished()
+    if finished is not None:
+        screen.note(f"already finished ({finished['steps']} steps), in {folder.path}")
+        return 0
+    with full_disk_is_clear(folder.path), locked(folder):
+        return Launch(file, overrides, folder, ranks, screen).run()
+
+
+@contextlib.contextmanager
+def locked(folder: RunFolder) -> Iterator[None]:
+    """Keep other runs out of a folder.
+
+    Raises:
+        ValueError: when another run is writing there.
+    """
+    lock, workers = Lock(folder.path / "lock"), Lock(folder.path / "worker.lock")
+    for other in (lock, workers):
+        if not other.acquire():
+            lock.release()
+            raise ValueError(
+                f"{folder.path}: another run is writing there (process {other.holder()}); wait "
+                "for it, or give another run.output"
+            )
+    workers.release()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@dataclass(slots=True)
+class Tail:
+    """Reads the whole lines that are added to a file."""
+
+    path: Path
+    offset: int = 0
+
+    def records(self) -> list[dict[str, Any]]:
+        """What was added since the last call."""
+        found = []
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            if file.tell() < self.offset:  # the workers dropped the lines of repeated steps
+                self.offset = 0
+            file.seek(self.offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self.offset += len(line)
+                with contextlib.suppress(json.JSONDecodeError):
+                    found.append(json.loads(line))
+        return found
+
+
+@dataclass(slots=True)
+class Launch:
+    """One start of the workers.
+
+    Attributes:
+        file, overrides: what the workers read again.
+        screen: where it is shown.
+    """
+
+    file: Path
+    overrides: Sequence[str]
+    folder: RunFolder
+    ranks: Ranks
+    screen: Screen
+    interrupts: int = 0
+    done: dict[str, Any] | None = None
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(self) -> int:
+        """Start, watch, clean up. Returns the exit status."""
+        control = Path(tempfile.mkdtemp(prefix="mllm-"))
+        previous = {n: signal.signal(n, self._interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+        process: subprocess.Popen[bytes] | None = None
+        try:
+            with self._log() as log, self.screen:
+                process = self._start(control, log)
+                self._watch(process, control)
+            return self._outcome(process, control)
+        finally:
+            if process is not None:
+                end_session(process)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            shutil.rmtree(control, ignore_errors=True)
+
+    def _log(self) -> IO[bytes]:
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        return self.folder.log.open("ab")
+
+    def _start(self, control: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        environment = os.environ | {CONTROL: str(control), PARENT: parent_mark()}
+        environment["PYTHONUNBUFFERED"] = "1"
+        if not self.ranks.gpus:
+            cores = max(1, len(os.sched_getaffinity(0)) // self.ranks.count)
+            environment["DS_ACCELERATOR"] = "cpu"
+            environment.setdefault("OMP_NUM_THREADS", str(cores))
+        # --num_gpus counts workers, on processors too; the port is free at this moment
+        command = [*launcher(), "--num_gpus", str(self.ranks.count)]
+        command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+        command += ["--module", "mllm.training.worker", str(self.file), *self.overrides]
+        self.screen.event({"phase": f"starting {self.ranks.count} workers"})
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def _watch(self, process: subprocess.Popen[bytes], control: Path) -> None:
+        events = Tail(control / EVENTS)
+        metrics = Tail(self.folder.metrics)
+        metrics.records()  # what an earlier part of the run wrote
+        asked = False
+        while True:
+            ended = process.poll() is not None
+            for event in events.records():
+                if "done" in event:
+                    self.done = event
+                self.screen.event(event)
+            for record in metrics.records():
+                self.screen.metric(record)
+            if ended:
+                return
+            if self.interrupts and not asked:
+                asked = True
+                (control / STOP).touch()
+                self.screen.note("stopping: the workers finish this step and save")
+            if self.interrupts > 1:
+                self.screen.note("ending the workers at once")
+                return
+            self.screen.tick()
+            time.sleep(POLL_SECONDS)
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        self.interrupts += 1
+
+    def _outcome(self, process: subprocess.Popen[bytes], control: Path) -> int:
+        if self.interrupts > 1 or (self.interrupts and self.done is None):
+            self.screen.note("stopped; the last checkpoint is kept, the same command goes on")
+            return STOPPED
+        error = self._error(control)
+        if self.done is None or error is not None or process.returncode:
+            complain(error or self._unexplained(process.returncode))
+            return 1
+        if self.done["done"] == "stopped":
+            self.screen.note(
+                f"stopped and saved at step {self.done['step']}; the same command goes on from there"
+            )
+            return STOPPED
+        finished = self.folder.finished() or {}
+        seconds = float(finished.get("seconds", 0.0))
+        self.screen.note(
+            f"finished: {finished.get('steps')} steps, {finished.get('tokens', 0):,} useful tokens "
+            f"in {duration(seconds)}, saved in {self.folder.path}"
+        )
+        return 0
+
+    @staticmethod
+    def _error(control: Path) -> str | None:
+        with contextlib.suppress(OSError, json.JSONDecodeError):
+            return str(json.loads((control / ERROR).read_text())["message"])
+        return None
+
+    def _unexplained(self, status: int | None) -> str:
+        """A worker died without a word: killed, or out of memory."""
+        text = f"the workers ended with status {status} and no message"
+        lines: list[str] = []
+        with contextlib.suppress(OSError):
+            lines = self.folder.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        if any("return code = -9" in line for line in lines):
+            text = "a worker was killed (signal 9); most often the machine ran out of memory"
+        return "\n".join([f"{text}. The end of {self.folder.log}:", *lines])
+
+
+def launcher() -> list[str]:
+    """The `deepspeed` command of this environment, by its module."""
+    return [sys.executable, "-m", "deepspeed.launcher.runner"]
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """End everything that was started with the workers, loaders and compilers included."""
+    for number, patience in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 10.0)):
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            try:
+                os.killpg(process.pid, number)
+            except ProcessLookupError:
+                return
+            process.poll()
+            time.sleep(0.1)
+
+
+__all__ = ["NoSpace", "Ranks", "train", "train_stage"]

@@ -1,0 +1,141 @@
+"""What a person sees while a stage runs: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_SECONDS = 5.0
+SMOOTH = 0.1
+
+
+class Screen:
+    """One stage's progress.
+
+    Args:
+        title: the stage's name.
+        console: where to print; stdout by default.
+    """
+
+    def __init__(self, title: str, console: Console | None = None) -> None:
+        self.title = title
+        self.console = console or Console()
+        self.live = self.console.is_terminal
+        self.phase = ""
+        self.step = self.steps = 0
+        self.loss: float | None = None
+        self.rate = self.seconds_per_step = 0.0
+        self._phase_began = self._printed = time.monotonic()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self.live:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                console=self.console,
+            )
+            self._task = self._bar.add_task(self.title, total=None, facts="")
+            self._live = Live(
+                get_renderable=self._picture, console=self.console, refresh_per_second=4
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(f"{self.title}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Something the workers said."""
+        if "note" in event:
+            self.note(str(event["note"]))
+        if "steps" in event:
+            self.steps = int(event["steps"])
+        if "step" in event:
+            self.step = max(self.step, int(event["step"]))
+        if "phase" in event and event["phase"] != self.phase:
+            self.phase = str(event["phase"])
+            self._phase_began = time.monotonic()
+            if not self.live:
+                self.note(self.phase)
+                self._printed = time.monotonic()
+
+    def metric(self, record: dict[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        fresh = self.seconds_per_step == 0.0
+        mix = 1.0 if fresh else SMOOTH
+        seconds = max(1e-9, float(record["seconds"]))
+        self.seconds_per_step += mix * (seconds - self.seconds_per_step)
+        self.rate += mix * (record["tokens"] / seconds - self.rate)
+        self.step, self.steps = int(record["step"]), int(record["steps"])
+        loss = float(record["loss"])
+        self.loss = loss if self.loss is None else self.loss + SMOOTH * (loss - self.loss)
+
+    def tick(self) -> None:
+        """Call it a few times a second: plain output says that it is still alive."""
+        now = time.monotonic()
+        if self.live or now - self._printed < PLAIN_SECONDS:
+            return
+        self._printed = now
+        if self.training:
+            self.note(f"step {self.step}/{self.steps}  {self._facts()}")
+        else:
+            self.note(f"{self.phase} … {now - self._phase_began:.0f} s")
+
+    @property
+    def training(self) -> bool:
+        """Whether steps are being made."""
+        return self.phase == "training" and self.steps > 0 and self.seconds_per_step > 0
+
+    def _facts(self) -> str:
+        left = (self.steps - self.step) * self.seconds_per_step
+        loss = "-" if self.loss is None else f"{self.loss:.3f}"
+        return f"loss {loss}  {self.rate:,.0f} useful tokens/s  {duration(left)} left"
+
+    def _picture(self) -> Table | Text:
+        if self.training and self._bar is not None and self._task is not None:
+            self._bar.update(
+                self._task, total=self.steps, completed=self.step, facts=self._facts()
+            )
+            return self._bar.make_tasks_table(self._bar.tasks)
+        seconds = time.monotonic() - self._phase_began
+        frame = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"[int(seconds * 4) % 10]
+        return Text(f"{frame} {self.title}: {self.phase or 'starting'} … {seconds:.0f} s")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3 min 20 s, 2 h 5 min."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def complain(text: str) -> None:
+    """An error for people, on stderr."""
+    print(f"mllm: {text}", file=sys.stderr, flush=True)
