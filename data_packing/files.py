@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under its name only when it is complete on disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = partial_path(path)
     try:
         with open(partial, "wb") as file:
             yield file
@@ -26,6 +27,11 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def partial_path(path: Path) -> Path:
+    """A hidden name beside `path` for what is not finished, of this process alone."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def sync_folder(folder: Path) -> None:
@@ -72,3 +78,28 @@ def unpack_strings(arrays: dict[str, NDArray[Any]], name: str) -> list[str]:
     data, ends = arrays[name].tobytes(), arrays[f"{name}_ends"].tolist()
     starts = [0, *ends][: len(ends)]
     return [data[start:end].decode("utf-8") for start, end in zip(starts, ends, strict=True)]
+
+
+class OpenFiles:
+    """Files kept open for reading at any place; the oldest is closed when there are many."""
+
+    def __init__(self, most: int = 64) -> None:
+        self.most = most
+        self._open: dict[Path, int] = {}
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        """Read `size` bytes from `offset`; fewer where the file ends before."""
+        if path not in self._open:
+            if len(self._open) >= self.most:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[path] = os.open(path, os.O_RDONLY)
+        return os.pread(self._open[path], size, offset)
+
+    def close(self) -> None:
+        """Close them all; reading opens them again."""
+        for file in self._open.values():
+            os.close(file)
+        self._open.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"most": self.most, "_open": {}}

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -17,13 +18,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_packing.document import Document, DocumentError
-from data_packing.files import load_arrays, pack_strings, save_arrays, unpack_strings
+from data_packing.files import OpenFiles, load_arrays, pack_strings, save_arrays, unpack_strings
 from data_packing.ledger import Refusal
 from data_packing.sample import Cost
 from data_packing.shards import parse_span, read_index, read_refusals
 
-_OPEN_FILES = 64
 _Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a document lies: its shard, its row there, and its bytes."""
+
+    path: Path
+    row: int
+    offset: int
+    size: int
+
+    def key(self) -> str:
+        """The key of the document, from the shard's index."""
+        return unpack_strings(read_index(self.path), "keys")[self.row]
 
 
 @dataclass(slots=True)
@@ -59,12 +73,18 @@ class Index:
     refused_documents: int
     fingerprint: str
     _shard_start: NDArray[np.int64]
-    _files: dict[int, int]
-    _keys: dict[int, list[str]]
+    _files: OpenFiles
+    _keys: tuple[Path, list[str]] | None = None
 
     def __len__(self) -> int:
         """The number of documents in the shards, the refused ones included."""
         return len(self.offset)
+
+    def place(self, number: int) -> Place:
+        """Where a document lies."""
+        shard = int(self.shard[number])
+        row = number - int(self._shard_start[shard])
+        return Place(self.paths[shard], row, int(self.offset[number]), int(self.size[number]))
 
     def read(self, number: int) -> Document:
         """Read one document by its number.
@@ -73,38 +93,19 @@ class Index:
             DocumentError: its bytes are damaged.
             OSError: the shard cannot be read.
         """
-        file = self._file(int(self.shard[number]))
-        span = os.pread(file, int(self.size[number]), int(self.offset[number]))
-        return parse_span(span)
+        place = self.place(number)
+        return parse_span(self._files.read(place.path, place.offset, place.size))
 
     def key(self, number: int) -> str:
         """The key of a document, without reading the document."""
-        shard = int(self.shard[number])
-        if shard not in self._keys:
-            self._keys.clear()
-            self._keys[shard] = unpack_strings(read_index(self.paths[shard]), "keys")
-        return self._keys[shard][number - int(self._shard_start[shard])]
+        place = self.place(number)
+        if self._keys is None or self._keys[0] != place.path:
+            self._keys = place.path, unpack_strings(read_index(place.path), "keys")
+        return self._keys[1][place.row]
 
     def close(self) -> None:
         """Close the shards that were opened for reading."""
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
-
-    def _file(self, shard: int) -> int:
-        if shard not in self._files:
-            if len(self._files) >= _OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
-        return self._files[shard]
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {name: getattr(self, name) for name in self.__slots__}
-        return state | {"_files": {}, "_keys": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        self._files.close()
 
 
 def build_index(
@@ -148,7 +149,8 @@ def _token_counts(shard: Path, *, cost: Callable[[Document], Cost], token: str) 
     except (FileNotFoundError, ValueError, KeyError):
         pass  # no cache yet, or a damaged one: it is only a cache
     counts = _count(shard, index, cost)
-    save_arrays(cache, counts)
+    with suppress(OSError):  # a folder that cannot be written costs time, nothing else
+        save_arrays(cache, counts)
     return index | counts
 
 
@@ -184,7 +186,12 @@ def _count(shard: Path, index: _Arrays, cost: Callable[[Document], Cost]) -> _Ar
 
 
 def _checked_cost(document: Document, cost: Callable[[Document], Cost]) -> Cost:
-    price = cost(document)
+    try:
+        price = cost(document)
+    except DocumentError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"cost() failed on document {document.key!r}: {error}") from error
     images = [image for _, images in price.pieces for image in images]
     if images != list(range(len(document.images))):
         raise ValueError(
@@ -239,8 +246,7 @@ def _assemble(shards: list[Path], counted: list[_Arrays], fingerprint: str) -> I
         refused_documents=refused_documents,
         fingerprint=digest.hexdigest(),
         _shard_start=_starts(np.array(documents, dtype=np.int64)),
-        _files={},
-        _keys={},
+        _files=OpenFiles(),
     )
 
 

@@ -88,14 +88,18 @@ class Ledger:
         self.split.append(how)
 
     def drop(self, refusals: Iterable[Refusal]) -> None:
-        """Move documents from used to refused: they failed after they were planned.
+        """Note documents that were planned and then failed to read or decode.
 
-        A document that fails again in a later epoch is counted once.
+        Give all of a run at once: a document that fails again in a later epoch is counted once. A
+        document that was split keeps its other slices; the lost one is noted with its reason.
         """
-        known = {(item.source, item.key) for item in self.refused}
-        for refusal in refusals:
-            if (refusal.source, refusal.key) not in known:
-                known.add((refusal.source, refusal.key))
+        cut = {(item.source, item.key) for item in self.split}
+        for refusal in {(item.source, item.key): item for item in refusals}.values():
+            if (refusal.source, refusal.key) in cut:
+                self.of(refusal.source).pieces_refused += 1
+                lost = f"a slice is lost: {refusal.reason}"
+                self.split.append(Refusal(refusal.source, refusal.key, lost))
+            else:
                 self.of(refusal.source).used -= 1
                 self.refuse(refusal)
 

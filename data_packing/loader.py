@@ -6,7 +6,7 @@ import multiprocessing
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -15,11 +15,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data_packing.document import Document, DocumentError
-from data_packing.index import Index
+from data_packing.files import OpenFiles
+from data_packing.index import Index, Place
 from data_packing.ledger import Refusal
 from data_packing.pack import TENSORS, Pack, collate
 from data_packing.plan import Cursor, Entry, Plan, PlannedPack, PlannedStep, micro_packs
 from data_packing.sample import Sample
+from data_packing.shards import parse_span
 
 Encode = Callable[[Document], Sample]
 
@@ -68,7 +70,9 @@ class Loader:
         self.rank, self.world = rank, world
         self.workers, self.prefetch = workers, prefetch
         inline = workers > 0 and _little_shared_memory()
-        self.reader = _Reader(list(indexes), encode, plan.across_documents, inline)
+        self.indexes = list(indexes)
+        sources = [index.name for index in indexes]
+        self.reader = _Reader(sources, encode, plan.across_documents, inline)
 
     def __iter__(self) -> Iterator[tuple[PlannedStep, list[Pack]]]:
         ahead: deque[tuple[PlannedStep, int]] = deque()
@@ -93,7 +97,7 @@ class Loader:
             shutdown = getattr(iterator, "_shutdown_workers", None)
             if shutdown is not None:
                 shutdown()
-            self.reader.close()
+            self.reader.files.close()
 
     def _context(self) -> BaseContext:
         if "forkserver" not in multiprocessing.get_all_start_methods():
@@ -109,48 +113,59 @@ class _Order:
     def __init__(self, loader: Loader, ahead: deque[tuple[PlannedStep, int]]) -> None:
         self.loader, self.ahead = loader, ahead
 
-    def __iter__(self) -> Iterator[PlannedPack | None]:
+    def __iter__(self) -> Iterator[_Job | None]:
         loader = self.loader
         for step in loader.plan.steps(loader.cursor):
             own = micro_packs(step, loader.rank, loader.world)
             self.ahead.append((step, len(own)))
-            yield from own
+            for planned in own:
+                yield None if planned is None else self._job(planned)
+
+    def _job(self, planned: PlannedPack) -> _Job:
+        indexes = self.loader.indexes
+        places = [indexes[entry.source].place(entry.document) for entry in planned.entries]
+        return _Job(planned.number, tuple(zip(planned.entries, places, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A planned pack with the places of its documents: all that a worker needs to know."""
+
+    number: int
+    entries: tuple[tuple[Entry, Place], ...]
 
 
 class _Reader(Dataset[Any]):
-    """What workers run: a planned pack in, a pack out."""
+    """What workers run: a job in, a pack out. It holds no index, so workers stay small."""
 
     def __init__(
-        self, indexes: list[Index], encode: Encode, across_documents: bool, inline: bool
+        self, sources: list[str], encode: Encode, across_documents: bool, inline: bool
     ) -> None:
-        self.indexes, self.encode = indexes, encode
+        self.sources, self.encode = sources, encode
         self.across_documents, self.inline = across_documents, inline
+        self.files = OpenFiles()
 
-    def __getitem__(self, planned: PlannedPack | None) -> Pack | dict[str, Any]:
-        pack = Pack.empty() if planned is None else self._read(planned)
+    def __getitem__(self, job: _Job | None) -> Pack | dict[str, Any]:
+        pack = Pack.empty() if job is None else self._read(job)
         return _inline(pack) if self.inline else pack
 
-    def close(self) -> None:
-        for index in self.indexes:
-            index.close()
-
-    def _read(self, planned: PlannedPack) -> Pack:
+    def _read(self, job: _Job) -> Pack:
         samples, refused = [], []
-        for entry in planned.entries:
+        for entry, place in job.entries:
+            source = self.sources[entry.source]
             try:
-                samples.append(self._sample(entry))
+                samples.append(self._sample(entry, place))
             except DocumentError as error:
-                refused.append(Refusal(self._source(entry), self._key(entry), str(error)))
+                refused.append(Refusal(source, place.key(), str(error)))
             except Exception as error:
-                name = f"document {self._key(entry)!r} of {self._source(entry)!r}"
-                kind = type(error).__name__
-                raise RuntimeError(f"{name}, pack {planned.number}: {kind}: {error}") from error
-        pack = collate(samples, planned.number, self.across_documents)
+                name = f"document {place.key()!r} of {source!r} (pack {job.number})"
+                raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
+        pack = collate(samples, job.number, self.across_documents)
         pack.refused = refused
         return pack
 
-    def _sample(self, entry: Entry) -> Sample:
-        document = self.indexes[entry.source].read(entry.document)
+    def _sample(self, entry: Entry, place: Place) -> Sample:
+        document = parse_span(self.files.read(place.path, place.offset, place.size))
         if not entry.whole:
             document = document.select(entry.start_piece, entry.stop_piece)
         sample = self.encode(document)
@@ -160,12 +175,6 @@ class _Reader(Dataset[Any]):
                 "index was made with other settings, or the processor counts wrongly"
             )
         return sample
-
-    def _source(self, entry: Entry) -> str:
-        return self.indexes[entry.source].name
-
-    def _key(self, entry: Entry) -> str:
-        return self.indexes[entry.source].key(entry.document)
 
 
 def _little_shared_memory() -> bool:

@@ -25,7 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_packing.document import Document, DocumentError, Image, Part, Text
-from data_packing.files import load_arrays, pack_strings, save_arrays, sync_folder, unpack_strings
+from data_packing.files import (
+    load_arrays,
+    pack_strings,
+    partial_path,
+    save_arrays,
+    sync_folder,
+    unpack_strings,
+)
 from data_packing.ledger import Refusal
 
 VERSION = 1
@@ -266,7 +273,8 @@ def _fault(document: Document, name: str, seen: set[str]) -> Refusal | None:
 
 def _remove_old(folder: Path, name: str) -> None:
     """Remove shards of this name, their indexes first: what is left is then no shard."""
-    own = re.compile(re.escape(name) + r"-\d{6}\.(index\.npz|tokens-\w+\.npz|tar)")
+    files = r"-\d{6}\.(index\.npz|tokens-\w+\.npz|tar)"
+    own = re.compile(rf"{name}{files}|\.{name}{files}\.[\w-]+\.tmp")
     old = [path for path in folder.iterdir() if own.fullmatch(path.name)]
     for path in sorted(old, key=lambda path: path.suffix == ".tar"):
         path.unlink()
@@ -305,7 +313,7 @@ class _Hashing(io.RawIOBase):
 class _ShardWriter:
     def __init__(self, path: Path, refused: list[Refusal]) -> None:
         self.path = path
-        self.partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self.partial = partial_path(path)
         self.file = open(self.partial, "wb")  # noqa: SIM115 - closed by close() or abandon()
         self.out = _Hashing(self.file)
         self.refused = refused
