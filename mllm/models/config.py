@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -21,7 +21,9 @@ class MultimodalConfig(PreTrainedConfig):
     """
 
     model_type = "mllm"
-    sub_configs_defaults = {"text_config": SubConfigSpec(AutoConfig, model_type="llama")}
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "text_config": SubConfigSpec(AutoConfig, model_type="llama")
+    }
 
     encoder: dict[str, Any] | None = None
     connector: dict[str, Any] | None = None

@@ -131,7 +131,7 @@ def _package() -> Any:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise ValueError(
-            "the encoder 'efficientnet_lite' needs the package efficientnet-lite-pytorch: "
-            "pip install 'mllm[quickstart]'"
+            "the encoder 'efficientnet_lite' needs a package: "
+            "pip install --no-deps efficientnet-lite-pytorch"
         ) from error
     return EfficientNet

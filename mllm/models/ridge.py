@@ -1,0 +1,179 @@
+"""A closed-form start for the connector: its last linear layer by ridge regression.
+
+The features that reach the last layer, averaged over an image's visual tokens, are mapped to the
+mean embedding of the words that follow the image. The rest of the connector stays as it was drawn.
+It touches weights directly, so it runs before DeepSpeed, on one rank; the caller broadcasts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_packing.document import Document, DocumentError
+from data_packing.sample import IGNORED, Sample
+from mllm.models.modeling import MultimodalModel
+from mllm.models.processor import Processor
+
+if TYPE_CHECKING:
+    from data_packing.index import Index
+
+_FEWEST = 8
+_LONGEST = 64  # learned tokens: the mean embedding of a page says nothing about its image
+
+
+@dataclass(frozen=True, slots=True)
+class RidgeReport:
+    """What the start was solved from.
+
+    Attributes:
+        examples: image and text pairs.
+        explained: share of the targets' variance that the solution explains on them.
+    """
+
+    examples: int
+    explained: float
+
+
+def solve(inputs: Tensor, targets: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """Solve min |X W' + b - Y|² + s |W|² with s = strength x mean diagonal of the centred X'X.
+
+    Args:
+        inputs: X [n, H]; targets: Y [n, D]; any float type, solved in fp64.
+
+    Returns:
+        weight [D, H] and bias [D], as `nn.Linear` has them, fp64.
+    """
+    x, y = inputs.double(), targets.double()
+    mean_x, mean_y = x.mean(dim=0), y.mean(dim=0)
+    gram = (x - mean_x).T @ (x - mean_x)
+    penalty = strength * gram.diagonal().mean()
+    gram.diagonal().add_(penalty)
+    weight = torch.linalg.solve(gram, (x - mean_x).T @ (y - mean_y)).T
+    return weight, mean_y - weight @ mean_x
+
+
+@torch.no_grad()
+def fit(
+    model: MultimodalModel,
+    samples: Sequence[Sample],
+    strength: float = 0.1,
+    batch: int = 32,
+) -> RidgeReport:
+    """Set the last linear layer of the connector from samples of one image and a short text.
+
+    Args:
+        samples: each with one image; the learned tokens that are words are its text.
+
+    Raises:
+        ValueError: fewer than 8 samples.
+    """
+    if len(samples) < _FEWEST:
+        raise ValueError(
+            f"init: ridge found {len(samples)} documents of one image and a short text; it needs "
+            f"at least {_FEWEST}: put captions among the sources or set connector.init: random"
+        )
+    was_training = model.training
+    model.eval()
+    batches = [samples[at : at + batch] for at in range(0, len(samples), batch)]
+    inputs = torch.cat([_inputs(model, group) for group in batches])
+    targets = torch.cat([_targets(model, group) for group in batches])
+    weight, bias = solve(inputs, targets, strength)
+    last = model.connector.last_linear()
+    last.weight.copy_(weight)
+    last.bias.copy_(bias)
+    model.train(was_training)
+    residual = targets.double() - (inputs.double() @ weight.T + bias)
+    spread = targets.double() - targets.double().mean(dim=0)
+    return RidgeReport(len(samples), float(1 - residual.square().sum() / spread.square().sum()))
+
+
+def warm_start(
+    model: MultimodalModel,
+    processor: Processor,
+    indexes: Sequence[Index],
+    seed: int,
+    limit: int = 1024,
+) -> RidgeReport:
+    """Pick documents of one image and a short text from the sources, and `fit`.
+
+    Args:
+        indexes: the sources of the stage.
+        seed: of the choice.
+        limit: how many documents at most.
+
+    Raises:
+        ValueError: hardly any such document.
+    """
+    samples: list[Sample] = []
+    for document in _documents(indexes, seed):
+        try:
+            sample = processor.encode(document)
+        except DocumentError:
+            continue  # the loader refuses it by name when it is planned
+        if 0 < len(_words(model, sample)) <= _LONGEST:
+            samples.append(sample)
+        if len(samples) == limit:
+            break
+    return fit(model, samples)
+
+
+def _documents(indexes: Sequence[Index], seed: int) -> Iterator[Document]:
+    """Documents with one image, of all sources, in a random order."""
+    places: list[tuple[int, int]] = []
+    for source, index in enumerate(indexes):
+        images = np.diff(index.piece_image_start[index.piece_start])
+        places += [(source, int(number)) for number in np.flatnonzero(images == 1)]
+    for at in np.random.default_rng(seed).permutation(len(places)):
+        source, number = places[at]
+        try:
+            yield indexes[source].read(number)
+        except DocumentError:
+            continue
+
+
+def _words(model: MultimodalModel, sample: Sample) -> np.ndarray:
+    """The learned tokens without those that end a text or a turn."""
+    learned = sample.labels[sample.labels != IGNORED]
+    ends = model.generation_config.eos_token_id
+    return learned[~np.isin(learned, ends if isinstance(ends, list) else [ends])]
+
+
+def _inputs(model: MultimodalModel, samples: Sequence[Sample]) -> Tensor:
+    """What reaches the last linear layer [n, H], averaged over each image's visual tokens."""
+    caught: list[Tensor] = []
+
+    def catch(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        caught.append(arguments[0].float().mean(dim=1))
+
+    hook = model.connector.last_linear().register_forward_pre_hook(catch)
+    pixels = torch.from_numpy(np.stack([sample.pixels[0] for sample in samples]))
+    try:
+        with _fast(model.device):
+            model.image_features(pixels.to(model.device))
+    finally:
+        hook.remove()
+    return caught[0]
+
+
+def _targets(model: MultimodalModel, samples: Sequence[Sample]) -> Tensor:
+    """Mean embedding [n, D] of each sample's words."""
+    embed = model.get_input_embeddings()
+    words = [torch.from_numpy(_words(model, sample)).to(model.device) for sample in samples]
+    return torch.stack([embed(ids).float().mean(dim=0) for ids in words])
+
+
+def _fast(device: torch.device) -> AbstractContextManager[object]:
+    """bf16 where the device computes it natively; a warm start needs no more digits."""
+    native = (
+        torch.cuda.is_bf16_supported()
+        if device.type == "cuda"
+        else torch.cpu._is_avx512_bf16_supported()
+    )
+    return torch.autocast(device.type, torch.bfloat16) if native else nullcontext()
