@@ -1,7 +1,7 @@
 """Read what is inside fetched packages, member by member; nothing is ever extracted by its name.
 
 A .deb is an `ar` archive with a compressed tar in it. It is read as a stream, so that a file that
-is still arriving, or only its beginning, can be read too.
+is still arriving, or only its beginning, can be read too. What was cut out of one is a plain tar.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def safe_name(name: str) -> PurePosixPath:
 
 
 def members(deb: Path | BinaryIO) -> Iterator[tuple[PurePosixPath, BinaryIO]]:
-    """Yield the regular files of a .deb in their order: (relative path, content to read now).
+    """Yield the regular files of a package in their order: (relative path, content to read now).
+
+    Args:
+        deb: a .deb, or the plain tar that `fixture.py` cuts out of one.
 
     Links, devices and folders are passed over: their content is nothing we use.
 
@@ -84,6 +87,9 @@ def _opened(deb: Path | BinaryIO) -> Iterator[BinaryIO]:
 @contextmanager
 def _data_tar(file: BinaryIO, deb: Path | BinaryIO) -> Iterator[BinaryIO]:
     """The uncompressed data.tar of a .deb."""
+    if isinstance(deb, Path) and deb.suffix == ".tar":
+        yield file
+        return
     if file.read(len(_AR_MAGIC)) != _AR_MAGIC:
         raise ValueError("not a Debian package (no ar header)")
     while True:
@@ -101,14 +107,16 @@ def _data_tar(file: BinaryIO, deb: Path | BinaryIO) -> Iterator[BinaryIO]:
             remaining -= len(chunk)
     window = io.BufferedReader(_Window(file, size))
     if name == "data.tar.xz":
-        yield cast(BinaryIO, lzma.open(window))
+        with lzma.open(window) as stream:
+            yield cast(BinaryIO, stream)
     elif name == "data.tar.gz":
-        yield cast(BinaryIO, gzip.open(window))
+        with gzip.open(window) as stream:
+            yield cast(BinaryIO, stream)
     elif name == "data.tar":
-        yield window
+        yield cast(BinaryIO, window)
     else:
-        with _by_dpkg(name, deb) as stream:
-            yield stream
+        with _by_dpkg(name, deb) as piped:
+            yield piped
 
 
 @contextmanager

@@ -93,10 +93,10 @@ def _unit(purpose: str, text: str) -> float:
 
 def shrunk(data: bytes, max_side: int = MAX_SIDE) -> bytes:
     """The image as it is if it is small enough, else scaled down, as PNG."""
-    with Image.open(io.BytesIO(data)) as image:
-        if max(image.size) <= max_side and image.format in ("PNG", "JPEG"):
+    with Image.open(io.BytesIO(data)) as opened:
+        if max(opened.size) <= max_side and opened.format in ("PNG", "JPEG"):
             return data
-        image = image.convert("RGBA" if image.mode in ("P", "LA", "PA", "RGBA") else "RGB")
+        image = opened.convert("RGBA" if opened.mode in ("P", "LA", "PA", "RGBA") else "RGB")
         image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
         output = io.BytesIO()
         image.save(output, "PNG")

@@ -13,7 +13,7 @@ from scripts.quickstart.archive import members
 from scripts.quickstart.captions import Picture, held_out, kept, shrunk, write_pictures
 from scripts.quickstart.console import Advance
 
-__all__ = ["build", "catalogue", "properties"]
+__all__ = ["build", "catalogue", "catalogue_members", "properties"]
 
 LANGUAGES = ("fr", "de", "es")
 _CATALOGUE = "PluginFurnitureCatalog"
@@ -63,6 +63,15 @@ def catalogue(
                 stats["without image"] += 1
                 continue
             yield _picture(name, number, piece, general, others), shrunk(archive.read(icon))
+
+
+def catalogue_members(archive: zipfile.ZipFile, pieces: int) -> list[str]:
+    """The members of a catalogue that its first so many pieces are read from."""
+    texts = [f"{_CATALOGUE}.properties"]
+    texts += [f"{_CATALOGUE}_{language}.properties" for language in LANGUAGES]
+    numbered = _numbered(archive.read(texts[0]))
+    icons = [numbered[number]["icon"].lstrip("/") for number in sorted(numbered)]
+    return [name for name in (*texts, *icons[:pieces]) if name in archive.namelist()]
 
 
 def _picture(

@@ -9,10 +9,11 @@ import re
 import warnings
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bs4 import BeautifulSoup, NavigableString, Tag, XMLParsedAsHTMLWarning
+from bs4 import BeautifulSoup, Tag, XMLParsedAsHTMLWarning
+from bs4.element import NavigableString
 from PIL import Image
 
 from scripts.quickstart.archive import members
@@ -28,8 +29,9 @@ MIN_WORDS = 40
 WINDOW_TOKENS = 1500
 TOKENS_PER_IMAGE = 16
 CHARACTERS_PER_TOKEN = 4.2
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 NAVIGATION = ("navheader", "navfooter", "toc", "index", "indexdiv", "footnotes")
-_ROOT = "usr/share/gimp/2.0/help/en/"
+ROOT = "usr/share/gimp/2.0/help/en/"
 _FIGURE_NUMBER = re.compile(r"^(?:Figure|Table|Example)\s+[\w.]+?\.\s+")
 _SECTION_NUMBER = re.compile(r"^(?:\d+\.)+\s*")
 _TEXT_TAGS = ("p", "h1", "h2", "h3", "h4", "h5", "h6", "dt", "td", "th", "li", "dd", "pre")
@@ -66,7 +68,7 @@ def build(
         avoid: normalised captions that no text of a page may equal (the held-out ones).
     """
     pages, images = _read(package)
-    sizes = {name: size for name, data in images.items() if (size := _size(data)) is not None}
+    sizes = {name: size for name, data in images.items() if (size := size_of(data)) is not None}
     counts = {"pages": 0, "windows": 0, "images": 0, "words": 0, "left out": 0}
     used: set[str] = set()
     with (folder / "pages.jsonl").open("w", encoding="utf-8") as output:
@@ -97,15 +99,21 @@ def _read(package: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
     pages: dict[str, bytes] = {}
     images: dict[str, bytes] = {}
     for path, content in members(package):
-        name = str(path).removeprefix(_ROOT)
+        name = name_of(path)
         if path.suffix == ".html":
             pages[name] = content.read()
-        elif path.suffix in (".png", ".jpg", ".jpeg"):
+        elif path.suffix in IMAGE_SUFFIXES:
             images[name] = content.read()
     return pages, images
 
 
-def _size(data: bytes) -> tuple[int, int] | None:
+def name_of(path: PurePosixPath) -> str:
+    """The path of a file of the manual from its pages."""
+    return str(path).removeprefix(ROOT)
+
+
+def size_of(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of an image file; None if it is no image."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.size
@@ -222,9 +230,7 @@ def _paragraph(tag: Tag, page: _Page) -> None:
 
 def _loose_text(tag: Tag, page: _Page) -> None:
     """Text that stands directly in a container beside its blocks."""
-    words = " ".join(
-        str(child) for child in tag.children if type(child) is NavigableString
-    ).split()
+    words = " ".join(str(child) for child in tag.children if type(child) is NavigableString).split()
     if len(words) > 2:
         page.found.append(Block(" ".join(words)))
 

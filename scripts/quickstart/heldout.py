@@ -1,4 +1,4 @@
-"""What no stage trains on: held-out pictures, and a text that shows what became of plain English."""
+"""What no stage trains on: held-out pictures, and a text that shows what plain English became."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is in the data folder, where it came from and under which licence; for machines and people."""
+"""What is in the data folder, where it came from, under which licence; for machines and people."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from scripts.quickstart.fetch import Fetched, sha256
+from scripts.quickstart.downloads import Fetched, sha256
 from scripts.quickstart.heldout import TEXT_NAME
 from scripts.quickstart.phases import DONE
 from scripts.quickstart.sources import Source

@@ -1,4 +1,4 @@
-"""Folders that are either whole or absent: build aside, rename, skip what is done, one at a time."""
+"""Folders that are whole or absent: build aside, rename, skip what is done, one at a time."""
 
 from __future__ import annotations
 

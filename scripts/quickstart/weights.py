@@ -35,7 +35,7 @@ def convert_language_model(wheel: Path, folder: Path, advance: Advance) -> dict[
         settings.pop("quantization_config", None)
         fresh = type(loaded)(type(loaded.config)(**settings))
         fresh.load_state_dict(loaded.state_dict())
-        fresh.to(torch.bfloat16).save_pretrained(folder)
+        fresh.bfloat16().save_pretrained(folder)
         advance(3, 4)
         AutoTokenizer.from_pretrained(place, gguf_file=name).save_pretrained(folder)
     advance(4, 4)

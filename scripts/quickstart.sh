@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# From a fresh checkout to a trained multimodal model: environment, weights, data, three stages.
+# Arguments go to `python -m scripts.quickstart` (--fraction 0.1, --no-apt, ...). Safe to interrupt:
+# typed again, it goes on where it was.
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$ROOT"
+. "$ROOT/scripts/environment.sh"
+
+trap 'echo; echo "Interrupted. The same command goes on where it was: ./scripts/quickstart.sh"; exit 130' INT
+
+if has_gpu; then make_venv quickstart,gpu; else make_venv quickstart; export DS_ACCELERATOR=cpu; fi
+export PATH="$VENV/bin:$PATH"
+trap - INT
+exec "$VENV/bin/python" -m scripts.quickstart "$@"
