@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 64 * 1024 * 1024
 """Height times width above which an image is refused, unless the caller says otherwise."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _ORIENTATION = 0x0112
 _ROTATED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 _TRANSPOSE = {
@@ -121,7 +121,7 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[PillowImage.Image]:
         start = data[:8].hex(" ")
         raise DocumentError(
             f"not an image of a known format ({len(data):,} bytes, starting {start}); "
-            f"known: {', '.join(FORMATS[:-1])}"
+            f"known: {', '.join(FORMATS)}"
         ) from error
     except (OSError, SyntaxError, ValueError, IndexError, EOFError) as error:
         raise DocumentError(_reason("image", error)) from error

@@ -1,0 +1,89 @@
+"""A model-free processor and small documents, for the tests of data_packing."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as PillowImage
+
+from data_packing.document import Document, Image, Text
+from data_packing.images import decode_all
+from data_packing.index import Index, build_index
+from data_packing.sample import Cost, ImageSlot, Sample
+from data_packing.shards import write_shards
+
+IMAGE_TOKENS = 4
+IMAGE_PATCHES = 16
+SIDE = 4
+
+
+def png(height: int = 8, width: int = 9, seed: int = 0) -> bytes:
+    """A small PNG of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return encoded(PillowImage.fromarray(pixels), "PNG")
+
+
+def encoded(image: PillowImage.Image, kind: str, **options: object) -> bytes:
+    """The bytes of a Pillow image as a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def image(height: int = 8, width: int = 9, seed: int = 0) -> Image:
+    return Image.from_bytes(png(height, width, seed))
+
+
+def image_cost(height: int, width: int) -> tuple[int, int]:
+    return IMAGE_TOKENS, IMAGE_PATCHES
+
+
+def cost(document: Document) -> Cost:
+    """One token per character, and one at the end."""
+    pieces, seen = [], 0
+    for start, stop in document.pieces():
+        parts = document.parts[start:stop]
+        images = sum(isinstance(part, Image) for part in parts)
+        text = sum(len(part.text) for part in parts if isinstance(part, Text))
+        pieces.append((text, tuple(range(seen, seen + images))))
+        seen += images
+    system = document.parts[: document.system_parts]
+    return Cost(1 + sum(len(p.text) for p in system if isinstance(p, Text)), tuple(pieces))
+
+
+def encode(document: Document) -> Sample:
+    """What `cost` promises; pixels are cut to SIDE x SIDE."""
+    ids: list[int] = []
+    slots = []
+    for part in document.parts:
+        if isinstance(part, Image):
+            slots.append(ImageSlot(len(ids), IMAGE_TOKENS, (2, 2)))
+            ids.extend([1] * IMAGE_TOKENS)
+        else:
+            ids.extend(2 + ord(letter) for letter in part.text)
+    tokens = np.array([*ids, 0], dtype=np.int64)
+    pixels = [picture[:SIDE, :SIDE] for picture in decode_all(document.images)]
+    return Sample(tokens, tokens.copy(), slots, pixels, {}, document.source, document.key)
+
+
+def captions(count: int, longest: int = 60, start: int = 0) -> Iterator[Document]:
+    random = np.random.default_rng(start)
+    for number in range(start, start + count):
+        text = "x" * int(random.integers(1, longest))
+        yield Document.caption(image(seed=number % 7), text, "toys", f"k{number}")
+
+
+def page(pieces: list[int], key: str = "page", images: bool = False) -> Document:
+    """A raw document with one piece per number: text of that length, after an image if asked."""
+    parts: list[Text | Image] = []
+    for length in pieces:
+        parts += [image(), Text("y" * length)] if images else [Text("y" * length)]
+    return Document(tuple(parts), "toys", key)
+
+
+def index_of(documents: object, folder: Path, name: str = "toys", per_shard: int = 100) -> Index:
+    report = write_shards(documents, folder, name, per_shard)  # type: ignore[arg-type]
+    return build_index(report.paths, cost, "toy processor")
