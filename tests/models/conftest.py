@@ -38,7 +38,7 @@ CHATML = (
 )
 WORDS = (
     "the cat sat on a red chair while system user assistant helper looked at the picture of "
-    "a small green parrot\nWhat is this? It is a dog. Which room does it belong to?\n"
+    "a small green parrot\nWhat is this? It is a dog. Which room does it belong to?\n\n"
 )
 Parts = tuple[MultimodalModel, Processor]
 
