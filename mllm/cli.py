@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mllm.training.launch import gpu_count
 from mllm.training.progress import complain
 from mllm.training.run_folder import NoSpace
 
@@ -43,6 +46,7 @@ def train(
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Say what a run will be: tokens, packs, steps, documents left out, parameters."""
+    quiet()
     from mllm.training.forecast import forecast
 
     forecast(recipe, overrides or [])
@@ -77,6 +81,16 @@ def shard(
         raise ValueError(f"unknown format {format!r}{nearest(format, READERS)}")
     report = write_shards(READERS[format](source), out, name or out.name, documents_per_shard)
     typer.echo(str(report))
+
+
+def quiet() -> None:
+    """Keep the libraries' own progress bars and notices off a person's screen."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpu_count() else "cpu")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def main() -> None:

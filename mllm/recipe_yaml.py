@@ -115,7 +115,7 @@ def override(source: Source, assignments: Iterable[str]) -> None:
                 f"command line: {assignment!r}: expected key=value, as in optimizer.warmup=0.1"
             )
         try:
-            value = yaml.load(text, _Loader) if text else None  # noqa: S506 (a safe loader)
+            value = yaml.load(text, _Loader) if text else None
         except yaml.YAMLError:
             value = text
         _assign(source, _split(source.values, key), value, assignment)

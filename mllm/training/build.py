@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+import torch
 
 from data_packing.index import Index, build_index
 from data_packing.plan import Plan
-from data_packing.shards import expand
-from mllm.recipe import Recipe
+from mllm.recipe import ModelSection, Recipe
+from mllm.training import groups, lora
+from mllm.training.sources import shards
 
 UNBOUNDED = 2**40
 """Vision patches of a pack when the recipe sets no limit."""
+
+
+LANGUAGE_MODEL = "language_model"
 
 
 @dataclass(slots=True)
@@ -24,19 +29,26 @@ class Data:
     plan: Plan
 
 
-def shards(recipe: Recipe) -> list[list[Path]]:
-    """The shards of every source.
+def model(section: ModelSection, recipe: Recipe, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """The model with `requires_grad` set as the recipe says, adapters put in.
 
-    Raises:
-        ValueError: when a source's pattern matches nothing.
+    Args:
+        section: where the parts come from; the recipe's own, unless only a forecast is made.
+        dtype: of all weights.
+
+    Returns:
+        Model, processor, and PEFT's configuration of the adapters (None without).
     """
-    found = []
-    for i, source in enumerate(recipe.data.sources):
-        try:
-            found.append(expand(source.path))
-        except (ValueError, OSError) as error:
-            raise ValueError(f"data.sources.{i}.path: {error}") from None
-    return found
+    from mllm.models.assemble import assemble
+
+    built, processor = assemble(section, dtype=dtype)
+    groups.freeze(built, recipe.train)
+    how = recipe.train.get(LANGUAGE_MODEL)
+    adapter = None
+    if how is not None and how.lora is not None:
+        torch.manual_seed(recipe.run.seed)
+        adapter = lora.inject(built.language_model, how.lora)
+    return built, processor, adapter
 
 
 def indexes(recipe: Recipe, processor: Any, workers: int) -> list[Index]:
@@ -76,22 +88,14 @@ def data(recipe: Recipe, processor: Any, workers: int, phase: Callable[[str], No
     return Data(found, planned)
 
 
-def parent_id(recipe: Recipe) -> str | None:
-    """The identity of the stage that `model.from` names, None when it names no stage.
-
-    Raises:
-        ValueError: when there is nothing at that path, or the stage is not finished.
-    """
-    from mllm.training.run_folder import RunFolder
-
-    if recipe.model.from_ is None:
-        return None
-    folder = RunFolder(Path(recipe.model.from_))
-    finished = folder.finished()
-    if finished is not None:
-        return str(finished["weights"])
-    if folder.begun() is not None:
-        raise ValueError(
-            f"model.from: the stage in {folder.path} has not finished; run it to its end first"
-        )
-    return None
+def outline(plan: Plan) -> str:
+    """The plan in one line."""
+    facts = plan.summary()
+    line = (
+        f"{facts['documents']:,} documents ({facts['refused']} refused, {facts['split']} split) "
+        f"in {facts['packs']:,} packs {facts['efficiency']:.1%} full, {facts['steps']:,} steps"
+    )
+    if facts["refused"]:
+        first = facts["reasons"][0]
+        line += f"; the first refused: {first['key']}: {first['reason']}"
+    return line

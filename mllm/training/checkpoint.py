@@ -170,7 +170,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 
     Every file's size is checked here and its SHA-256 when it is loaded.
     """
-    warnings = []
+    warnings: list[str] = []
     for home in sorted(folder.glob("step-*"), reverse=True):
         problem = damage(home)
         if problem is None:
@@ -248,8 +248,8 @@ def _check_names(trained: set[str], state: State) -> None:
 
 
 def _group_names(engine: Any) -> dict[str, str]:
-    names = getattr(engine, "mllm_groups", [])
-    return {parameter: group.name for group in names for parameter in group.parameters}
+    groups = getattr(engine, "mllm_groups", [])
+    return {f"model.{name}": group.name for group in groups for name in group.parameters}
 
 
 def frozen_hash(module: nn.Module) -> str:

@@ -127,7 +127,7 @@ def parent_lives() -> bool:
         return True
     number, _, started = mark.partition(":")
     try:
-        return psutil.Process(int(number)).create_time() == float(started)
+        return bool(psutil.Process(int(number)).create_time() == float(started))
     except psutil.Error:
         return False
 

@@ -10,66 +10,60 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import nn
 
 from mllm.recipe import Recipe
 from mllm.training.groups import Group, optimizer_groups
+from mllm.training.step import TrainStep
 
 BYTES_PER_TRAINABLE = 12
 """fp32 master and two moments."""
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What `auto` in a recipe came to on this machine.
-
-    Attributes:
-        precision: "bf16" or "fp32".
-        zero: 0, 1, 2 or 3.
-        reasons: one line per choice, for people.
-    """
+    """What a run computes in ("bf16" or "fp32") and its ZeRO stage."""
 
     precision: str
     zero: int
-    reasons: tuple[str, ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the model computes in."""
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
-def choose(recipe: Recipe, world: int, parameters: int, trainable: int) -> Placement:
-    """Resolve `precision: auto` and `zero: auto`, and say why.
+def choose_precision(recipe: Recipe) -> tuple[str, str]:
+    """What to compute in, and why if the recipe leaves it to us."""
+    if recipe.run.precision != "auto":
+        return recipe.run.precision, ""
+    fast, why = bf16_is_fast()
+    if fast and recipe.run.zero == 0:
+        return "fp32", "zero: 0 keeps no fp32 master weights for bf16"
+    return ("bf16" if fast else "fp32"), why
+
+
+def choose_zero(
+    recipe: Recipe, precision: str, world: int, parameters: int, trainable: int
+) -> tuple[int, str]:
+    """The ZeRO stage, and why if the recipe leaves it to us.
+
+    The lowest stage whose weights, gradients and optimizer state take less than half of a rank's
+    memory: each further stage saves memory and communicates more.
 
     Args:
         world: number of ranks.
         parameters, trainable: parameters of the model, and those that learn.
     """
-    reasons = []
-    precision = recipe.run.precision
-    if precision == "auto":
-        fast, why = bf16_is_fast()
-        precision = "bf16" if fast and recipe.run.zero != 0 else "fp32"
-        reasons.append(f"precision: {precision} ({why})")
-    zero = recipe.run.zero
-    if zero == "auto":
-        zero, why = _choose_zero(world, parameters, trainable, precision)
-        reasons.append(f"zero: {zero} ({why})")
-    return Placement(precision, zero, tuple(reasons))
-
-
-def _choose_zero(world: int, parameters: int, trainable: int, precision: str) -> tuple[int, str]:
+    if recipe.run.zero != "auto":
+        return recipe.run.zero, ""
     if world == 1:
         return (1 if precision == "bf16" else 0), "one rank has nothing to share"
-    width = 2 if precision == "bf16" else 4
     memory = rank_memory(world)
-    weights = width * parameters
+    weights = (2 if precision == "bf16" else 4) * parameters
     gradients = 4 * trainable
     states = BYTES_PER_TRAINABLE * trainable / world
     for stage, need in ((1, weights + gradients + states), (2, weights + states + gradients / 2)):
         if need < 0.5 * memory:
-            return stage, f"about {need / 2**30:.1f} of {memory / 2**30:.0f} GiB a rank for weights"
+            share = f"{need / 2**30:.1f} of {memory / 2**30:.0f} GiB a rank"
+            return stage, f"weights, gradients and optimizer take about {share}"
     return 3, f"the weights would leave too little of {memory / 2**30:.0f} GiB a rank"
 
 
@@ -136,17 +130,16 @@ def accumulation_steps(packs_per_step: int, world: int) -> int:
 
 
 def start(
-    module: nn.Module, recipe: Recipe, placement: Placement, groups: list[Group], accumulation: int
+    module: TrainStep, recipe: Recipe, placement: Placement, groups: list[Group], accumulation: int
 ) -> Any:
     """Wrap a TrainStep. Returns DeepSpeed's engine.
 
     Args:
-        module: with `requires_grad` set and the groups' parameter names.
-        groups: who learns how fast.
+        module: with `requires_grad` set, in the precision it computes in.
+        groups: who learns how fast; the parameters' names in `module.model`.
     """
-    module.to(placement.dtype)
     optimizer = torch.optim.AdamW(
-        optimizer_groups(module, groups), betas=recipe.optimizer.betas, eps=1e-8
+        optimizer_groups(module.model, groups), betas=recipe.optimizer.betas, eps=1e-8
     )
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     engine, *_ = deepspeed.initialize(
@@ -161,7 +154,7 @@ def start(
 
 def set_lr(engine: Any, factor: float) -> float:
     """Set every group to a fraction of its peak. Returns the largest rate, for the log."""
-    rates = []
+    rates: list[float] = []
     for group in engine.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
         rates.append(group["lr"])

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from mllm.recipe import Recipe
 from mllm.training import lora, masters
+from mllm.training.build import LANGUAGE_MODEL
 from mllm.training.run_folder import RunFolder, full_disk_is_clear, sync_folder, write_atomically
-
-LANGUAGE_MODEL = "language_model"
 
 
 def finish(
@@ -99,6 +98,7 @@ def write_model(
         lora.save(weights, LANGUAGE_MODEL, adapter, base, folder / "lora")
     for path in folder.rglob("*"):
         if path.is_file():
+            path.chmod(0o644)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 

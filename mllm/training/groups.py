@@ -84,6 +84,12 @@ def parameter_groups(
         key = longest_match(name, train)
         assert key is not None, f"{name} is trainable and no key of the recipe covers it"
         gathered.setdefault((key, dimensions(parameter) > 1), []).append(name)
+    for key, how in train.items():
+        if not how.frozen and not any(key == found for found, _ in gathered):
+            raise ValueError(
+                f"train.{key}: nothing would learn through this key: its module has no parameters "
+                "of its own (a tied head is trained as the embedding), or longer keys name them all"
+            )
     if not gathered:
         raise ValueError("nothing would be trained: no parameter of the model is trainable")
     groups = []

@@ -27,6 +27,7 @@ from mllm.recipe import Recipe, load_all
 from mllm.training.control import CONTROL, ERROR, EVENTS, PARENT, STOP, parent_mark
 from mllm.training.progress import Screen, complain, duration
 from mllm.training.run_folder import Lock, NoSpace, RunFolder, full_disk_is_clear
+from mllm.training.sources import parent_id, shards
 
 STOPPED = 130
 POLL_SECONDS = 0.2
@@ -82,7 +83,9 @@ def gpu_count() -> int:
     return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
 
 
-def train(path: Path, overrides: Sequence[str], ranks: Ranks, console: Console | None = None) -> int:
+def train(
+    path: Path, overrides: Sequence[str], ranks: Ranks, console: Console | None = None
+) -> int:
     """Run a recipe, or every recipe of a folder. Returns the exit status.
 
     Raises:
@@ -103,11 +106,9 @@ def train_stage(
     console: Console | None = None,
 ) -> int:
     """Run one stage, unless it is finished. Returns 0, 130 when it was stopped, else 1."""
-    from mllm.training import build
-
     folder = RunFolder(recipe.output)
-    build.shards(recipe)
-    identity = recipe.identity() | {"model.parent": build.parent_id(recipe)}
+    shards(recipe)
+    identity = recipe.identity() | {"model.parent": parent_id(recipe)}
     folder.check_same(json.loads(json.dumps(identity)))
     screen = Screen(file.stem, console)
     finished = folder.finished()
@@ -262,7 +263,7 @@ class Launch:
             return 1
         if self.done["done"] == "stopped":
             self.screen.note(
-                f"stopped and saved at step {self.done['step']}; the same command goes on from there"
+                f"stopped and saved at step {self.done['step']}; the same command goes on there"
             )
             return STOPPED
         finished = self.folder.finished() or {}

@@ -117,9 +117,7 @@ class Screen:
 
     def _picture(self) -> Table | Text:
         if self.training and self._bar is not None and self._task is not None:
-            self._bar.update(
-                self._task, total=self.steps, completed=self.step, facts=self._facts()
-            )
+            self._bar.update(self._task, total=self.steps, completed=self.step, facts=self._facts())
             return self._bar.make_tasks_table(self._bar.tasks)
         seconds = time.monotonic() - self._phase_began
         frame = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"[int(seconds * 4) % 10]

@@ -6,11 +6,16 @@ T tokens of a pack, I images, D hidden width.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from mllm.objectives import OBJECTIVES
 from mllm.objectives.language_modeling import IGNORED
+
+if TYPE_CHECKING:
+    from mllm.models.modeling import MultimodalModel
 
 
 class TrainStep(nn.Module):
@@ -22,7 +27,7 @@ class TrainStep(nn.Module):
         capacity: tokens of a full pack.
     """
 
-    def __init__(self, model: nn.Module, objectives: tuple[str, ...], capacity: int) -> None:
+    def __init__(self, model: MultimodalModel, objectives: tuple[str, ...], capacity: int) -> None:
         super().__init__()
         self.model = model
         vocabulary = head_rows(model)
@@ -50,19 +55,20 @@ class TrainStep(nn.Module):
             labels_T = labels_T.new_full((2,), IGNORED)
             position_ids_T = torch.arange(2, device=position_ids_T.device)
             cu_seqlens = torch.tensor([0, 2], dtype=torch.int32, device=cu_seqlens.device)
-        hidden_BTD = self.model.hidden_states(  # type: ignore[operator]
+        hidden_BTD = self.model.hidden_states(
             input_ids=input_ids_T[None],
             pixels=pixels,
             position_ids=position_ids_T[None],
             cu_seqlens=cu_seqlens,
         )
-        total = hidden_BTD.new_zeros((), dtype=torch.float32)
+        total: Tensor = hidden_BTD.new_zeros((), dtype=torch.float32)
         for objective in self.objectives.values():
             total = total + objective(hidden_BTD[0], labels_T, self.model.lm_head)
         return total
 
 
-def head_rows(model: nn.Module) -> int:
+def head_rows(model: MultimodalModel) -> int:
     """Rows of the model's input embedding, which is the width of its logits."""
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    return int(embedding.num_embeddings)
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    return embedding.num_embeddings

@@ -10,25 +10,27 @@ import os
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from mllm.recipe import Recipe, load
-from mllm.training import build, checkpoint, comm_op, engine, export, groups, loop, lora
+from mllm.training import build, checkpoint, comm_op, engine, export, groups, loop
 from mllm.training.control import Control
 from mllm.training.run_folder import Lock, RunFolder, keep_lines_up_to, read_lines
+from mllm.training.sources import parent_id
 from mllm.training.step import TrainStep
 
 VERSIONS = ("torch", "transformers", "deepspeed", "peft")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one rank of one stage. Returns the exit status."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one rank of one stage, and leave with its exit status."""
     parser = argparse.ArgumentParser(description="One rank of one stage; start it with deepspeed.")
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -39,12 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     control.watch()
     try:
         recipe = load(options.recipe, options.overrides)
+        start_processes(control)
         Worker(recipe, control).run()
+        status = 0
     except Exception as error:
         control.fail(error)
-        sys.stdout.flush()
-        os._exit(1)  # without waiting for threads of a broken process group
-    return 0
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # without waiting for the threads of a process group, broken or not
 
 
 class Worker:
@@ -56,25 +61,29 @@ class Worker:
         self.folder = RunFolder(recipe.output)
 
     def run(self) -> None:
-        """Everything from the first collective to the last."""
+        """Train the stage, from the lock to the marker. The process group must be there."""
+        lock = self._take_lock(dist.get_rank())
+        try:
+            self._stage()
+        finally:
+            lock.release()
+
+    def _stage(self) -> None:
         recipe, control, folder = self.recipe, self.control, self.folder
-        start_processes(control)
         world, rank = dist.get_world_size(), dist.get_rank()
-        lock = self._take_lock(rank)
-        identity = recipe.identity() | {"model.parent": build.parent_id(recipe)}
+        identity = recipe.identity() | {"model.parent": parent_id(recipe)}
         folder.check_same(identity)
         if folder.finished() is not None:
             control.event(done="finished", note=f"{folder.path} is already finished")
             return
 
         control.phase("loading the model")
-        model, processor, adapter = self._model()
-        placement = self._placement(model, world)
+        precision = self._precision()
+        model, processor, adapter = self._model(engine.DTYPES[precision])
+        placement = self._placement(model, precision, world)
         step = TrainStep(model, recipe.objectives, recipe.data.packing.tokens)
-        step.to(placement.dtype)
-        train = {f"model.{key}": how for key, how in recipe.train.items()}
         parameter_groups = groups.parameter_groups(
-            step, train, recipe.optimizer.lr, recipe.optimizer.weight_decay
+            model, recipe.train, recipe.optimizer.lr, recipe.optimizer.weight_decay
         )
         data = self._data(processor, rank)
         home = self._resumed(data.plan.hash)
@@ -110,10 +119,9 @@ class Worker:
             if rank == 0:
                 self._write_ledger(data.plan)
             export.finish(deepspeed_engine, processor, recipe, folder, adapter, facts)
-        control.event(done="finished" if finished else "stopped", step=state.step)
+        deepspeed_engine.destroy()
         dist.barrier()
-        dist.destroy_process_group()
-        lock.release()
+        control.event(done="finished" if finished else "stopped", step=state.step)
 
     def _take_lock(self, rank: int) -> Lock:
         """Rank 0 keeps other runs out of the folder for as long as it lives."""
@@ -127,32 +135,28 @@ class Worker:
             )
         return lock
 
-    def _model(self) -> tuple[Any, Any, Any]:
-        """Model with `requires_grad` set, processor, and the adapters' configuration."""
-        from mllm.models.assemble import assemble
-
-        recipe = self.recipe
-        torch.manual_seed(recipe.run.seed)
-        model, processor = assemble(recipe.model)
-        groups.freeze(model, recipe.train)
-        adapter = None
-        how = recipe.train.get(export.LANGUAGE_MODEL)
-        if how is not None and how.lora is not None:
-            torch.manual_seed(recipe.run.seed)
-            adapter = lora.inject(model.language_model, how.lora)
-        return model, processor, adapter
-
-    def _placement(self, model: Any, world: int) -> engine.Placement:
-        """Precision and ZeRO stage; a run that goes on keeps its precision."""
-        total = sum(p.numel() for p in model.parameters())
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        placement = engine.choose(self.recipe, world, total, trained)
+    def _precision(self) -> str:
+        """What the model computes in; a run that goes on keeps what it began with."""
         begun = self.folder.begun()
         if begun is not None and self.recipe.run.precision == "auto":
-            placement = engine.Placement(str(begun["precision"]), placement.zero, placement.reasons)
-        for reason in placement.reasons:
-            self.control.note(reason)
-        return placement
+            return str(begun["precision"])
+        precision, why = engine.choose_precision(self.recipe)
+        if why:
+            self.control.note(f"precision: {precision} ({why})")
+        return precision
+
+    def _model(self, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+        """Model with `requires_grad` set, processor, and the adapters' configuration."""
+        torch.manual_seed(self.recipe.run.seed)
+        return build.model(self.recipe.model, self.recipe, dtype)
+
+    def _placement(self, model: Any, precision: str, world: int) -> engine.Placement:
+        total = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        zero, why = engine.choose_zero(self.recipe, precision, world, total, trained)
+        if why:
+            self.control.note(f"zero: {zero} ({why})")
+        return engine.Placement(precision, zero)
 
     def _data(self, processor: Any, rank: int) -> build.Data:
         """Rank 0 counts what has not been counted, the others read its counts."""
@@ -162,6 +166,7 @@ class Worker:
         data = build.data(self.recipe, processor, workers, self.control.phase)
         if rank == 0:
             dist.barrier()
+        self.control.note(build.outline(data.plan))
         return data
 
     def _resumed(self, plan: str) -> Path | None:
@@ -246,7 +251,11 @@ class Worker:
         self.control.phase("solving the connector's last layer")
         model = step.model
         if dist.get_rank() == 0:
-            ridge.warm_start(model, processor, data.indexes, self.recipe.run.seed)
+            report = ridge.warm_start(model, processor, data.indexes, self.recipe.run.seed)
+            self.control.note(
+                f"ridge start from {report.examples} captions explains "
+                f"{report.explained:.0%} of the variance of their embeddings"
+            )
         for parameter in model.connector.parameters():
             dist.broadcast(parameter.data, 0)
 
@@ -301,6 +310,7 @@ def start_processes(control: Control) -> None:
     comm_op.ensure(control.phase)
     control.phase("starting DeepSpeed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's, of torch's collectives
     deepspeed.init_distributed(timeout=datetime.timedelta(hours=2))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -315,4 +325,4 @@ def threads_per_rank(ranks: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,0 +1,154 @@
+"""One tiny home of models and data, and one launch per number of ranks, for all tests here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mllm.training import comm_op
+from mllm.training.launch import free_port, launcher
+from mllm.training.run_folder import RunFolder, read_lines
+from tests.training import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+LORA: dict[str, Any] = {
+    "train__language_model": {"lr": 1e-2, "lora": {"rank": 4, "dropout": 0.1}},
+}
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random models and drawn data."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    comm_op.ensure(print)
+    return tiny.make_all(tmp_path_factory.mktemp("tiny"))
+
+
+@dataclass
+class Runs:
+    """Stages that ran, by the name of their folder."""
+
+    path: Path
+
+    def folder(self, name: str) -> RunFolder:
+        """A run's folder."""
+        return RunFolder(self.path / name)
+
+    def losses(self, name: str) -> list[float]:
+        """The loss of every step; there is exactly one line per step."""
+        records = read_lines(self.folder(name).metrics)
+        assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+        return [record["loss"] for record in records]
+
+    def weights(self, name: str) -> dict[str, torch.Tensor]:
+        """What the stage saved for others."""
+        return load_file(self.path / name / "model.safetensors")
+
+    def state(self, name: str) -> dict[str, torch.Tensor]:
+        """Masters and moments of the newest checkpoint."""
+        newest = max((self.path / name / "state").glob("step-*"))
+        tensors: dict[str, torch.Tensor] = {}
+        for file in newest.glob("*.safetensors"):
+            tensors |= load_file(file)
+        return tensors
+
+
+def run_many(ranks: int, recipes: list[str]) -> None:
+    """Launch deepspeed once for a list of recipes (`file` or `file@steps`)."""
+    command = [*launcher(), "--num_gpus", str(ranks), "--master_addr", "127.0.0.1"]
+    command += ["--master_port", str(free_port()), str(ROOT / "tests/training/run_many.py")]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *recipes],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+Writer = Callable[..., str]
+
+
+def writer(home: Path, runs: Runs) -> Writer:
+    """Writes recipes whose output is in `runs`, under their name."""
+
+    def write(name: str, file: str = "", **changes: Any) -> str:
+        values = tiny.recipe(home, runs.path / name, **({"run__epochs": 2} | changes))
+        return str(tiny.write_recipe(runs.path / f"{file or name}.yaml", values))
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def two(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Everything that runs on two ranks."""
+    runs = Runs(tmp_path_factory.mktemp("two"))
+    write = writer(home, runs)
+    recipes = []
+    for precision, stages in (("fp32", (0, 1, 2, 3)), ("bf16", (1, 2, 3))):
+        for zero in stages:
+            changes = {"run__zero": zero, "run__precision": precision}
+            recipes.append(write(f"{precision}-{zero}", **changes))
+            again = write(f"{precision}-{zero}-again", **changes)
+            recipes += [f"{again}@4", again]
+    lora = {"run__zero": 3, **LORA}
+    again = write("lora-again", **lora)
+    recipes += [write("lora", **lora), f"{again}@4", again]
+    recipes.append(
+        write(
+            "text",
+            run__zero=3,
+            data__sources=[
+                {"path": str(home / "data" / f"{name}-*.tar")} for name in ("captions", "texts")
+            ],
+            data__packing={"tokens": 64, "documents": 1},
+            run__epochs=1,
+        )
+    )
+    recipes.append(write("hop", run__zero=2) + "@4")
+    recipes.append(write("changed", run__seed=5) + "@2")
+    recipes.append(write("changed", "changed-later", run__seed=6))
+    run_many(2, recipes)
+    return runs
+
+
+@pytest.fixture(scope="session")
+def one(home: Path, two: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """What runs on one rank; `hop` goes on with what two ranks began."""
+    runs = Runs(tmp_path_factory.mktemp("one"))
+    write = writer(home, runs)
+    shutil.copytree(two.path / "hop", runs.path / "hop")
+    run_many(
+        1,
+        [
+            write("fp32-0", run__zero=0),
+            write("fp32-3", run__zero=3),
+            write("bf16-1", run__zero=1, run__precision="bf16"),
+            write("lora", run__zero=0, **LORA),
+            write("hop", run__zero=3),
+        ],
+    )
+    return runs
+
+
+@pytest.fixture(scope="session")
+def four(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """What runs on four ranks."""
+    runs = Runs(tmp_path_factory.mktemp("four"))
+    write = writer(home, runs)
+    run_many(4, [write("fp32-2", run__zero=2), write("fp32-3", run__zero=3)])
+    return runs

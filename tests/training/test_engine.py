@@ -1,0 +1,165 @@
+"""Promises 3, 4, 7 and 10 on real DeepSpeed ranks: one launch per number of ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mllm.models.assemble import load
+from mllm.training.checkpoint import read_state
+from tests.training.conftest import Runs
+
+CLOSE = 2e-5
+COMBINATIONS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3)]
+COMBINATIONS += [("bf16", 1), ("bf16", 2), ("bf16", 3)]
+
+
+def test_the_loss_does_not_depend_on_ranks_accumulation_or_zero(
+    one: Runs, two: Runs, four: Runs
+) -> None:
+    reference = one.losses("fp32-0")
+    assert len(reference) == 10
+    assert reference[-1] < reference[0] - 0.3
+    others = {
+        "1x4, ZeRO 3": one.losses("fp32-3"),
+        "2x2, ZeRO 0": two.losses("fp32-0"),
+        "2x2, ZeRO 1": two.losses("fp32-1"),
+        "2x2, ZeRO 2": two.losses("fp32-2"),
+        "2x2, ZeRO 3": two.losses("fp32-3"),
+        "4x1, ZeRO 2": four.losses("fp32-2"),
+        "4x1, ZeRO 3": four.losses("fp32-3"),
+    }
+    for name, losses in others.items():
+        assert losses == pytest.approx(reference, abs=CLOSE), name
+
+
+def test_bf16_keeps_fp32_masters_and_stays_near_fp32(one: Runs, two: Runs) -> None:
+    reference = one.losses("fp32-0")
+    for name in ("bf16-1", "bf16-2", "bf16-3"):
+        assert two.losses(name) == pytest.approx(reference, abs=0.1), name
+        state = two.state(name)
+        weights = two.weights(name)
+        assert all(tensor.dtype == torch.float32 for tensor in state.values())
+        key = "language_model.model.layers.0.mlp.up_proj.weight"
+        master = state[f"model.{key}/master"]
+        assert weights[key].dtype == torch.bfloat16
+        assert torch.equal(weights[key], master.bfloat16())
+        assert not torch.equal(weights[key].float(), master), "masters are only rounded copies"
+    assert one.losses("bf16-1") == pytest.approx(reference, abs=0.1)
+
+
+@pytest.mark.parametrize(("precision", "zero"), COMBINATIONS)
+def test_a_resumed_run_is_bit_identical(two: Runs, precision: str, zero: int) -> None:
+    _same_bits(two, f"{precision}-{zero}", f"{precision}-{zero}-again")
+
+
+def test_a_resumed_run_with_adapters_and_dropout_is_bit_identical(two: Runs) -> None:
+    _same_bits(two, "lora", "lora-again")
+
+
+def _same_bits(runs: Runs, whole: str, again: str) -> None:
+    assert runs.losses(again) == runs.losses(whole)
+    for read in (runs.weights, runs.state):
+        expected, got = read(whole), read(again)
+        assert expected.keys() == got.keys()
+        different = [name for name in expected if not torch.equal(expected[name], got[name])]
+        assert different == []
+
+
+def test_dropout_is_the_same_on_any_number_of_ranks(one: Runs, two: Runs) -> None:
+    assert two.losses("lora") == pytest.approx(one.losses("lora"), abs=CLOSE)
+
+
+def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(one: Runs, two: Runs) -> None:
+    assert len(two.losses("hop")) == 4
+    assert one.losses("hop") == pytest.approx(two.losses("fp32-2"), abs=CLOSE)
+    state, reference = one.state("hop"), two.state("fp32-2")
+    assert state.keys() == reference.keys()
+    for name, tensor in reference.items():
+        torch.testing.assert_close(state[name], tensor, atol=2e-4, rtol=2e-3)
+
+
+def test_a_rank_without_images_does_not_hang_zero_3(two: Runs) -> None:
+    losses = two.losses("text")
+    assert len(losses) == 18
+    assert all(loss > 0 for loss in losses)
+
+
+def test_another_recipe_in_the_same_folder_is_refused(two: Runs) -> None:
+    message = (two.path / "changed.error").read_text()
+    assert "run.seed: was 5, is now 6" in message
+    assert "another run.output or delete" in message
+    assert len(two.losses("changed")) == 2
+
+
+def test_frozen_modules_stay_and_have_no_state(home: Path, two: Runs) -> None:
+    weights, state = two.weights("fp32-3"), two.state("fp32-3")
+    original = load_file(home / "clip" / "model.safetensors")
+    kept = 0
+    for name, tensor in original.items():
+        mine = weights.get("encoder.vision." + name)
+        if mine is not None:
+            kept += 1
+            assert torch.equal(mine, tensor), name
+    assert kept > 5
+    assert not [name for name in state if "encoder" in name]
+    assert [name for name in state if "connector" in name]
+
+
+def test_adapters_train_alone_and_are_merged_and_kept(home: Path, two: Runs) -> None:
+    state, weights = two.state("lora"), two.weights("lora")
+    language = [n for n in state if ".language_model." in n]
+    assert language
+    assert all(".lora_" in name for name in language)
+    moved = [n for n in language if n.endswith("/master") and ".lora_B." in n]
+    assert all(state[name].abs().max() > 0 for name in moved)
+    assert not [name for name in weights if "lora" in name or "base_layer" in name]
+
+    key = "model.layers.1.self_attn.q_proj"
+    base = load_file(home / "llm" / "model.safetensors")[f"{key}.weight"]
+    a = state[f"model.language_model.{key}.lora_A.default.weight/master"]
+    b = state[f"model.language_model.{key}.lora_B.default.weight/master"]
+    expected = base + 2.0 * (b @ a)  # alpha = 2 x rank
+    torch.testing.assert_close(weights[f"language_model.{key}.weight"], expected)
+
+    adapter = load_file(two.path / "lora" / "lora" / "adapter_model.safetensors")
+    assert torch.equal(adapter[f"base_model.model.{key}.lora_A.weight"], a)
+    config = json.loads((two.path / "lora" / "lora" / "adapter_config.json").read_text())
+    assert config["r"] == 4
+    assert config["base_model_name_or_path"] == str(home / "llm")
+
+
+def test_peft_loads_the_adapters_to_the_merged_model(home: Path, two: Runs) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    merged, processor = load(two.path / "lora", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(home / "llm", dtype=torch.float32)
+    base.resize_token_embeddings(merged.get_input_embeddings().num_embeddings)
+    adapted = PeftModel.from_pretrained(base, two.path / "lora" / "lora").eval()
+    ids = torch.tensor([processor.tokenizer("a red square")["input_ids"]])
+    with torch.no_grad():
+        theirs = adapted(input_ids=ids).logits[..., :100]
+        ours = merged(input_ids=ids).logits[..., :100]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_finished_folder_says_what_it_is(two: Runs) -> None:
+    folder = two.folder("fp32-2")
+    finished, begun = folder.finished(), folder.begun()
+    assert finished is not None
+    assert begun is not None
+    assert finished["steps"] == begun["steps"] == 10
+    assert finished["plan"] == begun["plan"]
+    assert (begun["ranks"], begun["zero"], begun["precision"]) == (2, 2, "fp32")
+    homes = sorted(folder.state.glob("step-*"))
+    assert len(homes) == 1
+    state = read_state(homes[0])
+    assert state.step == 10
+    parameter = "model.language_model.model.norm.weight"
+    assert state.groups[parameter] == "language_model/no_decay"
+    load(folder.path)
