@@ -64,7 +64,7 @@ class _Preparation:
             self._heldout(pictures)
             self._instruct(pictures)
             self._models()
-            self._shards([*pictures, *pages])
+            self._shards(pictures, pages)
             return write_manifest(self.root, self.fetched, self.fraction, self.notes)
 
     def _phase(
@@ -113,7 +113,15 @@ class _Preparation:
 
     def _pages(self, pictures: list[str]) -> list[str]:
         if "gimp" not in self.paths:
-            return []
+            self._phase(
+                "raw/pages",
+                "Writing pages of shapes",
+                fingerprint(shapes, self._mark("raw/shapes")),
+                lambda folder, advance: shapes.build_pages(
+                    self.root / "raw" / "shapes", folder, advance
+                ),
+            )
+            return ["pages"]
         avoid = {
             normalise(picture.caption)
             for name in pictures
@@ -159,12 +167,11 @@ class _Preparation:
             ),
         )
 
-    def _shards(self, names: list[str]) -> None:
+    def _shards(self, pictures: list[str], pages: list[str]) -> None:
         from data_packing import formats, shards
 
-        readers = {name: ("captions", f"raw/{name}/captions") for name in names if name != "gimp"}
-        if "gimp" in names:
-            readers["gimp"] = ("interleaved", "raw/gimp/pages.jsonl")
+        readers = {name: ("captions", f"raw/{name}/captions") for name in pictures}
+        readers |= {name: ("interleaved", f"raw/{name}/pages.jsonl") for name in pages}
         readers["instruct"] = ("llava", "raw/instruct/conversations.json")
         made_from = self._mark(*(f"raw/{name}" for name in readers))
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.quickstart.captions import Picture, held_out, kept, write_pictures
+from scripts.quickstart.captions import Picture, held_out, kept, read_pictures, write_pictures
 from scripts.quickstart.console import Advance
 
-__all__ = ["ShapeImage", "build", "read"]
+__all__ = ["ShapeImage", "build", "build_pages", "read"]
 
 COLOURS = ("black", "gray", "red", "green", "blue", "teal", "brown", "yellow")
+SHAPES_PER_PAGE = 8
 SHAPES = ("circle", "rectangle", "triangle")
 
 
@@ -63,6 +65,31 @@ def build(wheel: Path, fraction: float, folder: Path, advance: Advance) -> dict[
     advance(len(written), len(written))
     hidden = sum(picture.held_out for picture in written)
     return {"pictures": len(written), "train": len(written) - hidden, "held out": hidden}
+
+
+def build_pages(pictures: Path, folder: Path, advance: Advance) -> dict[str, Any]:
+    """Write interleaved pages of several captioned shapes, in place of the manual.
+
+    Args:
+        pictures: the folder that `build` wrote.
+    """
+    known = [picture for picture in read_pictures(pictures) if not picture.held_out]
+    pages = [known[at : at + SHAPES_PER_PAGE] for at in range(0, len(known), SHAPES_PER_PAGE)]
+    (folder / "images").mkdir()
+    with (folder / "pages.jsonl").open("w", encoding="utf-8") as output:
+        for number, page in enumerate(pages):
+            texts: list[str | None] = [f"Page {number + 1} shows {len(page)} shapes.\n\n"]
+            images: list[str | None] = [None]
+            for picture in page:
+                shutil.copyfile(
+                    pictures / "captions" / picture.file, folder / "images" / picture.file
+                )
+                texts += [None, f"{picture.caption}\n\n"]
+                images += [f"images/{picture.file}", None]
+            record = {"key": f"pages-{number:04d}", "texts": texts, "images": images}
+            output.write(json.dumps(record) + "\n")
+            advance(number + 1, len(pages))
+    return {"pages": len(pages), "images": len(known)}
 
 
 def _captioned(wheel: Path, fraction: float) -> Iterator[tuple[Picture, bytes]]:

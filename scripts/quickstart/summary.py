@@ -1,0 +1,63 @@
+"""What the quick start says at its end."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from scripts.quickstart.console import console, say
+
+__all__ = ["chat_command", "table"]
+
+AVERAGED_STEPS = 5
+
+
+def table(outputs: Path) -> None:
+    """Print each stage's steps, tokens, speed and losses, and the report's figures."""
+    shown = Table(title="The three stages")
+    for column in ("stage", "steps", "useful tokens", "tokens/s", "minutes", "loss"):
+        shown.add_column(column, justify="left" if column == "stage" else "right")
+    for metrics in sorted(outputs.glob("*/metrics.jsonl")):
+        steps = _lines(metrics)
+        if steps:
+            shown.add_row(metrics.parent.name, *_row(steps))
+    console.print(shown)
+    report = outputs / "report.json"
+    if report.is_file():
+        for line in json.loads(report.read_text(encoding="utf-8")).get("summary", []):
+            say(line)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def _row(steps: list[dict[str, Any]]) -> tuple[str, ...]:
+    tokens = sum(step["tokens"] for step in steps)
+    seconds = sum(step["seconds"] for step in steps)
+    first = _mean([step["loss"] for step in steps[:AVERAGED_STEPS]])
+    last = _mean([step["loss"] for step in steps[-AVERAGED_STEPS:]])
+    return (
+        str(len(steps)),
+        f"{tokens:,}",
+        f"{tokens / max(seconds, 1e-9):,.0f}",
+        f"{seconds / 60:.1f}",
+        f"{first:.2f} → {last:.2f}",
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def chat_command(data: Path, outputs: Path) -> str:
+    """A command that shows the last stage a held-out image."""
+    last = max(outputs.glob("*/FINISHED")).parent
+    records = json.loads((data / "heldout" / "captions.json").read_text(encoding="utf-8"))
+    image = data / "heldout" / records[len(records) // 2]["image"]
+    question = shlex.quote("What is this?")
+    return f"mllm chat {last} --image {image} --question {question}"
