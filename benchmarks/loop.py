@@ -166,7 +166,7 @@ class Loop(nn.Module):
     def fit(
         self, kinds: Sequence[Sequence[Example]], rates: dict[str, float], seconds: float
     ) -> dict[str, float]:
-        """Train for `seconds` on batches of 16, an equal share of each kind; cosine by the clock."""
+        """Train for `seconds` on batches of 16, equal shares of the kinds; cosine by the clock."""
         groups = [
             {
                 "params": [

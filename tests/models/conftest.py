@@ -55,12 +55,12 @@ def make_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=300,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator([WORDS] * 4, trainer)
+    backend.train_from_iterator([WORDS] * 4 + ["\n\n"] * 50, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token="<|im_end|>",
@@ -74,7 +74,7 @@ def make_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
 def llama_config(**changes: Any) -> LlamaConfig:
     """A Llama of two layers with grouped heads and tied embeddings."""
     values: dict[str, Any] = {
-        "vocab_size": 400,
+        "vocab_size": 300,
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,

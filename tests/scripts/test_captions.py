@@ -1,4 +1,4 @@
-"""The split by caption: the same caption is always on the same side, whatever its form or source."""
+"""The split by caption: one caption is always on one side, whatever its form or source."""
 
 import json
 from dataclasses import replace

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +86,7 @@ def writer(home: Path, runs: Runs) -> Writer:
     """Writes recipes whose output is in `runs`, under their name."""
 
     def write(name: str, file: str = "", **changes: Any) -> str:
-        values = tiny.recipe(home, runs.path / name, **({"run__epochs": 2} | changes))
+        values = tiny.recipe(home, runs.path / name, **changes)
         return str(tiny.write_recipe(runs.path / f"{file or name}.yaml", values))
 
     return write
@@ -104,10 +103,10 @@ def two(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             changes = {"run__zero": zero, "run__precision": precision}
             recipes.append(write(f"{precision}-{zero}", **changes))
             again = write(f"{precision}-{zero}-again", **changes)
-            recipes += [f"{again}@4", again]
+            recipes += [f"{again}@2", again]
     lora = {"run__zero": 3, **LORA}
     again = write("lora-again", **lora)
-    recipes += [write("lora", **lora), f"{again}@4", again]
+    recipes += [write("lora", **lora), f"{again}@2", again]
     recipes.append(
         write(
             "text",
@@ -116,10 +115,9 @@ def two(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
                 {"path": str(home / "data" / f"{name}-*.tar")} for name in ("captions", "texts")
             ],
             data__packing={"tokens": 64, "documents": 1},
-            run__epochs=1,
         )
     )
-    recipes.append(write("hop", run__zero=2) + "@4")
+    recipes.append(write("hop", run__zero=2) + "@2")
     recipes.append(write("changed", run__seed=5) + "@2")
     recipes.append(write("changed", "changed-later", run__seed=6))
     run_many(2, recipes)

@@ -22,8 +22,8 @@ def test_the_loss_does_not_depend_on_ranks_accumulation_or_zero(
     one: Runs, two: Runs, four: Runs
 ) -> None:
     reference = one.losses("fp32-0")
-    assert len(reference) == 10
-    assert reference[-1] < reference[0] - 0.3
+    assert len(reference) == 5
+    assert reference[-1] < reference[0] - 0.1
     others = {
         "1x4, ZeRO 3": one.losses("fp32-3"),
         "2x2, ZeRO 0": two.losses("fp32-0"),
@@ -75,7 +75,7 @@ def test_dropout_is_the_same_on_any_number_of_ranks(one: Runs, two: Runs) -> Non
 
 
 def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(one: Runs, two: Runs) -> None:
-    assert len(two.losses("hop")) == 4
+    assert len(two.losses("hop")) == 2
     assert one.losses("hop") == pytest.approx(two.losses("fp32-2"), abs=CLOSE)
     state, reference = one.state("hop"), two.state("fp32-2")
     assert state.keys() == reference.keys()
@@ -153,13 +153,13 @@ def test_a_finished_folder_says_what_it_is(two: Runs) -> None:
     finished, begun = folder.finished(), folder.begun()
     assert finished is not None
     assert begun is not None
-    assert finished["steps"] == begun["steps"] == 10
+    assert finished["steps"] == begun["steps"] == 5
     assert finished["plan"] == begun["plan"]
     assert (begun["ranks"], begun["zero"], begun["precision"]) == (2, 2, "fp32")
     homes = sorted(folder.state.glob("step-*"))
     assert len(homes) == 1
     state = read_state(homes[0])
-    assert state.step == 10
+    assert state.step == 5
     parameter = "model.language_model.model.norm.weight"
     assert state.groups[parameter] == "language_model/no_decay"
     load(folder.path)

