@@ -75,7 +75,7 @@ METRE_CM = 100.0
 ROUNDS = 2
 SHAPE_IMAGES = 400
 SHAPE_TURNS = 4
-LISTED_SHARE = 0.25
+LISTED_SHARE = 0.1
 
 Turn = tuple[str, str]
 
@@ -116,27 +116,32 @@ def build(
 
 
 def conversation(picture: Picture, which: int, categories: list[str]) -> list[Turn]:
-    """Question and answer turns about a picture; another `which` gives other phrasings."""
+    """Question and answer turns about a picture; another `which` gives other phrasings.
+
+    Name and kind in either order, then one further question: short conversations, because every
+    answer has to pay for the turns before it.
+    """
     rng = random.Random(f"{picture.key}:{which}")
     turns = [(rng.choice(QUESTIONS["name"]), picture.caption)]
+    further: list[Turn] = []
     if picture.category:
         question = rng.choice(QUESTIONS["category"])
         if rng.random() < LISTED_SHARE:
             question += f" Choose from: {', '.join(rng.sample(categories, len(categories)))}."
         turns.append((question, picture.category))
-        if picture.category in ROOMS and which % 2:
-            turns.append((rng.choice(QUESTIONS["room"]), picture.category))
+        if picture.category in ROOMS:
+            further.append((rng.choice(QUESTIONS["room"]), picture.category))
     elif picture.group in GROUPS:
         turns.append((rng.choice(QUESTIONS["group"]), GROUPS[picture.group]))
     if picture.height_cm:
         answer = "Yes" if picture.height_cm > METRE_CM else "No"
-        turns.append((rng.choice(QUESTIONS["tall"]), answer))
-    rng.shuffle(turns)
+        further.append((rng.choice(QUESTIONS["tall"]), answer))
     if picture.names:
         code = rng.choice(sorted(picture.names))
         question = rng.choice(QUESTIONS["language"]).format(language=LANGUAGES[code])
-        turns.append((question, picture.names[code]))
-    return turns
+        further.append((question, picture.names[code]))
+    rng.shuffle(turns)
+    return [*turns, rng.choice(further)] if further else turns
 
 
 def questions_file(pictures: Iterable[Picture]) -> dict[str, Any]:
