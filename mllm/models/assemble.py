@@ -59,6 +59,9 @@ def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[Multimod
     for name in ("encoder", "connector", "language_model"):
         if not parts.get(name):
             raise ValueError(f"model.{name} is missing (or give model.from, a trained folder)")
+    for name, key in (("encoder", "name"), ("encoder", "path"), ("connector", "name")):
+        if not parts[name].get(key):
+            raise ValueError(f"model.{name}.{key} is missing")
     return _from_parts(dict(parts["encoder"]), connector, dict(parts["language_model"]), dtype)
 
 

@@ -55,7 +55,6 @@ class VisionTransformer(VisionEncoder):
         check_folder(path, "encoder")
         with loading("encoder", path):
             config = AutoConfig.from_pretrained(path)
-            file = cached_file(path, "preprocessor_config.json")
         config = getattr(config, "vision_config", config)
         if not isinstance(config, cls.MODEL.config_class):
             raise ValueError(f"{path} holds a {config.model_type!r} model, not {cls.__name__}")
@@ -66,7 +65,7 @@ class VisionTransformer(VisionEncoder):
                 "counted back from -1"
             )
         config.num_hidden_layers += layer + 1
-        geometry = _geometry(read_json(Path(file)), config, options.get("resize"), str(path))
+        geometry = _geometry(_preprocessor(path), config, options.get("resize"), str(path))
         values = config.to_diff_dict()
         values["num_hidden_layers"] = config.num_hidden_layers
         return {"config": values, "layer": layer, "geometry": geometry.to_dict()}
@@ -105,6 +104,15 @@ class VisionTransformer(VisionEncoder):
 def drop(module: nn.Module, name: str) -> None:
     """Replace a part whose result is not used by the identity."""
     setattr(module, name, nn.Identity())
+
+
+def _preprocessor(path: str | Path) -> dict[str, Any]:
+    """Read preprocessor_config.json of a folder or hub id."""
+    name = "preprocessor_config.json"
+    if Path(path).is_dir():
+        return read_json(Path(path) / name)
+    with loading("preprocessor", path):
+        return read_json(Path(cached_file(path, name)))
 
 
 def _geometry(
