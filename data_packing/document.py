@@ -167,7 +167,8 @@ class Document:
             for at in range(first, len(self.parts))
             if at == first or self._may_start(at, any_turn)
         ]
-        return list(zip(starts, [*starts[1:], len(self.parts)], strict=True))
+        stops = [*starts[1:], len(self.parts)] if starts else []
+        return list(zip(starts, stops, strict=True))
 
     def select(self, start_piece: int, stop_piece: int) -> Document:
         """Return the slice of pieces [start_piece, stop_piece), with the leading system parts.

@@ -129,11 +129,12 @@ class Ledger:
     def load(cls, path: str | Path) -> Ledger:
         """Read what `write` wrote."""
         ledger = cls()
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        for line in Path(path).read_bytes().splitlines():  # of bytes: at line feeds only
             record = json.loads(line)
             kind = record.pop("kind")
             if kind == "counts":
-                ledger.counts[record.pop("source")] = Counts(**record)
+                source = record.pop("source")
+                ledger.counts[source] = Counts(**record)
             else:
                 (ledger.refused if kind == "refused" else ledger.split).append(Refusal(**record))
         return ledger

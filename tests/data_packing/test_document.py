@@ -117,3 +117,8 @@ def test_select_refuses_what_is_not_there() -> None:
 def test_a_missing_image_file_is_named(tmp_path) -> None:
     with pytest.raises(DocumentError, match=r"nowhere\.png: No such file"):
         Image.open(tmp_path / "nowhere.png")
+
+
+def test_a_document_without_anything_but_the_system_has_no_pieces() -> None:
+    assert Document((Text("rules", "system"),)).pieces() == []
+    assert Document(()).pieces() == []

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from data_packing.ledger import Counts, Ledger, Refusal
+
+
+def example() -> Ledger:
+    ledger = Ledger()
+    ledger.read("a", 10)
+    ledger.use("a", 8)
+    ledger.refuse(Refusal("a", "k1", "broken\nimage:\u2028 ключ"))
+    ledger.cut(Refusal("a", "k2", "2 slices"), pieces_refused=1)
+    ledger.of("a").unreached += 1
+    return ledger
+
+
+def test_it_counts_and_names() -> None:
+    counts = example().counts["a"]
+    assert counts == Counts(10, 8, 1, 1, 1, 1)
+    assert counts.read == counts.used + counts.refused + counts.unreached
+
+
+def test_it_comes_back_from_its_file(tmp_path: Path) -> None:
+    example().write(tmp_path / "ledger.jsonl")
+    assert Ledger.load(tmp_path / "ledger.jsonl") == example()
+    assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == 3
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_merging_adds() -> None:
+    ledger = example()
+    ledger.merge(example())
+    ledger.read("b")
+    assert ledger.counts["a"] == Counts(20, 16, 2, 2, 2, 2)
+    assert len(ledger.refused) == 2
+
+
+def test_documents_that_fail_later_move_from_used_to_refused_once() -> None:
+    ledger = example()
+    late = Refusal("a", "k3", "truncated PNG")
+    ledger.drop([late, late])
+    counts = ledger.counts["a"]
+    assert (counts.used, counts.refused) == (7, 2)
+    assert ledger.refused[-1] == late
+
+
+def test_a_split_document_that_loses_a_slice_stays_used() -> None:
+    ledger = example()
+    ledger.drop([Refusal("a", "k2", "truncated PNG")])
+    counts = ledger.counts["a"]
+    assert (counts.used, counts.refused, counts.pieces_refused) == (8, 1, 2)
+    assert ledger.split[-1].reason == "a slice is lost: truncated PNG"
+
+
+def test_the_table_shows_the_counts() -> None:
+    console = Console(width=80, record=True, quiet=False)
+    with console.capture() as capture:
+        console.print(example().table())
+    row = next(line for line in capture.get().splitlines() if "│ a" in line)
+    assert [word for word in row.split() if word.isdigit()] == ["10", "8", "1", "1", "1"]

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import json
+import pickle
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from packing_toys import captions, image_cost, index_of, page
+
+from data_packing import plan as plan_module
+from data_packing.index import Index
+from data_packing.ledger import Refusal
+from data_packing.plan import Cursor, Plan, PlannedStep, micro_packs
+
+
+@pytest.fixture(scope="module")
+def indexes(tmp_path_factory: pytest.TempPathFactory) -> list[Index]:
+    folder = tmp_path_factory.mktemp("shards")
+    pages = [page([20] * (number % 9 + 1), f"page{number}", True) for number in range(40)]
+    pages.append(page([500], "too long"))
+    bad = Refusal("raw", "bad", "broken image")
+    return [
+        index_of(captions(200), folder, "captions"),
+        index_of([*pages, bad], folder, "pages"),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "BLOCK", 100)
+
+
+def plan_of(indexes: list[Index], **changes: Any) -> Plan:
+    settings = {
+        "processor_fingerprint": "p",
+        "image_cost": image_cost,
+        "tokens": 128,
+        "patches": 64,
+        "tokens_per_step": 512,
+        "seed": 0,
+        "epochs": 1,
+    }
+    weights = changes.pop("weights", [1.0] * len(indexes))
+    return Plan(indexes, weights, **(settings | changes))
+
+
+def uses(steps: list[PlannedStep]) -> Counter[tuple[int, int, int]]:
+    return Counter(
+        (entry.source, entry.document, piece)
+        for step in steps
+        for pack in step.packs
+        for entry in pack.entries
+        for piece in range(entry.start_piece, entry.stop_piece)
+    )
+
+
+def test_an_epoch_holds_every_piece_once_and_no_pack_is_too_full(indexes: list[Index]) -> None:
+    plan = plan_of(indexes)
+    steps = list(plan.steps())
+    gone = {item.key for item in plan.ledger.refused}
+    every = {
+        (source, document, piece): 1
+        for source, index in enumerate(indexes)
+        for document in range(len(index))
+        if index.key(document) not in gone
+        for piece in range(index.piece_start[document + 1] - index.piece_start[document])
+    }
+    assert uses(steps) == every
+    packs = [pack for step in steps for pack in step.packs]
+    assert [pack.number for pack in packs] == list(range(len(packs)))
+    for pack in packs:
+        assert 0 < pack.tokens <= 128
+        assert pack.patches <= 64
+        assert pack.tokens == sum(entry.tokens for entry in pack.entries)
+    assert [step.number for step in steps] == list(range(plan.total_steps))
+
+
+def test_the_ledger_accounts_for_every_document(indexes: list[Index]) -> None:
+    plan = plan_of(indexes)
+    ledger = plan.ledger
+    pages = ledger.counts["pages"]
+    assert (pages.read, pages.refused, pages.unreached) == (42, 2, 0)
+    assert pages.read == pages.used + pages.refused
+    assert pages.split == len(ledger.split) == sum(number % 9 + 1 > 4 for number in range(40))
+    assert {item.key: item.reason for item in ledger.refused} == {
+        "bad": "broken image",
+        "too long": "piece 1 of 1 needs 501 tokens, a pack holds 128",
+    }
+    summary = plan.summary()
+    assert summary["documents"] == 242
+    assert summary["used"] == 240
+    assert [reason["key"] for reason in summary["reasons"]] == ["bad", "too long"]
+    assert 0.5 < summary["efficiency"] <= 1.0
+    json.dumps(summary)
+
+
+def test_documents_that_the_run_does_not_reach_are_counted_as_such(indexes: list[Index]) -> None:
+    plan = plan_of(indexes, epochs=None, token_budget=1000)
+    seen = {(entry[0], entry[1]) for entry in uses(list(plan.steps()))}
+    for source, name in enumerate(("captions", "pages")):
+        counts = plan.ledger.counts[name]
+        assert counts.used == sum(1 for at, _ in seen if at == source)
+        assert counts.read == counts.used + counts.refused + counts.unreached
+        assert counts.unreached > 0
+
+
+def test_a_token_budget_ends_after_the_step_that_reaches_it(indexes: list[Index]) -> None:
+    for budget in (1, 600, 20_000):
+        plan = plan_of(indexes, epochs=None, token_budget=budget)
+        tokens = [sum(pack.tokens for pack in step.packs) for step in plan.steps()]
+        assert len(tokens) == plan.total_steps
+        assert sum(tokens) >= budget > sum(tokens[:-1])
+        assert plan.summary()["tokens"] == sum(tokens)
+    assert plan_of(indexes, epochs=None, token_budget=1).hash == plan.hash
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+@given(
+    seed=st.integers(0, 1000),
+    tokens=st.sampled_from([100, 128, 300]),
+    packs=st.integers(1, 5),
+    weights=st.tuples(st.sampled_from([0.5, 1.0, 2.0]), st.sampled_from([0.3, 1.0])),
+    world=st.integers(1, 7),
+    data=st.data(),
+)
+def test_every_rank_makes_the_same_plan_and_any_cursor_goes_on_exactly(
+    indexes: list[Index],
+    seed: int,
+    tokens: int,
+    packs: int,
+    weights: tuple[float, float],
+    world: int,
+    data: st.DataObject,
+) -> None:
+    changes = {
+        "seed": seed,
+        "tokens": tokens,
+        "tokens_per_step": packs * tokens,
+        "weights": list(weights),
+    }
+    mine, other = plan_of(indexes, **changes), plan_of(indexes, **changes)
+    steps = list(mine.steps())
+    assert mine.hash == other.hash
+    assert list(other.steps()) == steps
+    at = data.draw(st.integers(0, len(steps) - 1))
+    cursor = Cursor.from_json(json.loads(json.dumps(steps[at].after.to_json())))
+    assert list(plan_of(indexes, **changes).steps(cursor)) == steps[at + 1 :]
+    for step in steps:
+        dealt = [micro_packs(step, rank, world) for rank in range(world)]
+        assert len({len(own) for own in dealt}) == 1
+        in_turn = [own[turn] for turn in range(len(dealt[0])) for own in dealt]
+        assert tuple(pack for pack in in_turn if pack is not None) == step.packs
+
+
+def test_the_state_is_small(indexes: list[Index]) -> None:
+    plan = plan_of(indexes)
+    last = list(plan.steps())[-1].after
+    state = {"plan": plan.hash, **last.to_json()}
+    assert len(json.dumps(state)) < 1024
+    assert len(pickle.dumps(last)) < 1024
+
+
+def test_the_hash_changes_with_everything_that_changes_packs(indexes: list[Index]) -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        {"seed": 1},
+        {"tokens": 129},
+        {"patches": 65},
+        {"tokens_per_step": 1024},
+        {"epochs": 2},
+        {"max_documents": 2},
+        {"weights": [1.0, 2.0]},
+        {"processor_fingerprint": "q"},
+        {"across_documents": True},
+        {"image_cost": lambda height, width: (5, 16)},
+    ]
+    hashes = [plan_of(indexes, **change).hash for change in changes]
+    hashes.append(plan_of(indexes[:1]).hash)
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_a_step_has_the_same_packs_whatever_the_block(indexes: list[Index]) -> None:
+    plan = plan_of(indexes, epochs=3)
+    sizes = [len(step.packs) for step in plan.steps()]
+    assert set(sizes[:-1]) - {4}, "blocks should end inside, with a short step"
+    assert all(1 <= size <= 4 for size in sizes)
+    assert plan.summary()["packs"] == sum(sizes)
+
+
+def test_the_document_limit_holds(indexes: list[Index]) -> None:
+    steps = plan_of(indexes, max_documents=2).steps()
+    assert max(len(pack.entries) for step in steps for pack in step.packs) == 2
+
+
+def test_cursors_of_another_plan_are_refused(indexes: list[Index]) -> None:
+    plan = plan_of(indexes)
+    for cursor in (Cursor(1, 0, 0), Cursor(0, 1, 0), Cursor(1, 0, 3), Cursor(10_000, 0, 0)):
+        with pytest.raises(ValueError, match="no place in this plan"):
+            next(plan.steps(cursor))
+    assert list(plan.steps(list(plan.steps())[-1].after)) == []
+    for value in ({}, {"step": 1}, {"step": -1, "block": 0, "offset": 0}):
+        with pytest.raises(ValueError, match="not a data cursor"):
+            Cursor.from_json(value)
+
+
+def test_wrong_settings_are_refused(indexes: list[Index], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one of the two"):
+        plan_of(indexes, token_budget=5)
+    with pytest.raises(ValueError, match="one of the two"):
+        plan_of(indexes, epochs=None)
+    with pytest.raises(ValueError, match="tokens is 0"):
+        plan_of(indexes, tokens=0)
+    with pytest.raises(ValueError, match="epochs is 0"):
+        plan_of(indexes, epochs=0)
+    with pytest.raises(ValueError, match="no source has a usable document"):
+        plan_of([index_of([page([500])], tmp_path)])
+    with pytest.raises(ValueError, match="so small"):
+        plan_of(indexes, weights=[0.001, 0.001])
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        micro_packs(next(plan_of(indexes).steps()), 2, 2)
