@@ -35,7 +35,8 @@ from data_packing.document import Document, Text
 from data_packing.shards import expand, read_document, read_index
 from mllm.evaluation.heldout import read_heldout
 from mllm.evaluation.likelihood import Figure, caption_gap, category_choice, choice
-from mllm.evaluation.scoring import text_loss
+from mllm.evaluation.scoring import scorer, text_loss
+from mllm.models.assemble import assemble
 
 VISUAL_TOKENS, WIDTH, FEATURES = 16, 576, 1280
 
@@ -56,7 +57,9 @@ def pixels(data: bytes, side: int = 224) -> Tensor:
     image = Pillow.open(BytesIO(data)).convert("RGBA")
     image = Pillow.alpha_composite(Pillow.new("RGBA", image.size, "white"), image).convert("RGB")
     return torch.frombuffer(
-        bytearray(image.resize((side, side), Pillow.Resampling.BICUBIC).tobytes()),
+        bytearray(
+            image.resize((side, side), Pillow.Resampling.BILINEAR, reducing_gap=3.0).tobytes()
+        ),
         dtype=torch.uint8,
     ).view(side, side, 3)
 
@@ -206,20 +209,26 @@ class Loop(nn.Module):
                 parameter.data = parameter.data.float()
 
     @torch.no_grad()
-    def score(self, documents: Sequence[Document], batch: int = 32) -> list[tuple[float, int]]:
-        """The scorer of `mllm.evaluation.likelihood`, by padded batches of like length."""
-        self.eval()
-        examples = [self.example(document) for document in documents]
-        order = sorted(
-            range(len(examples)), key=lambda i: len(examples[i].before + examples[i].after)
+    def as_model(self, data: Path) -> tuple[Any, Any]:
+        """The stack's model and processor with these weights, so that both are measured alike."""
+        model, processor = assemble(
+            {
+                "encoder": {
+                    "name": "efficientnet_lite",
+                    "path": data / "models/efficientnet-lite0",
+                },
+                "connector": {"name": "average_pool", "visual_tokens": VISUAL_TOKENS},
+                "language_model": {"path": data / "models/SmolLM2-135M-Instruct"},
+            },
+            dtype=torch.bfloat16,
         )
-        result: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
-        for at in range(0, len(order), batch):
-            rows = order[at : at + batch]
-            nll, count = self.losses([examples[i] for i in rows])
-            for i, a, n in zip(rows, nll.tolist(), count.tolist(), strict=True):
-                result[i] = (a, n)
-        return result
+        norm, first, _, second = self.connector
+        for name, part in (("norm", norm), ("first", first), ("second", second)):
+            getattr(model.connector, name).load_state_dict(part.state_dict())
+        merged = self.llm.merge_and_unload() if hasattr(self.llm, "merge_and_unload") else self.llm
+        body = {k: v for k, v in merged.state_dict().items() if v.shape[0] != len(self.tokenizer)}
+        model.language_model.load_state_dict(body, strict=False)
+        return model, processor
 
 
 def documents(data: Path, name: str) -> list[Document]:
@@ -242,15 +251,17 @@ def category_questions(pages: Sequence[Document], phrasings: Sequence[str]) -> l
 
 def measure(loop: Loop, data: Path, seed: int) -> dict[str, Figure | float]:
     """The quick start's figures of this loop, by the stack's own functions."""
+    model, processor = loop.as_model(data)
+    price = scorer(model, processor)
     held = read_heldout(data / "heldout" / "captions.json")
     asked = json.loads((data / "heldout" / "questions.json").read_text())
     text = (data / "heldout" / "text.txt").read_text(encoding="utf-8")
     question = asked["questions"]["category"][0]
     return {
-        "caption_gap": caption_gap(loop.score, held, seed),
-        "choice": choice(loop.score, held, seed=seed),
-        "category": category_choice(loop.score, held, question, asked["categories"], seed=seed),
-        "text": text_loss(loop.llm, loop.tokenizer, text)[0],
+        "caption_gap": caption_gap(price, held, seed),
+        "choice": choice(price, held, seed=seed),
+        "category": category_choice(price, held, question, asked["categories"], seed=seed),
+        "text": text_loss(model.language_model, processor.tokenizer, text)[0],
     }
 
 
