@@ -141,7 +141,7 @@ def load_language_model(
     with loading("language model", path):
         config = AutoConfig.from_pretrained(path)
         attention.check_supported(config)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -150,6 +150,7 @@ def load_language_model(
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(path)
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{path}: {len(missing)} weights are missing, {missing[0]} first")
     return model, tokenizer
@@ -160,17 +161,21 @@ def _add_image_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         token = AddedToken(IMAGE_TOKEN, special=True, normalized=False)
         tokenizer.add_tokens([token], special_tokens=True)
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    before = model.get_input_embeddings().num_embeddings
+    before = _rows(model)
     if len(tokenizer) <= before:
-        return [image_id]
+        return [tokenizer.get_vocab()[IMAGE_TOKEN]]
     model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=_ROWS, mean_resizing=False)
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     with torch.no_grad():
         for weight in {id(layer.weight): layer.weight for layer in layers}.values():
             # the mean's logit is far below any likely token's, a random row's need not be
             weight[before:] = weight[:before].float().mean(dim=0).to(weight.dtype)
-    return list(range(before, model.get_input_embeddings().num_embeddings))
+    return list(range(before, _rows(model)))
+
+
+def _rows(model: PreTrainedModel) -> int:
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.num_embeddings)
 
 
 def _generation_config(

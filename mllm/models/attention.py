@@ -144,14 +144,12 @@ def packed_attention(
 
 def available_backends() -> list[Backend]:
     """Name the back ends that can run on some device of this machine, best first."""
-    backends: list[Backend] = ["sdpa"]
-    if torch.cuda.is_available():
-        backends = [
-            *(["flash_attn"] if _flash_attn() else []),
-            *(["varlen_attn"] if _varlen_attn() else []),
-            *backends,
-        ]
-    return backends
+    backends: list[Backend] = []
+    if torch.cuda.is_available() and _flash_attn() is not None:
+        backends.append("flash_attn")
+    if torch.cuda.is_available() and _varlen_attn() is not None:
+        backends.append("varlen_attn")
+    return [*backends, "sdpa"]
 
 
 def chosen_backend(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> Backend:
@@ -278,7 +276,11 @@ def _varlen_attn() -> Callable[..., Tensor] | None:
                 repeats = query.shape[1] // key.shape[1]
                 key = key.repeat_interleave(repeats, dim=1)
                 value = value.repeat_interleave(repeats, dim=1)
-        return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)
+        output: Any = varlen_attn(
+            query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options
+        )
+        assert isinstance(output, Tensor)
+        return output
 
     return attend
 
@@ -317,7 +319,8 @@ def _flash_attn() -> Callable[..., Tensor] | None:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
         return None
-    return flash_attn_varlen_func
+    attend: Callable[..., Tensor] = flash_attn_varlen_func
+    return attend
 
 
 _BACKENDS: dict[Backend, Callable[..., Tensor]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -25,8 +26,8 @@ class MultimodalConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(AutoConfig, model_type="llama")
     }
 
-    encoder: dict[str, Any] | None = None
-    connector: dict[str, Any] | None = None
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    encoder: dict[str, Any] = field(default_factory=dict)
+    connector: dict[str, Any] = field(default_factory=dict)
+    text_config: Any = None
     image_token: str = "<image>"
     image_token_id: int = -1

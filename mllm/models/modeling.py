@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mllm.models import attention
 from mllm.models.config import MultimodalConfig
@@ -41,7 +41,6 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _supports_sdpa = True
     _supports_cache_class = True
-    _skip_keys_device_placement = "past_key_values"
 
     def __init__(
         self,
@@ -91,14 +90,15 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: image tokens and features differ in number, or wrong bounds.
         """
-        return self._states(
+        states: Tensor = self._states(
             input_ids, pixels, position_ids, cu_seqlens, attention_mask, **kwargs
         ).last_hidden_state
+        return states
 
     @property
     def lm_head(self) -> nn.Module:
         """The output layer [.., D] -> [.., V]; call it as a module, a shard is gathered then."""
-        head = self.language_model.get_output_embeddings()
+        head: nn.Module | None = self.language_model.get_output_embeddings()
         assert head is not None
         return head
 
@@ -111,7 +111,8 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             features = self.encoder(pixels)
         dtype = next(self.connector.parameters()).dtype
         grid = self.encoder.grid(*pixels.shape[1:3])
-        return self.connector(features.to(dtype), grid)
+        tokens: Tensor = self.connector(features.to(dtype), grid)
+        return tokens
 
     def _states(
         self,
@@ -121,7 +122,8 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None,
         attention_mask: Tensor | None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> Any:
+        """Run the language model without its output layer: a BaseModelOutputWithPast."""
         input_ids = input_ids if input_ids.ndim == 2 else input_ids[None]
         embeds = self._embed(input_ids, pixels)
         if position_ids is not None and position_ids.ndim == 1:
@@ -222,18 +224,20 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             hidden_states=states.hidden_states,
         )
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
         """Hand the images to the first step only; later ones find them in the cache."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids,  # type: ignore[arg-type]
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs["pixels"] = None
         return inputs
 
-    def _expand_inputs_for_generation(
+    def _expand_inputs_for_generation(  # type: ignore[override]
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
@@ -249,16 +253,18 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             counts = (input_ids == self.config.image_token_id).sum(dim=1) // each
             rows = pixels.split(counts.tolist())
             pixels = torch.cat([row for row in rows for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
-            input_ids=input_ids,
+            input_ids=input_ids,  # type: ignore[arg-type]
             **model_kwargs,
         )
         return input_ids, {**model_kwargs, "pixels": pixels}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> Any:
         """Load what `save_pretrained` wrote; arguments as in transformers, safetensors only.
 
         Raises:
@@ -268,9 +274,10 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         check_folder(path, "model")
         wants_report = kwargs.pop("output_loading_info", False)
         with loading("model", path):
-            model, report = super().from_pretrained(
+            loaded: Any = super().from_pretrained(
                 path, **{**kwargs, "output_loading_info": True, "use_safetensors": True}
             )
+        model, report = loaded
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if names := sorted(map(str, report.get(kind) or ())):
                 raise ValueError(

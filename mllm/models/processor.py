@@ -135,12 +135,12 @@ class Processor:
         return self.tokenizer.apply_chat_template(*args, **kwargs)
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
-        """Pass on to the tokenizer."""
-        return self.tokenizer.decode(*args, **kwargs)
+        """Turn one row of ids into text, as the tokenizer does."""
+        return str(self.tokenizer.decode(*args, **kwargs))
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Pass on to the tokenizer."""
-        return self.tokenizer.batch_decode(*args, **kwargs)
+        """Turn rows of ids into texts, as the tokenizer does."""
+        return list(self.tokenizer.batch_decode(*args, **kwargs))
 
     def _expand(
         self, ids: NDArray[np.int64], document: Document

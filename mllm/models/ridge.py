@@ -7,6 +7,7 @@ It touches weights directly, so it runs before DeepSpeed, on one rank; the calle
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data_packing.document import Document, DocumentError
@@ -70,6 +72,8 @@ def fit(
 
     Args:
         samples: each with one image; the learned tokens that are words are its text.
+        strength: of the penalty, see `solve`.
+        batch: images that are encoded at a time.
 
     Raises:
         ValueError: fewer than 8 samples.
@@ -111,17 +115,39 @@ def warm_start(
     Raises:
         ValueError: hardly any such document.
     """
-    samples: list[Sample] = []
+    captions: list[Sample] = []
+    conversations: list[Document] = []
     for document in _documents(indexes, seed):
-        try:
-            sample = processor.encode(document)
-        except DocumentError:
-            continue  # the loader refuses it by name when it is planned
-        if 0 < len(_words(model, sample)) <= _LONGEST:
-            samples.append(sample)
-        if len(samples) == limit:
+        if len(captions) == limit:
             break
-    return fit(model, samples)
+        if document.is_conversation:
+            conversations.append(document)
+        else:
+            captions += _usable(model, processor, document)
+    if len(captions) < _FEWEST:  # answers often say little about the image; better than nothing
+        for document in conversations[: limit - len(captions)]:
+            captions += _usable(model, processor, document)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(_cores())  # the other ranks only wait
+    try:
+        return fit(model, captions)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _usable(model: MultimodalModel, processor: Processor, document: Document) -> list[Sample]:
+    """The document's sample if its text is short and it can be encoded, else nothing."""
+    try:
+        sample = processor.encode(document)
+    except DocumentError:
+        return []  # the loader refuses it by name when it is planned
+    return [sample] if 0 < len(_words(model, sample)) <= _LONGEST else []
 
 
 def _documents(indexes: Sequence[Index], seed: int) -> Iterator[Document]:
@@ -138,11 +164,12 @@ def _documents(indexes: Sequence[Index], seed: int) -> Iterator[Document]:
             continue
 
 
-def _words(model: MultimodalModel, sample: Sample) -> np.ndarray:
+def _words(model: MultimodalModel, sample: Sample) -> NDArray[np.int64]:
     """The learned tokens without those that end a text or a turn."""
     learned = sample.labels[sample.labels != IGNORED]
     ends = model.generation_config.eos_token_id
-    return learned[~np.isin(learned, ends if isinstance(ends, list) else [ends])]
+    words: NDArray[np.int64] = learned[~np.isin(learned, ends)]
+    return words
 
 
 def _inputs(model: MultimodalModel, samples: Sequence[Sample]) -> Tensor:

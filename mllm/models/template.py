@@ -24,7 +24,7 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from data_packing.document import Document, DocumentError, Image, Part
+from data_packing.document import Document, DocumentError, Image, Part, Text
 from data_packing.sample import Cost
 
 VERSION = 1
@@ -68,9 +68,9 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token: str) -> None:
         self.tokenizer = tokenizer
         self.image_token = image_token
-        self.image_id = tokenizer.convert_tokens_to_ids(image_token)
-        if self.image_id is None or self.image_id == tokenizer.unk_token_id:
+        if image_token not in tokenizer.get_vocab():
             raise ValueError(f"the tokenizer has no token {image_token!r}")
+        self.image_id: int = tokenizer.get_vocab()[image_token]
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end token (eos_token), which ends a document")
         added = tokenizer.added_tokens_decoder.items()
@@ -205,9 +205,8 @@ class Template:
 
     def _overhead(self, document: Document, second_piece: int) -> int:
         """What a slice pays besides its pieces: the second piece alone minus it in the middle."""
-        system = "\n".join(
-            part.text for part in document.parts[: document.system_parts] if not _is_image(part)
-        )
+        leading = document.parts[: document.system_parts]
+        system = "\n".join(part.text for part in leading if isinstance(part, Text))
         if system not in self._overheads:
             alone = self._write_conversation(document.select(1, 2)).ids
             self._overheads[system] = int((alone != self.image_id).sum()) - second_piece
@@ -297,10 +296,6 @@ class Template:
             raise DocumentError(
                 f"the chat template wrote {found} of {wanted} images: it drops or repeats turns"
             )
-
-
-def _is_image(part: Part) -> bool:
-    return isinstance(part, Image)
 
 
 def _messages(document: Document, image_token: str) -> list[_Message]:

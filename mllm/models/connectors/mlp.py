@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ class Mlp(Connector):
     Options: `hidden`, the width between the two layers (default: the language model's).
     """
 
-    OPTIONS = ("hidden",)
+    OPTIONS: ClassVar[tuple[str, ...]] = ("hidden",)
 
     def __init__(self, spec: Mapping[str, Any], features: int, width: int) -> None:
         super().__init__(spec, features, width)
@@ -33,7 +33,8 @@ class Mlp(Connector):
 
     def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         """Map [I, N, Dv] to [I, N, D]."""
-        return self.second(self.act(self.first(self.norm(features))))
+        tokens: Tensor = self.second(self.act(self.first(self.norm(features))))
+        return tokens
 
     def last_linear(self) -> nn.Linear:
         """Return the second layer."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from mllm.models.encoders.vit import VisionTransformer, drop
 
@@ -14,6 +14,7 @@ class ClipEncoder(VisionTransformer):
     """
 
     MODEL = CLIPVisionModel
+    CONFIG = CLIPVisionConfig
 
     def _strip(self) -> None:
         drop(self.vision, "post_layernorm")

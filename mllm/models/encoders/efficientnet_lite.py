@@ -85,7 +85,9 @@ class EfficientNetLiteEncoder(VisionEncoder):
         Images with channels last are twice as fast on a CPU. The weights keep their order:
         DeepSpeed broadcasts them as bytes and needs them contiguous.
         """
-        maps = self.net.extract_features(images.contiguous(memory_format=torch.channels_last))
+        maps: Tensor = self.net.extract_features(
+            images.contiguous(memory_format=torch.channels_last)
+        )
         return maps.flatten(2).transpose(1, 2)
 
 

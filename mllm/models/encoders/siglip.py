@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedConfig, SiglipVisionModel
+from transformers import PreTrainedConfig, SiglipVisionConfig, SiglipVisionModel
 
 from mllm.models.encoders.vit import VisionTransformer, drop
 
@@ -14,6 +14,7 @@ class SiglipEncoder(VisionTransformer):
     """Patch features of the last layer but one; with `layer: -1` normalised as SigLIP does."""
 
     MODEL = SiglipVisionModel
+    CONFIG = SiglipVisionConfig
 
     @classmethod
     def _config(cls, spec: Mapping[str, Any]) -> PreTrainedConfig:

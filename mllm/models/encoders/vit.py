@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 from mllm.models.encoders.base import VisionEncoder
 from mllm.models.errors import check_folder, loading, read_json
@@ -28,6 +29,7 @@ class VisionTransformer(VisionEncoder):
 
     OPTIONS = ("resize", "layer")
     MODEL: ClassVar[type[PreTrainedModel]]
+    CONFIG: ClassVar[type[PreTrainedConfig]]
     DEFAULT_LAYER: ClassVar[int] = -2
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -45,7 +47,7 @@ class VisionTransformer(VisionEncoder):
     def _config(cls, spec: Mapping[str, Any]) -> PreTrainedConfig:
         # the dtype of the moment counts, not the one of the folder the encoder came from
         values = {key: value for key, value in spec["config"].items() if key != "dtype"}
-        config = cls.MODEL.config_class(**values)
+        config = cls.CONFIG(**values)
         config._attn_implementation = "sdpa"
         return config
 
@@ -56,7 +58,7 @@ class VisionTransformer(VisionEncoder):
         with loading("encoder", path):
             config = AutoConfig.from_pretrained(path)
         config = getattr(config, "vision_config", config)
-        if not isinstance(config, cls.MODEL.config_class):
+        if not isinstance(config, cls.CONFIG):
             raise ValueError(f"{path} holds a {config.model_type!r} model, not {cls.__name__}")
         layer = options.get("layer", cls.DEFAULT_LAYER)
         if not -config.num_hidden_layers <= layer <= -1:
@@ -76,7 +78,7 @@ class VisionTransformer(VisionEncoder):
         logging.set_verbosity_error()  # it would list the layers left out as unexpected
         try:
             with loading("encoder", path):
-                vision, report = self.MODEL.from_pretrained(
+                loaded: Any = self.MODEL.from_pretrained(
                     path,
                     config=self._config(self.spec),
                     attn_implementation="sdpa",
@@ -86,7 +88,7 @@ class VisionTransformer(VisionEncoder):
                 )
         finally:
             logging.set_verbosity(level)
-        self.vision = vision
+        self.vision, report = loaded
         self._strip()
         needed = {name for name, _ in self.vision.named_parameters()}
         missing = sorted(needed & set(report["missing_keys"]))
@@ -112,7 +114,7 @@ def _preprocessor(path: str | Path) -> dict[str, Any]:
     if Path(path).is_dir():
         return read_json(Path(path) / name)
     with loading("preprocessor", path):
-        return read_json(Path(cached_file(path, name)))
+        return read_json(Path(str(cached_file(path, name))))
 
 
 def _geometry(
