@@ -170,14 +170,20 @@ def full_disk_is_clear(path: Path) -> Iterator[None]:
     except Exception as error:
         number = getattr(error, "errno", None)
         told = any(f"os error {n}" in str(error) for n in FULL_DISK)
-        if number in FULL_DISK or told:
-            with contextlib.suppress(OSError):
-                free = shutil.disk_usage(path.parent).free
-                raise NoSpace(
-                    f"no space left for {path} ({free / 2**20:.0f} MiB are free there). What was "
-                    "saved before is untouched: make room and run the same command again."
-                ) from error
-        raise
+        if number not in FULL_DISK and not told:
+            raise
+        raise NoSpace(
+            f"no space left for {path} ({_free(path)}). What was saved before is untouched: make "
+            "room and run the same command again."
+        ) from error
+
+
+def _free(path: Path) -> str:
+    """How much room there is at a path that may not exist."""
+    for place in (path, *path.parents):
+        if place.exists():
+            return f"{shutil.disk_usage(place).free / 2**20:,.0f} MiB are free there"
+    return "its disk is gone"
 
 
 class Lock:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LORA: dict[str, Any] = {
     "train__language_model": {"lr": 1e-2, "lora": {"rank": 4, "dropout": 0.1}},
 }
+LONG: dict[str, Any] = {"run__epochs": 12, "run__checkpoint_every": 4, "run__zero": 3}
 
 
 @pytest.fixture(scope="session")
@@ -118,6 +119,7 @@ def two(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         )
     )
     recipes.append(write("hop", run__zero=2) + "@2")
+    recipes.append(write("long", **LONG))
     recipes.append(write("changed", run__seed=5) + "@2")
     recipes.append(write("changed", "changed-later", run__seed=6))
     run_many(2, recipes)

@@ -1,0 +1,261 @@
+"""`mllm train` as people use it: stopped, killed, started twice, on a full disk, with mistakes."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from rich.console import Console
+
+from mllm.recipe import load
+from mllm.training import checkpoint
+from mllm.training.control import PARENT
+from mllm.training.launch import Ranks, train_stage
+from mllm.training.run_folder import RunFolder, read_lines
+from tests.training import tiny
+from tests.training.conftest import LONG, ROOT, Runs, writer
+
+COMMAND = "import sys; sys.argv[0] = 'mllm'; from mllm.cli import main; main()"
+PATIENCE = 120.0
+
+
+def start(*arguments: str, before: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+    """The `mllm` command on two ranks."""
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=before,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for a command; nothing it started is left. Returns what it printed."""
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert left_over(process.pid) == []
+    return output
+
+
+def left_over(parent: int) -> list[str]:
+    """Processes that a command started and that still run."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(PARENT, "").startswith(f"{parent}:"):
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_for_step(folder: RunFolder, step: int, process: subprocess.Popen[str]) -> None:
+    """Wait until the run has made so many steps."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        records = read_lines(folder.metrics)
+        if records and records[-1]["step"] >= step:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def kill_everything(process: subprocess.Popen[str]) -> None:
+    """kill -9 of the command and all that it started, at once."""
+    parent = psutil.Process(process.pid)
+    for victim in [parent, *parent.children(recursive=True)]:
+        victim.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while left_over(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left_over(process.pid) == []
+
+
+def kills(home: Path, two: Runs, tmp_path: Path, steps: list[int]) -> None:
+    """Kill a run at these steps, damage the newest checkpoint after the last, and compare."""
+    runs = Runs(tmp_path)
+    recipe = writer(home, runs)("long", **LONG)
+    folder = runs.folder("long")
+    for step in steps:
+        process = start("train", recipe, "--cpus", "2")
+        wait_for_step(folder, step, process)
+        kill_everything(process)
+        assert folder.finished() is None
+    newest, _ = checkpoint.newest(folder.state)
+    assert newest is not None
+    torn = next(iter(newest.glob("*.safetensors")))
+    os.truncate(torn, torn.stat().st_size - 100)
+    process = start("train", recipe, "--cpus", "2")
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert f"{newest.name} is damaged" in output
+    assert "going on from step" in output
+    assert runs.losses("long") == two.losses("long")
+    expected, got = two.weights("long"), runs.weights("long")
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_killed_twice_and_torn_it_ends_bit_identical(home: Path, two: Runs, tmp_path: Path) -> None:
+    kills(home, two, tmp_path, [9, 22])
+
+
+@pytest.mark.slow
+def test_killed_at_many_moments_it_ends_bit_identical(
+    home: Path, two: Runs, tmp_path: Path
+) -> None:
+    kills(home, two, tmp_path, [1, 6, 12, 13, 21, 33, 41, 52])
+
+
+def test_stopped_locked_and_out_of_space(home: Path, tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    recipe = writer(home, runs)("long", **(LONG | {"run__epochs": 100}))
+    folder = runs.folder("long")
+    process = start("train", recipe, "--cpus", "2")
+    wait_for_step(folder, 6, process)
+
+    second = start("train", recipe, "--cpus", "2")
+    refusal, _ = second.communicate(timeout=PATIENCE)
+    assert second.returncode == 2
+    assert "another run is writing there" in refusal
+    assert process.poll() is None
+
+    process.send_signal(signal.SIGINT)
+    output = finish(process)
+    assert process.returncode == 130, output
+    assert "stopped and saved at step" in output
+    kept, warnings = checkpoint.newest(folder.state)
+    assert kept is not None
+    assert warnings == []
+    reached = len(runs.losses("long"))
+    assert checkpoint.read_state(kept).step == reached
+
+    folder.log.unlink()
+    limit = 50_000  # bytes in a file: a checkpoint's are larger
+    process = start(
+        "train",
+        recipe,
+        "--cpus",
+        "2",
+        before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    output = finish(process)
+    assert process.returncode == 1, output
+    assert "no space left for" in output
+    assert "run the same command again" in output
+    assert "Traceback" not in output
+    again, warnings = checkpoint.newest(folder.state)
+    assert again == kept
+    assert warnings == []
+    assert not list(folder.state.glob(".writing-*"))
+
+
+def test_a_workers_own_message_is_shown(home: Path, tmp_path: Path) -> None:
+    recipe = writer(home, Runs(tmp_path))(
+        "wrong", train__language_model={"lr": 1e-3, "lora": {"rank": 2, "targets": ["q_prj"]}}
+    )
+    process = start("train", recipe, "--cpus", "2")
+    output = finish(process)
+    assert process.returncode == 1
+    message = output.split("mllm: ")[-1]
+    assert "'q_prj' is no linear layer" in message
+    assert "did you mean 'q_proj'?" in message
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_run_with_a_word(home: Path, tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    recipe = writer(home, runs)("long", **(LONG | {"run__epochs": 100}))
+    process = start("train", recipe, "--cpus", "2")
+    wait_for_step(runs.folder("long"), 4, process)
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "mllm.training.worker" in child.cmdline() and child.environ().get("RANK") == "1"
+    ]
+    workers[-1].kill()
+    output = finish(process)
+    assert process.returncode == 1
+    assert "mllm: " in output
+
+
+@pytest.mark.slow
+def test_workers_leave_when_the_command_is_killed(home: Path, tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    recipe = writer(home, runs)("long", **(LONG | {"run__epochs": 100}))
+    process = start("train", recipe, "--cpus", "2")
+    wait_for_step(runs.folder("long"), 4, process)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 30
+    while left_over(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left_over(process.pid) == []
+    kept, _ = checkpoint.newest(runs.folder("long").state)
+    assert kept is not None
+    assert checkpoint.read_state(kept).step == len(runs.losses("long"))
+
+
+def quick(file: Path, *overrides: str) -> tuple[int, str]:
+    """`train_stage` where it ends before a worker starts. Returns status and output."""
+    console = Console(record=True, width=200, force_terminal=False)
+    recipe = load(file, overrides)
+    status = train_stage(file, overrides, recipe, Ranks(2, gpus=False), console)
+    return status, console.export_text()
+
+
+def test_a_finished_stage_is_left_alone(two: Runs) -> None:
+    before = two.folder("fp32-2").marker.stat().st_mtime_ns
+    status, output = quick(two.path / "fp32-2.yaml", "data.workers=3", "run.zero=3")
+    assert status == 0
+    assert "already finished (5 steps)" in output
+    assert two.folder("fp32-2").marker.stat().st_mtime_ns == before
+
+
+def test_a_finished_stage_with_another_recipe_is_refused(two: Runs) -> None:
+    with pytest.raises(ValueError, match=r"finished with another recipe") as refusal:
+        quick(two.path / "fp32-2.yaml", "optimizer.warmup=0.2")
+    assert "optimizer.warmup: was 0.1, is now 0.2" in str(refusal.value)
+    assert "delete" in str(refusal.value)
+
+
+def stage_after(home: Path, parent: Path, path: Path) -> Path:
+    """A recipe that starts from another stage."""
+    values: dict[str, Any] = tiny.recipe(home, path / "after")
+    values["model"] = {"from": str(parent)}
+    return tiny.write_recipe(path / "after.yaml", values)
+
+
+def test_a_stage_does_not_start_from_an_unfinished_one(
+    home: Path, two: Runs, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"has not finished"):
+        quick(stage_after(home, two.path / "hop", tmp_path))
+
+
+def test_missing_shards_are_refused_before_a_worker_starts(home: Path, tmp_path: Path) -> None:
+    values = tiny.recipe(home, tmp_path / "out", data__sources=[{"path": str(home / "no-*.tar")}])
+    with pytest.raises(ValueError, match=r"data.sources.0.path: no shard matches"):
+        quick(tiny.write_recipe(tmp_path / "r.yaml", values))
+
+
+def test_more_gpus_than_there_are_is_refused() -> None:
+    with pytest.raises(ValueError, match="this machine has"):
+        Ranks.choose(gpus=1000, cpus=None)
+    with pytest.raises(ValueError, match="not both"):
+        Ranks.choose(gpus=1, cpus=1)
