@@ -10,7 +10,9 @@ cd "$ROOT"
 
 trap 'echo; echo "Interrupted. The same command goes on where it was: ./scripts/quickstart.sh"; exit 130' INT
 
-if has_gpu; then make_venv quickstart,gpu; else make_venv quickstart; export DS_ACCELERATOR=cpu; fi
+# The [gpu] extra is not needed here: torch brings its own packed attention on CUDA.
+make_venv quickstart
+has_gpu || export DS_ACCELERATOR=cpu
 export PATH="$VENV/bin:$PATH"
 trap - INT
 exec "$VENV/bin/python" -m scripts.quickstart "$@"
