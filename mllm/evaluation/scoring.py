@@ -235,7 +235,7 @@ def read(model: Any, row: Row, device: torch.device) -> Tensor:
 
 @torch.inference_mode()
 def text_loss(
-    language_model: Any, tokenizer: Any, text: str, window: int = 256
+    language_model: Any, tokenizer: Any, text: str, window: int = 256, max_tokens: int | None = None
 ) -> tuple[float, list[tuple[float, int]]]:
     """NLL per token of plain text, in windows that each start afresh.
 
@@ -245,7 +245,8 @@ def text_loss(
     Args:
         language_model: a *ForCausalLM.
         tokenizer: its tokenizer; no special tokens are added.
-        window: tokens a pass; the first of each window is given, not scored.
+        window: tokens scored a pass; each also gets the token before them.
+        max_tokens: score no more than these from the beginning; None: all.
 
     Returns:
         Nats per token, and (nll, tokens) of every window.
@@ -254,6 +255,7 @@ def text_loss(
         ValueError: the text has fewer than two tokens.
     """
     ids = tokenizer(text, add_special_tokens=False).input_ids
+    ids = ids if max_tokens is None else ids[: max_tokens + 1]
     device = language_model.get_input_embeddings().weight.device
     was_training = language_model.training
     language_model.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from data_packing.document import Document
 
-__all__ = ["Generator", "load"]
+__all__ = ["Generator", "choose_device", "load"]
 
 
 def load(folder: str | Path, device: str | None = None) -> tuple[Any, Any]:
@@ -34,9 +34,10 @@ def load(folder: str | Path, device: str | None = None) -> tuple[Any, Any]:
 
     folder = Path(folder)
     _check_finished(folder)
-    place = _device(device)
+    place = choose_device(device)
     model, processor = load_model(folder)
-    return model.to(place).eval(), processor
+    model.to(place)  # type: ignore[arg-type]
+    return model.eval(), processor
 
 
 def _check_finished(folder: Path) -> None:
@@ -59,7 +60,12 @@ def _check_finished(folder: Path) -> None:
         )
 
 
-def _device(name: str | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
+    """The device of this name; without one the first GPU if there is any.
+
+    Raises:
+        ValueError: no such device here.
+    """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
@@ -106,6 +112,28 @@ class Generator:
         as `stream`.
         """
         return "".join(self.stream(document, max_new_tokens, temperature)).strip()
+
+    def answers(self, documents: Sequence[Document], max_new_tokens: int = 32) -> list[str]:
+        """Return the likeliest answers to several documents, generated together.
+
+        Raises:
+            DocumentError: one of them cannot be used.
+        """
+        inputs = {k: v.to(self.model.device) for k, v in self.processor.prompts(documents).items()}
+        end = self.processor.tokenizer.eos_token_id
+        with torch.inference_mode():
+            ids = self.model.generate(
+                **inputs,
+                do_sample=False,
+                top_p=None,
+                top_k=None,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=end,
+                pad_token_id=end,
+            )
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     def stream(
         self, document: Document, max_new_tokens: int = 128, temperature: float = 0.0
