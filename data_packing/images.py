@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from data_packing.document import Image
 
 MAX_PIXELS = 64 * 1024 * 1024
-"""Height times width above which an image is refused, unless the caller says otherwise."""
+"""Height times width above which an image is refused; the caller may set another limit (up to
+Pillow's own, about 178 million)."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _ORIENTATION = 0x0112
@@ -116,7 +117,9 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[PillowImage.Image]:
             warnings.simplefilter("ignore")  # the size is checked below, with a reason
             image = PillowImage.open(io.BytesIO(data), formats=FORMATS)
     except PillowImage.DecompressionBombError as error:
-        raise DocumentError(f"more than the limit of {max_pixels:,} pixels ({error})") from error
+        raise DocumentError(
+            f"it claims to be far above the limit of {max_pixels:,} pixels"
+        ) from error
     except UnidentifiedImageError as error:
         start = data[:8].hex(" ")
         raise DocumentError(

@@ -22,15 +22,17 @@ def open_image(folder: Path, name: Any, role: Role | None = None) -> Image:
     """
     if not isinstance(name, str) or not name:
         raise DocumentError(f"an image must be a file name, not {name!r}")
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
+    try:
+        path = (folder / name).resolve()
+        inside = path.is_relative_to(folder.resolve())
+    except (ValueError, OSError, RuntimeError) as error:  # no file can have such a name
+        raise DocumentError(f"image {name!r}: {error}") from error
+    if not inside:
         raise DocumentError(f"image {name} lies outside of {folder}")
     try:
         return Image.open(path, role)
     except DocumentError as error:
         raise DocumentError(str(error).replace(str(path), name)) from error
-    except ValueError as error:  # a name that no file can have
-        raise DocumentError(f"image {name!r}: {error}") from error
 
 
 def divide(text: str, longest: int = LONGEST_TEXT) -> list[str]:

@@ -53,9 +53,7 @@ def test_small_documents_are_packed_alike(sizes: list[int]) -> None:
     check(pack_lengths(sizes, 1000), sizes, 1000)
 
 
-@pytest.mark.parametrize(
-    ("capacity", "bar"), [(4096, 0.998), (8192, 0.999), (16384, 0.999)]
-)
+@pytest.mark.parametrize(("capacity", "bar"), [(4096, 0.998), (8192, 0.999), (16384, 0.999)])
 def test_efficiency_on_interleaved_lengths(capacity: int, bar: float) -> None:
     random = np.random.default_rng(0)
     text = np.exp(random.normal(np.log(435), 0.8, 50_000)).astype(int) + 1

@@ -13,8 +13,14 @@ from packing_toys import captions, image, page, png
 
 from data_packing.document import Document, DocumentError, Image, Text
 from data_packing.ledger import Refusal
-from data_packing.shards import expand, index_path, parse_span, read_document, read_index
-from data_packing.shards import write_shards
+from data_packing.shards import (
+    expand,
+    index_path,
+    parse_span,
+    read_document,
+    read_index,
+    write_shards,
+)
 
 
 def test_documents_come_back_as_they_were_written(tmp_path: Path) -> None:

@@ -38,9 +38,7 @@ def test_every_piece_is_in_one_slice_or_named_and_nothing_is_too_large(
     for number, document in enumerate(documents):
         mine = np.flatnonzero(units.document == number)
         covered = [
-            piece
-            for at in mine
-            for piece in range(units.start_piece[at], units.stop_piece[at])
+            piece for at in mine for piece in range(units.start_piece[at], units.stop_piece[at])
         ]
         assert covered == sorted(set(covered))
         pieces = len(document.pieces())

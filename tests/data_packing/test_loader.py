@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from packing_toys import captions, encode, image, image_cost, index_of, page, png
+
+from data_packing import loader as loader_module
+from data_packing import plan as plan_module
+from data_packing.document import Document, Image, Text
+from data_packing.index import Index
+from data_packing.loader import Loader
+from data_packing.pack import TENSORS, Pack
+from data_packing.plan import Cursor, Plan, PlannedStep
+from data_packing.sample import Sample
+
+Steps = list[tuple[PlannedStep, list[Pack]]]
+
+
+def encode_or_crash(document: Document) -> Sample:
+    if document.key == "k7":
+        raise KeyError("a bug")
+    return encode(document)
+
+
+def encode_too_long(document: Document) -> Sample:
+    sample = encode(document)
+    if document.key == "k7":
+        sample.input_ids = np.append(sample.input_ids, 0)
+        sample.labels = sample.input_ids
+    return sample
+
+
+def encode_and_die(document: Document) -> Sample:
+    if multiprocessing.parent_process() is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(document)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "BLOCK", 30)
+
+
+def plan_of(index: Index) -> Plan:
+    return Plan(
+        [index],
+        [1.0],
+        processor_fingerprint="p",
+        image_cost=image_cost,
+        tokens=128,
+        patches=64,
+        tokens_per_step=640,
+        seed=0,
+        epochs=2,
+    )
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> tuple[Plan, Index]:
+    pages = [page([20] * 6, f"page{number}", True) for number in range(4)]
+    index = index_of([*captions(40), *pages], tmp_path, per_shard=20)
+    return plan_of(index), index
+
+
+def load(
+    plan: Plan, index: Index, code: Callable[[Document], Sample] = encode, **changes: Any
+) -> Steps:
+    return list(Loader(plan, [index], code, **({"rank": 0, "world": 1, "workers": 0} | changes)))
+
+
+def same(one: Steps, other: Steps) -> bool:
+    return [step for step, _ in one] == [step for step, _ in other] and all(
+        a.keys == b.keys
+        and a.number == b.number
+        and a.refused == b.refused
+        and all(torch.equal(getattr(a, name), getattr(b, name)) for name in TENSORS)
+        for (_, mine), (_, others) in zip(one, other, strict=True)
+        for a, b in zip(mine, others, strict=True)
+    )
+
+
+def test_packs_hold_what_the_plan_says(data: tuple[Plan, Index]) -> None:
+    plan, index = data
+    steps = load(*data)
+    assert [step for step, _ in steps] == list(plan.steps())
+    for step, packs in steps:
+        for planned, pack in zip(step.packs, packs, strict=True):
+            assert pack.number == planned.number
+            assert len(pack.input_ids) == planned.tokens
+            assert pack.keys == [index.key(entry.document) for entry in planned.entries]
+            assert len(pack.pixels) * 16 == planned.patches
+            assert pack.refused == []
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_workers_change_nothing(
+    data: tuple[Plan, Index], inline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "_little_shared_memory", lambda: inline)
+    assert same(load(*data), load(*data, workers=2, prefetch=3))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_another_world_size_deals_the_same_packs(data: tuple[Plan, Index], world: int) -> None:
+    alone = load(*data)
+    ranks = [load(*data, rank=rank, world=world) for rank in range(world)]
+    for number, (step, packs) in enumerate(alone):
+        turns = [packs_of_rank[number][1] for packs_of_rank in ranks]
+        assert len({len(own) for own in turns}) == 1
+        dealt = [own[turn] for turn in range(len(turns[0])) for own in turns]
+        assert [pack.number for pack in dealt if pack.number >= 0] == [p.number for p in step.packs]
+        fillers = [pack for pack in dealt if pack.number < 0]
+        assert all(pack.learned == 0 for pack in fillers)
+        for pack, expected in zip(dealt, packs, strict=False):
+            assert torch.equal(pack.input_ids, expected.input_ids)
+            assert torch.equal(pack.pixels, expected.pixels)
+
+
+def test_any_cursor_goes_on_with_the_same_packs_on_other_ranks_and_workers(
+    data: tuple[Plan, Index],
+) -> None:
+    plan, index = data
+    whole = load(plan, index)
+    for at in (0, 1, len(whole) // 2, len(whole) - 2):
+        cursor = Cursor.from_json(whole[at][0].after.to_json())
+        assert same(load(plan_of(index), index, cursor=cursor), whole[at + 1 :])
+    cursor = whole[2][0].after
+    assert same(load(plan, index, cursor=cursor, workers=1), whole[3:])
+    second = load(plan, index, cursor=cursor, rank=1, world=2)
+    assert [p.number for _, packs in second for p in packs if p.number >= 0] == [
+        planned.number for step, _ in whole[3:] for planned in step.packs[1::2]
+    ]
+
+
+def damage_image(path: Path, index: Index, number: int) -> None:
+    """Overwrite part of a document's image inside the tar file."""
+    place = index.place(number)
+    with open(path, "r+b") as file:
+        file.seek(place.offset)
+        at = file.read(place.size).index(b"IDAT") + place.offset
+        file.seek(at + 10)
+        file.write(b"\xff" * 40)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_document_that_fails_to_decode_is_left_out_and_named(
+    data: tuple[Plan, Index], workers: int
+) -> None:
+    plan, index = data
+    damage_image(index.paths[0], index, 7)
+    before = {pack.number for step in plan.steps() for pack in step.packs}
+    steps = load(plan, index, workers=workers)
+    refused = [item for _, packs in steps for pack in packs for item in pack.refused]
+    assert [(item.source, item.key) for item in refused] == [("toys", "k7")] * 2
+    assert "image 1: broken PNG" in refused[0].reason
+    keys = [key for _, packs in steps for pack in packs for key in pack.keys]
+    assert "k7" not in keys
+    assert keys.count("k8") == 2
+    assert {pack.number for _, packs in steps for pack in packs} == before
+
+
+def test_a_damaged_record_is_refused_with_its_key(data: tuple[Plan, Index]) -> None:
+    plan, index = data
+    place = index.place(7)
+    with open(place.path, "r+b") as file:
+        file.seek(place.offset + 512)
+        file.write(b"}")
+    refused = [item for _, packs in load(plan, index) for p in packs for item in p.refused]
+    assert {item.key for item in refused} == {"k7"}
+    assert "damaged shard" in refused[0].reason
+
+
+def test_a_document_that_encodes_to_another_length_is_refused(data: tuple[Plan, Index]) -> None:
+    steps = load(*data, code=encode_too_long)
+    refused = [item for _, packs in steps for pack in packs for item in pack.refused]
+    assert {item.key for item in refused} == {"k7"}
+    assert "the plan says" in refused[0].reason
+    assert all(len(pack.input_ids) <= 128 for _, packs in steps for pack in packs)
+
+
+def test_a_pack_may_lose_all_its_documents(tmp_path: Path) -> None:
+    broken = Image(png()[:70], 8, 9)
+    index = index_of([Document((broken, Text("a")), "toys", "only")], tmp_path)
+    packs = load(plan_of(index), index)[0][1]
+    assert [item.key for item in packs[0].refused] == ["only", "only"]  # 2 epochs
+    assert packs[0].learned == 0
+    assert packs[0].cu_seqlens.tolist() == [0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_any_other_failure_ends_the_run_and_names_the_document(
+    data: tuple[Plan, Index], workers: int
+) -> None:
+    with pytest.raises(RuntimeError, match=r"document 'k7' of 'toys' .*KeyError: 'a bug'"):
+        load(*data, code=encode_or_crash, workers=workers)
+    assert children() == []
+
+
+def test_a_worker_that_is_killed_ends_the_run(data: tuple[Plan, Index]) -> None:
+    with pytest.raises(RuntimeError, match="killed by signal|exited unexpectedly"):
+        load(*data, code=encode_and_die, workers=1)
+
+
+def test_stopping_early_leaves_no_process_and_no_open_file(data: tuple[Plan, Index]) -> None:
+    plan, index = data
+    open_before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for workers in (0, 2):
+        steps = iter(Loader(plan, [index], encode, rank=0, world=1, workers=workers))
+        next(steps)
+        assert isinstance(steps, Iterator)
+        steps.close()  # type: ignore[attr-defined]
+        assert children() == []
+        if workers == 0 and open_before:
+            assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def children() -> list[multiprocessing.process.BaseProcess]:
+    return multiprocessing.active_children()
+
+
+def test_wrong_settings_are_refused(data: tuple[Plan, Index]) -> None:
+    plan, index = data
+    with pytest.raises(ValueError, match="workers is -1"):
+        Loader(plan, [index], encode, rank=0, world=1, workers=-1)
+    with pytest.raises(ValueError, match="rank 3 of 2"):
+        load(plan, index, rank=3, world=2)
+    with pytest.raises(ValueError, match="no place in this plan"):
+        load(plan, index, cursor=Cursor(1, 5, 5))
+
+
+def test_images_of_documents_stay_with_them(tmp_path: Path) -> None:
+    documents = [
+        Document.caption(image(seed=seed), "a" * (seed + 1), "toys", f"k{seed}")
+        for seed in range(6)
+    ]
+    index = index_of(documents, tmp_path)
+    for _, packs in load(plan_of(index), index):
+        for pack in packs:
+            for place, key in enumerate(pack.keys):
+                expected = encode(documents[int(key[1:])]).pixels[0]
+                assert torch.equal(pack.pixels[place], torch.from_numpy(expected))
