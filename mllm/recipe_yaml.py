@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 Path_ = tuple[str | int, ...]
+TRAIN_SETTINGS = ("lr", "lora", "qlora")
 
 
 class RecipeError(ValueError):
@@ -105,8 +106,7 @@ def _build(loader: _Loader, node: yaml.Node, path: Path_, source: Source) -> Any
 def override(source: Source, assignments: Iterable[str]) -> None:
     """Lay `a.b=value` assignments over a recipe; the values are read as YAML.
 
-    A dotted key below `train` may itself be a module path: the longest key that the recipe already
-    has wins, otherwise the last part is the setting (lr, lora, …) and the rest the module path.
+    Below `train` a module path has dots itself: it ends before the first setting (lr, lora, …).
     """
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -118,21 +118,20 @@ def override(source: Source, assignments: Iterable[str]) -> None:
             value = yaml.load(text, _Loader) if text else None
         except yaml.YAMLError:
             value = text
-        _assign(source, _split(source.values, key), value, assignment)
+        _assign(source, _split(source.values, key, value), value, assignment)
 
 
-def _split(values: dict[str, Any], key: str) -> list[str]:
+def _split(values: dict[str, Any], key: str, value: Any) -> list[str]:
+    """The keys that a dotted key stands for."""
     parts = key.split(".")
     if parts[0] != "train" or len(parts) == 1:
         return parts
+    cut = next((i for i, part in enumerate(parts) if i > 1 and part in TRAIN_SETTINGS), len(parts))
     known = values.get("train")
-    known = known if isinstance(known, dict) else {}
-    for stop in range(len(parts), 1, -1):
-        module = ".".join(parts[1:stop])
-        if module in known:
-            return ["train", module, *parts[stop:]]
-    settings = ("lr", "lora", "qlora")
-    cut = next((i for i, part in enumerate(parts) if i > 1 and part in settings), len(parts))
+    if cut == len(parts) > 2 and value != "frozen" and not isinstance(value, dict):
+        shorter = ".".join(parts[1:-1])
+        if isinstance(known, dict) and shorter in known:
+            cut -= 1  # a misspelt setting of a module that is there
     return ["train", ".".join(parts[1:cut]), *parts[cut:]]
 
 

@@ -1,20 +1,26 @@
 """DeepSpeed's communication op for CPUs is compiled the first time it is used, for about a minute.
 
-Here it is compiled by one process at a time, under a lock that cannot go stale, and a lock file
+Here it is compiled by one process at a time, under a lock that cannot go stale, in a folder of this
+environment's own (two environments that share one would compile it anew in turns), and a lock file
 that a killed compilation left behind (torch waits for it forever) is removed.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 COMPILING = "compiling DeepSpeed's communication op, about a minute, once"
+NAME = "deepspeed_shm_comm"
+EXTENSIONS = "TORCH_EXTENSIONS_DIR"
 
 
 def ensure(tell: Callable[[str], None]) -> None:
-    """Compile the op if this machine has not yet.
+    """Compile the op if this environment has not yet. Sets TORCH_EXTENSIONS_DIR unless it is set.
 
     Args:
         tell: called with a line for people before it takes long.
@@ -25,19 +31,28 @@ def ensure(tell: Callable[[str], None]) -> None:
         return
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-    builder = ShareMemCommBuilder()
-    home = _build_folder(builder.name)
+    home = folder()
+    os.environ[EXTENSIONS] = str(home.parent)
     home.mkdir(parents=True, exist_ok=True)
-    with (home.parent / f".{builder.name}.building").open("w") as lock:
-        if not list(home.glob("*.so")):
+    with (home.parent / f".{NAME}.building").open("w") as lock:
+        if not compiled():
             tell(COMPILING)
         fcntl.flock(lock, fcntl.LOCK_EX)
         (home / "lock").unlink(missing_ok=True)
-        builder.load(verbose=False)
+        ShareMemCommBuilder().load(verbose=False)
 
 
-def _build_folder(name: str) -> Path:
-    """Where torch's extension loader builds an op."""
-    from torch.utils.cpp_extension import _get_build_directory
+def compiled() -> bool:
+    """Whether this environment has the op."""
+    return (folder() / f"{NAME}.so").is_file()
 
-    return Path(_get_build_directory(name, False))
+
+def folder() -> Path:
+    """Where the op is built: one folder per environment."""
+    given = os.environ.get(EXTENSIONS)
+    if given:
+        return Path(given) / NAME
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "torch_extensions"
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+    return cache / f"{python}_cpu_{environment}" / NAME

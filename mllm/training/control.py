@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -19,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rich.console import Console
 
+from mllm.training.progress import Screen, complain
 from mllm.training.run_folder import NoSpace
 
 CONTROL = "MLLM_CONTROL"
@@ -36,19 +37,21 @@ class Control:
     Args:
         rank: this worker's.
         folder: shared with the command and the other workers, None when there is no command.
+        title: of the plain lines that are printed when there is no command.
     """
 
-    def __init__(self, rank: int, folder: Path | None) -> None:
+    def __init__(self, rank: int, folder: Path | None, title: str = "") -> None:
         self.rank = rank
         self.folder = folder
+        self.screen = Screen(title, Console(force_terminal=False, width=1000))
         self._stop = threading.Event()
         self._failed = False
 
     @classmethod
-    def from_environment(cls, rank: int) -> Control:
+    def from_environment(cls, rank: int, title: str) -> Control:
         """The channel that the command opened, if one did."""
         folder = os.environ.get(CONTROL)
-        return cls(rank, Path(folder) if folder else None)
+        return cls(rank, Path(folder) if folder else None, title)
 
     @property
     def stop_requested(self) -> bool:
@@ -73,17 +76,22 @@ class Control:
                 os._exit(1)
 
     def event(self, **facts: Any) -> None:
-        """Tell the command something (rank 0 only; the others are silent)."""
+        """Tell people something (rank 0 only; the others are silent)."""
         if self.rank != 0:
             return
         if self.folder is None:
-            if "phase" in facts:
-                say(f"[{facts['phase']}]")
-            elif "note" in facts:
-                say(str(facts["note"]))
+            self.screen.event(facts)
+            if "done" in facts:
+                self.screen.note(f"{facts['done']} at step {facts.get('step', 'the last')}")
             return
         with contextlib.suppress(OSError), (self.folder / EVENTS).open("a") as file:
             file.write(json.dumps(facts) + "\n")
+
+    def metric(self, record: dict[str, Any]) -> None:
+        """A step was made. The command reads it from metrics.jsonl."""
+        if self.rank == 0 and self.folder is None:
+            self.screen.metric(record)
+            self.screen.tick()
 
     def phase(self, name: str, **facts: Any) -> None:
         """What is happening now, in words for people."""
@@ -96,11 +104,13 @@ class Control:
     def fail(self, error: BaseException) -> None:
         """Report this worker's error. The first of all workers is the one that people see."""
         self._failed = True
-        traceback.print_exception(error)
         record = {"rank": self.rank, "message": message(error)}
         if self.folder is None:
-            print(f"rank {self.rank}: {record['message']}", file=sys.stderr, flush=True)
+            if not isinstance(error, ValueError | NoSpace):
+                traceback.print_exception(error)
+            complain(f"rank {self.rank}: {record['message']}")
             return
+        traceback.print_exception(error)
         draft = self.folder / f".{ERROR}.{self.rank}"
         with contextlib.suppress(OSError):
             draft.write_text(json.dumps(record))
@@ -130,9 +140,3 @@ def parent_lives() -> bool:
         return bool(psutil.Process(int(number)).create_time() == float(started))
     except psutil.Error:
         return False
-
-
-def say(line: str) -> None:
-    """Print a line; nobody reading it any more is no reason to fail."""
-    with contextlib.suppress(OSError):
-        print(line, flush=True)

@@ -43,6 +43,7 @@ class Loop:
         accumulation: micro-steps of every step.
         stop: whether this rank was asked to leave.
         save: writes a checkpoint of `state` (collective).
+        tell: is given each line of metrics.jsonl.
     """
 
     engine: Any
@@ -53,6 +54,7 @@ class Loop:
     accumulation: int
     stop: Callable[[], bool]
     save: Callable[[State], None]
+    tell: Callable[[dict[str, Any]], None]
     saved: float = 0.0
     saved_step: int = -1
 
@@ -119,24 +121,23 @@ class Loop:
         norm = self.engine.get_global_grad_norm()
         self._note_refused(packs, agreed.refused)
         if dist.get_rank() == 0:
-            append_line(
-                self.folder.metrics,
-                {
-                    "step": self.state.step,
-                    "steps": self.total_steps,
-                    "loss": loss,
-                    "tokens": agreed.tokens,
-                    "learned": agreed.learned,
-                    "packs": len(planned.packs),
-                    "refused": agreed.refused,
-                    "lr": rate,
-                    "grad_norm": None if norm is None else float(norm),
-                    "seconds": round(ended - started, 4),
-                    "wait": round(arrived - started, 4),
-                    "total_tokens": self.state.tokens,
-                    "total_seconds": round(self.state.seconds, 3),
-                },
-            )
+            record = {
+                "step": self.state.step,
+                "steps": self.total_steps,
+                "loss": loss,
+                "tokens": agreed.tokens,
+                "learned": agreed.learned,
+                "packs": len(planned.packs),
+                "refused": agreed.refused,
+                "lr": rate,
+                "grad_norm": None if norm is None else float(norm),
+                "seconds": round(ended - started, 4),
+                "wait": round(arrived - started, 4),
+                "total_tokens": self.state.tokens,
+                "total_seconds": round(self.state.seconds, 3),
+            }
+            append_line(self.folder.metrics, record)
+            self.tell(record)
 
     def _propagate(self, step: int, packs: list[Pack], learned: int) -> float:
         """Forward and backward of every pack, then the update. Returns the step's loss.

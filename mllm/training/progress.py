@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -29,7 +30,7 @@ class Screen:
         self.title = title
         self.console = console or Console()
         self.live = self.console.is_terminal
-        self.phase = ""
+        self.phase = self.activity = ""
         self.step = self.steps = 0
         self.loss: float | None = None
         self.rate = self.seconds_per_step = 0.0
@@ -66,12 +67,15 @@ class Screen:
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(f"{self.title}: {text}", markup=False, highlight=False, soft_wrap=True)
+        with contextlib.suppress(OSError):  # nobody reading it any more is no reason to fail
+            line = f"{self.title}: {text}" if self.title else text
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def event(self, event: dict[str, Any]) -> None:
         """Something the workers said."""
         if "note" in event:
             self.note(str(event["note"]))
+        self.activity = str(event.get("activity", self.activity))
         if "steps" in event:
             self.steps = int(event["steps"])
         if "step" in event:
@@ -113,7 +117,8 @@ class Screen:
     def _facts(self) -> str:
         left = (self.steps - self.step) * self.seconds_per_step
         loss = "-" if self.loss is None else f"{self.loss:.3f}"
-        return f"loss {loss}  {self.rate:,.0f} useful tokens/s  {duration(left)} left"
+        facts = f"loss {loss}  {self.rate:,.0f} useful tokens/s  {duration(left)} left"
+        return f"{facts}  ({self.activity})" if self.activity else facts
 
     def _picture(self) -> Table | Text:
         if self.training and self._bar is not None and self._task is not None:
@@ -136,4 +141,5 @@ def duration(seconds: float) -> str:
 
 def complain(text: str) -> None:
     """An error for people, on stderr."""
-    print(f"mllm: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(f"mllm: {text}", file=sys.stderr, flush=True)

@@ -1,32 +1,19 @@
-"""What every rank runs: `deepspeed --num_gpus 8 scripts/train.py recipe.yaml [key=value ...]`."""
+"""What every rank runs: `deepspeed --num_gpus 8 scripts/train.py recipe.yaml [key=value ...]`.
+
+Nothing heavy is imported at the top: loader workers import this module again when they start.
+"""
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import logging
 import os
-import platform
 import sys
-import time
-import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import torch
-import torch.distributed as dist
-
-from mllm.recipe import Recipe, load
-from mllm.training import build, checkpoint, comm_op, engine, export, groups, loop
+from mllm.recipe import load
 from mllm.training.control import Control
-from mllm.training.run_folder import Lock, RunFolder, keep_lines_up_to, read_lines
-from mllm.training.sources import parent_id
-from mllm.training.step import TrainStep
-
-VERSIONS = ("torch", "transformers", "deepspeed", "peft")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -36,11 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--local_rank", type=int, default=0)
     options = parser.parse_args(arguments)
-    rank = int(os.environ.get("RANK", "0"))
-    control = Control.from_environment(rank)
+    control = Control.from_environment(int(os.environ.get("RANK", "0")), options.recipe.stem)
     control.watch()
     try:
         recipe = load(options.recipe, options.overrides)
+        from mllm.training.stage import Worker, start_processes
+
         start_processes(control)
         Worker(recipe, control).run()
         status = 0
@@ -50,278 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # without waiting for the threads of a process group, broken or not
-
-
-class Worker:
-    """One rank's way through a stage."""
-
-    def __init__(self, recipe: Recipe, control: Control) -> None:
-        self.recipe = recipe
-        self.control = control
-        self.folder = RunFolder(recipe.output)
-
-    def run(self) -> None:
-        """Train the stage, from the lock to the marker. The process group must be there."""
-        lock = self._take_lock(dist.get_rank())
-        try:
-            self._stage()
-        finally:
-            lock.release()
-
-    def _stage(self) -> None:
-        recipe, control, folder = self.recipe, self.control, self.folder
-        world, rank = dist.get_world_size(), dist.get_rank()
-        identity = recipe.identity() | {"model.parent": parent_id(recipe)}
-        folder.check_same(identity)
-        if folder.finished() is not None:
-            control.event(done="finished", note=f"{folder.path} is already finished")
-            return
-
-        control.phase("loading the model")
-        precision = self._precision()
-        model, processor, adapter = self._model(engine.DTYPES[precision])
-        placement = self._placement(model, precision, world)
-        step = TrainStep(model, recipe.objectives, recipe.data.packing.tokens)
-        parameter_groups = groups.parameter_groups(
-            model, recipe.train, recipe.optimizer.lr, recipe.optimizer.weight_decay
-        )
-        data = self._data(processor, rank)
-        home = self._resumed(data.plan.hash)
-        control.phase("checking the weights")
-        frozen = checkpoint.frozen_hash(step)
-        state = self._state(home, data.plan.hash, frozen)
-        if rank == 0:
-            folder.begin(recipe, self._facts(identity, data.plan, placement, world))
-            for path in (folder.metrics, folder.refused):
-                keep_lines_up_to(path, state.step)
-            self._write_ledger(data.plan)
-
-        if home is not None:
-            checkpoint.load_weights(step, home)
-        elif recipe.model.connector is not None and recipe.model.connector.init == "ridge":
-            self._ridge(step, processor, data)
-        control.phase("starting the engine")
-        accumulation = engine.accumulation_steps(data.plan.packs_per_step, world)
-        deepspeed_engine = engine.start(step, recipe, placement, parameter_groups, accumulation)
-        if home is not None:
-            checkpoint.load(deepspeed_engine, home)
-
-        finished = self._train(deepspeed_engine, processor, data, state, accumulation)
-        if finished:
-            control.phase("saving the model")
-            facts = {
-                "steps": state.step,
-                "tokens": state.tokens,
-                "seconds": round(state.seconds, 3),
-                "recipe": recipe.hash(),
-                "plan": data.plan.hash,
-            }
-            if rank == 0:
-                self._write_ledger(data.plan)
-            export.finish(deepspeed_engine, processor, recipe, folder, adapter, facts)
-        deepspeed_engine.destroy()
-        dist.barrier()
-        control.event(done="finished" if finished else "stopped", step=state.step)
-
-    def _take_lock(self, rank: int) -> Lock:
-        """Rank 0 keeps other runs out of the folder for as long as it lives."""
-        lock = Lock(self.folder.path / "worker.lock")
-        taken = [lock.acquire() if rank == 0 else True]
-        dist.broadcast_object_list(taken, 0)
-        if not taken[0]:
-            raise ValueError(
-                f"{self.folder.path}: another run is writing there (process {lock.holder()}); "
-                "wait for it or give another run.output"
-            )
-        return lock
-
-    def _precision(self) -> str:
-        """What the model computes in; a run that goes on keeps what it began with."""
-        begun = self.folder.begun()
-        if begun is not None and self.recipe.run.precision == "auto":
-            return str(begun["precision"])
-        precision, why = engine.choose_precision(self.recipe)
-        if why:
-            self.control.note(f"precision: {precision} ({why})")
-        return precision
-
-    def _model(self, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-        """Model with `requires_grad` set, processor, and the adapters' configuration."""
-        torch.manual_seed(self.recipe.run.seed)
-        return build.model(self.recipe.model, self.recipe, dtype)
-
-    def _placement(self, model: Any, precision: str, world: int) -> engine.Placement:
-        total = sum(p.numel() for p in model.parameters())
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        zero, why = engine.choose_zero(self.recipe, precision, world, total, trained)
-        if why:
-            self.control.note(f"zero: {zero} ({why})")
-        return engine.Placement(precision, zero)
-
-    def _data(self, processor: Any, rank: int) -> build.Data:
-        """Rank 0 counts what has not been counted, the others read its counts."""
-        workers = max(1, self.recipe.data.workers)
-        if rank != 0:
-            dist.barrier()
-        data = build.data(self.recipe, processor, workers, self.control.phase)
-        if rank == 0:
-            dist.barrier()
-        self.control.note(build.outline(data.plan))
-        return data
-
-    def _resumed(self, plan: str) -> Path | None:
-        """The checkpoint to go on from: the newest that is whole, as rank 0 sees it."""
-        found: list[Any] = [None]
-        if dist.get_rank() == 0:
-            home, warnings = checkpoint.newest(self.folder.state)
-            for warning in warnings:
-                self.control.note(warning)
-            if home is None and warnings:
-                self.control.note("no checkpoint is whole: starting from the beginning")
-            found = [home]
-        dist.broadcast_object_list(found, 0)
-        home = found[0]
-        if home is not None and checkpoint.read_state(home).plan != plan:
-            raise ValueError(
-                f"{home}: the data changed since this run began (or its processor did), so it "
-                f"cannot go on exactly; restore the data, or delete {self.folder.path} to start "
-                "anew"
-            )
-        return home  # type: ignore[no-any-return]
-
-    def _state(self, home: Path | None, plan: str, frozen: str) -> checkpoint.State:
-        if home is None:
-            return checkpoint.State(
-                step=0,
-                cursor={"step": 0, "block": 0, "offset": 0},
-                plan=plan,
-                frozen=frozen,
-                seed=self.recipe.run.seed,
-                seconds=0.0,
-                tokens=0,
-            )
-        state = checkpoint.read_state(home)
-        if state.frozen != frozen:
-            raise ValueError(
-                f"{home}: the frozen weights are not those that this run began with; restore "
-                f"them, or delete {self.folder.path} to start anew"
-            )
-        self.control.note(f"going on from step {state.step}")
-        return state
-
-    def _facts(
-        self, identity: dict[str, Any], plan: Any, placement: engine.Placement, world: int
-    ) -> dict[str, Any]:
-        begun = self.folder.begun() or {}
-        return {
-            "plan": plan.hash,
-            "steps": plan.total_steps,
-            "seed": self.recipe.run.seed,
-            "parent": self.recipe.model.from_,
-            "precision": placement.precision,
-            "zero": placement.zero,
-            "ranks": world,
-            "device": self._device(),
-            "versions": {name: version(name) for name in VERSIONS},
-            "python": platform.python_version(),
-            "started": begun.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
-            "identity": json.loads(json.dumps(identity)),
-        }
-
-    @staticmethod
-    def _device() -> str:
-        if torch.cuda.is_available():
-            return torch.cuda.get_device_name()
-        return f"CPU, {os.cpu_count()} cores"
-
-    def _write_ledger(self, plan: Any) -> None:
-        from data_packing.ledger import Refusal
-
-        ledger = plan.ledger
-        ledger.drop(
-            Refusal(record["source"], record["key"], record["reason"])
-            for record in read_lines(self.folder.refused)
-        )
-        ledger.write(self.folder.ledger)
-
-    def _ridge(self, step: TrainStep, processor: Any, data: build.Data) -> None:
-        """Solve the connector's last layer on rank 0 and give it to all."""
-        from mllm.models import ridge
-
-        self.control.phase("solving the connector's last layer")
-        model = step.model
-        if dist.get_rank() == 0:
-            report = ridge.warm_start(model, processor, data.indexes, self.recipe.run.seed)
-            self.control.note(
-                f"ridge start from {report.examples} captions explains "
-                f"{report.explained:.0%} of the variance of their embeddings"
-            )
-        for parameter in model.connector.parameters():
-            dist.broadcast(parameter.data, 0)
-
-    def _train(
-        self,
-        deepspeed_engine: Any,
-        processor: Any,
-        data: build.Data,
-        state: checkpoint.State,
-        accumulation: int,
-    ) -> bool:
-        from data_packing.loader import Loader
-        from data_packing.plan import Cursor
-
-        recipe, control, plan = self.recipe, self.control, data.plan
-        loader = Loader(
-            plan,
-            data.indexes,
-            processor.encode,
-            rank=dist.get_rank(),
-            world=dist.get_world_size(),
-            workers=recipe.data.workers,
-            cursor=Cursor.from_json(state.cursor),
-            prefetch=2,
-        )
-
-        def save(now: checkpoint.State) -> None:
-            control.phase("saving a checkpoint", step=now.step)
-            checkpoint.save(deepspeed_engine, now, self.folder.state)
-            control.phase("training", step=now.step)
-
-        control.phase("training", step=state.step, steps=plan.total_steps)
-        training = loop.Loop(
-            deepspeed_engine,
-            recipe,
-            self.folder,
-            state,
-            plan.total_steps,
-            accumulation,
-            lambda: control.stop_requested,
-            save,
-        )
-        return training.run(loader)
-
-
-def start_processes(control: Control) -> None:
-    """Threads, accelerator and process group of this rank."""
-    import deepspeed
-
-    local = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    torch.set_num_threads(threads_per_rank(local))
-    comm_op.ensure(control.phase)
-    control.phase("starting DeepSpeed")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's, of torch's collectives
-    deepspeed.init_distributed(timeout=datetime.timedelta(hours=2))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def threads_per_rank(ranks: int) -> int:
-    """Compute threads of one rank: the cores this process may use, shared out evenly."""
-    given = os.environ.get("OMP_NUM_THREADS")
-    if given and given.isdigit():
-        return max(1, int(given))
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 if __name__ == "__main__":

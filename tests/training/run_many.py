@@ -20,7 +20,7 @@ import torch.distributed as dist
 from mllm.recipe import load
 from mllm.training.control import Control
 from mllm.training.run_folder import RunFolder, read_lines
-from mllm.training.worker import Worker, start_processes
+from mllm.training.stage import Worker, start_processes
 
 
 class StopAfter(Control):

@@ -1,0 +1,287 @@
+"""Recipes: what is read, and every refusal with its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mllm.recipe import RecipeError, load, load_all
+from mllm.training.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+GOOD = """\
+model:
+  encoder: {name: clip, path: models/clip}
+  connector: {name: average_pool, visual_tokens: 16, init: ridge}
+  language_model: {path: models/llm}
+train:
+  encoder: frozen
+  connector: {lr: 1e-3}
+  language_model: {lr: 2.0e-5, lora: {rank: 8, alpha: 16}}
+data:
+  sources:
+    - {path: "a-*.tar"}
+    - {path: "b-*.tar", weight: 2}
+  packing: {tokens: 1024}
+optimizer: {weight_decay: 0.01, warmup: 0.03, schedule: cosine}
+run: {epochs: 1, tokens_per_step: 4096}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe that is right."""
+    folder = tmp_path / "staged"
+    folder.mkdir()
+    file = folder / "1_align.yaml"
+    file.write_text(GOOD)
+    return file
+
+
+def test_a_recipe_is_read_and_completed(recipe: Path) -> None:
+    read = load(recipe)
+    assert read.train["encoder"].frozen
+    assert read.train["connector"].lr == 1e-3
+    assert read.train["language_model"].lora is not None
+    assert read.train["language_model"].lora.rank == 8
+    assert read.data.sources[1].weight == 2.0
+    assert read.data.packing.across_documents is False
+    assert read.objectives == ("language_modeling",)
+    assert read.run.precision == "auto"
+    assert read.output == Path("outputs/staged/1_align")
+
+
+def test_options_of_parts_are_passed_on(recipe: Path) -> None:
+    read = load(recipe, ["model.encoder.layer=-3", "model.connector.hidden=64"])
+    assert read.model.encoder is not None
+    assert read.model.encoder.options == {"layer": -3}
+    assert read.model.connector is not None
+    assert read.model.connector.options == {"hidden": 64}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.warmup=0.1", ("optimizer", "warmup", 0.1)),
+        ("run.tokens_per_step=1_048_576", ("run", "tokens_per_step", 1048576)),
+        ("run.tokens_per_step=1e6", ("run", "tokens_per_step", 1000000)),
+        ("optimizer.lr=3e-4", ("optimizer", "lr", 3e-4)),
+        ("run.output=some/where", ("run", "output", "some/where")),
+    ],
+)
+def test_overrides_are_read_as_yaml(
+    recipe: Path, override: str, expected: tuple[str, str, object]
+) -> None:
+    section, key, value = expected
+    assert getattr(getattr(load(recipe, [override]), section), key) == value
+
+
+def test_overrides_reach_lists_and_dotted_modules(recipe: Path) -> None:
+    read = load(
+        recipe,
+        [
+            "data.sources.1.weight=0.5",
+            "train.language_model.lora.rank=2",
+            "train.language_model.model.norm.lr=1e-5",
+            "train.encoder.vision=frozen",
+        ],
+    )
+    assert read.data.sources[1].weight == 0.5
+    how = read.train["language_model"].lora
+    assert how is not None
+    assert (how.rank, how.alpha) == (2, 16)
+    assert read.train["language_model.model.norm"].lr == 1e-5
+    assert read.train["encoder.vision"].frozen
+
+
+REFUSALS = {
+    "unknown section": (["optimiser={}"], "unknown key 'optimiser'; did you mean 'optimizer'?"),
+    "unknown key": (
+        ["optimizer.warmpu=0.1"],
+        "unknown key 'optimizer.warmpu'; did you mean 'warmup'?",
+    ),
+    "unknown key in a list": (
+        ["data.sources.0.wieght=2"],
+        "unknown key 'data.sources.0.wieght'; did you mean 'weight'?",
+    ),
+    "unknown key of a module": (
+        ["train.connector={learning_rate: 1}"],
+        "unknown key 'train.connector.learning_rate'",
+    ),
+    "unknown setting of a module": (
+        ["train.connector.lrr=1e-3"],
+        "unknown key 'train.connector.lrr'; did you mean 'lr'?",
+    ),
+    "unknown key of lora": (
+        ["train.language_model.lora.rnak=3"],
+        "unknown key 'train.language_model.lora.rnak'; did you mean 'rank'?",
+    ),
+    "wrong type": (["run.tokens_per_step=many"], "run.tokens_per_step: expected a valid integer"),
+    "not a number": (["optimizer.lr=fast"], "optimizer.lr: expected a valid number"),
+    "negative rate": (["train.connector.lr=-1"], "train.connector.lr: expected greater than 0"),
+    "warmup of everything": (["optimizer.warmup=1.5"], "optimizer.warmup: expected less than 1"),
+    "wrong word": (
+        ["optimizer.schedule=cosin"],
+        "optimizer.schedule: expected 'cosine', 'linear' or 'constant', got 'cosin'; did you mean "
+        "'cosine'?",
+    ),
+    "wrong optimizer": (["optimizer.name=adam"], "did you mean 'adamw'?"),
+    "wrong zero": (["run.zero=4"], "run.zero: expected 'auto', 0, 1, 2 or 3, got 4"),
+    "section is no mapping": (["run=fast"], "run: expected a mapping with the keys"),
+    "train value": (["train.encoder=froze"], "expected frozen or {lr: …, lora: {…}}, got 'froze'"),
+    "missing lora rank": (
+        ["train.language_model.lora={alpha: 4}"],
+        "train.language_model.lora.rank is missing",
+    ),
+    "no sources": (["data.sources=[]"], "data.sources is empty"),
+    "no objectives": (["objectives=[]"], "objectives is empty"),
+    "unknown objective": (
+        ["objectives=[language_modelling]"],
+        "unknown objective 'language_modelling'; did you mean 'language_modeling'?",
+    ),
+    "neither tokens nor epochs": (["run.epochs=null"], "give run.tokens or run.epochs"),
+    "tokens and epochs": (["run.tokens=1000"], "give run.tokens or run.epochs, not both"),
+    "a step smaller than a pack": (
+        ["run.tokens_per_step=512"],
+        "run.tokens_per_step (512) is smaller than one pack (data.packing.tokens = 1024)",
+    ),
+    "from and encoder": (
+        ["model.from=outputs/x"],
+        "model.from already brings the encoder; remove model.encoder or model.from",
+    ),
+    "no encoder": (["model.encoder=null"], "give model.encoder, or model.from a folder"),
+    "no connector name": (["model.connector={visual_tokens: 4}"], "give model.connector.name"),
+    "nothing trains": (
+        ["train.connector=frozen", "train.language_model=frozen"],
+        "nothing would be trained",
+    ),
+    "frozen with a rate": (
+        ["train.encoder={frozen: true, lr: 1e-3}"],
+        "train.encoder is frozen and has a learning rate",
+    ),
+    "no rate": (
+        ["train.connector={}"],
+        "train.connector has no learning rate; give train.connector.lr or optimizer.lr",
+    ),
+    "unknown module": (
+        ["train.conector.lr=1e-3"],
+        "train: unknown module 'conector'; did you mean 'connector'?",
+    ),
+    "lora elsewhere": (
+        ["train.connector.lora={rank: 4}"],
+        "train.connector: LoRA is for language_model only",
+    ),
+    "qlora": (["train.language_model={lr: 1e-4, qlora: {rank: 4}}"], "qlora is not supported yet"),
+    "bf16 without masters": (
+        ["run.zero=0", "run.precision=bf16"],
+        "run.zero: 0 keeps no fp32 master weights for bf16",
+    ),
+    "betas": (["optimizer.betas=[0.9, 1.0]"], "optimizer.betas must lie in [0, 1)"),
+    "override without value": (["optimizer.warmup"], "expected key=value"),
+    "override beside a list": (
+        ["data.sources.2.weight=1"],
+        "data.sources is a list of 2; expected a position from 0 to 1, got '2'",
+    ),
+    "override by name in a list": (["data.sources.path=x"], "expected a position from 0 to 1"),
+    "half a pack of documents": (["data.packing.documents=0"], "data.packing.documents"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_refusal_says_what_and_where(recipe: Path, case: str) -> None:
+    overrides, expected = REFUSALS[case]
+    with pytest.raises(RecipeError) as refusal:
+        load(recipe, overrides)
+    message = str(refusal.value)
+    assert expected in message
+    assert "command line" in message or f"{recipe}:" in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "expected"),
+    [
+        ("warmup: 0.03", "warmpu: 0.03", 14, "unknown key 'optimizer.warmpu'"),
+        ("weight: 2", "weight: heavy", 12, "data.sources.1.weight: expected a valid number"),
+        ("tokens: 1024", "tokens: 8192", 15, "is smaller than one pack"),
+        ("  encoder: frozen\n", "  encodr: frozen\n", 6, "unknown module 'encodr'"),
+        ("epochs: 1", "epochs: 1, epochs: 2", 15, "the key 'run.epochs' is given twice"),
+        ("path: models/llm}", "path: models/llm", 5, "not valid YAML"),
+        ("{lr: 1e-3}", "{lr: 1e-3, lora: {rank: 2}}", 7, "LoRA is for language_model only"),
+    ],
+)
+def test_a_refusal_names_the_line(
+    recipe: Path, old: str, new: str, line: int, expected: str
+) -> None:
+    assert old in GOOD
+    recipe.write_text(GOOD.replace(old, new, 1))
+    with pytest.raises(RecipeError) as refusal:
+        load(recipe)
+    assert f"{recipe}:{line}: " in str(refusal.value)
+    assert expected in str(refusal.value)
+
+
+def test_all_mistakes_are_named_at_once(recipe: Path) -> None:
+    with pytest.raises(RecipeError) as refusal:
+        load(recipe, ["optimizer.warmpu=1", "run.zero=9"])
+    assert len(str(refusal.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("", "the recipe is empty"), ("- a\n- b\n", "a recipe is a mapping"), ("a: [", "valid YAML")],
+)
+def test_what_is_no_recipe_is_refused(tmp_path: Path, content: str, expected: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(content)
+    with pytest.raises(RecipeError, match=expected):
+        load(file)
+
+
+def test_a_missing_recipe_names_its_neighbours(recipe: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no such recipe; did you mean '1_align.yaml'"):
+        load(recipe.with_name("1_aling.yaml"))
+
+
+def test_a_folder_is_run_in_file_name_order(recipe: Path) -> None:
+    for name in ("3_c.yaml", "2_b.yaml"):
+        recipe.with_name(name).write_text(GOOD)
+    files = [file.name for file, _ in load_all(recipe.parent)]
+    assert files == ["1_align.yaml", "2_b.yaml", "3_c.yaml"]
+
+
+def test_a_mistake_in_a_later_stage_is_seen_first(recipe: Path) -> None:
+    recipe.with_name("2_b.yaml").write_text(GOOD.replace("epochs", "epoch"))
+    with pytest.raises(RecipeError, match=r"2_b.yaml:15: unknown key 'run.epoch'"):
+        load_all(recipe.parent)
+
+
+def test_two_stages_cannot_share_an_output(recipe: Path) -> None:
+    recipe.with_name("2_b.yaml").write_text(GOOD)
+    with pytest.raises(RecipeError, match=r"is also that of"):
+        load_all(recipe.parent, ["run.output=here"])
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no recipe"):
+        load_all(tmp_path)
+
+
+def test_the_identity_is_what_decides_the_result(recipe: Path) -> None:
+    plain = load(recipe)
+    same = ["run.output=x", "run.checkpoint_every=7", "run.zero=3", "data.workers=4"]
+    assert load(recipe, same).hash() == plain.hash()
+    for change in ("run.seed=1", "optimizer.warmup=0.1", "model.encoder.layer=-1"):
+        assert load(recipe, [change]).hash() != plain.hash(), change
+
+
+def test_the_recipe_in_a_folder_is_the_recipe(recipe: Path, tmp_path: Path) -> None:
+    read = load(recipe, ["model.encoder.layer=-1"])
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(read, {"identity": read.identity()})
+    assert load(folder.recipe) == read
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").rglob("*.yaml")), ids=str)
+def test_the_recipes_that_ship_are_right(file: Path) -> None:
+    load(file)
