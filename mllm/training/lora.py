@@ -59,7 +59,7 @@ def inject(language_model: nn.Module, section: LoraSection) -> LoraConfig:
             parameter.requires_grad_(plain in trained)
             if plain in trained and plain != name:
                 raise ValueError(
-                    f"train: {plain} would be trained in full and carries an adapter too; "
+                    f"train: language_model.{plain} would be trained in full and carries an adapter too; "
                     "choose one, or leave it out of lora.targets"
                 )
     return config

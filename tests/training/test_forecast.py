@@ -1,0 +1,51 @@
+"""`mllm plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mllm.training.forecast import forecast
+from tests.training import tiny
+
+
+def test_a_folder_is_forecast_before_its_first_stage_has_run(home: Path, tmp_path: Path) -> None:
+    first = tiny.recipe(home, tmp_path / "out" / "1")
+    second = tiny.recipe(
+        home,
+        tmp_path / "out" / "2",
+        train__language_model={"lr": 1e-3, "lora": {"rank": 2}},
+        run__tokens_per_step=128,
+    )
+    second["model"] = {"from": str(tmp_path / "out" / "1")}
+    tiny.write_recipe(tmp_path / "staged" / "1.yaml", first)
+    tiny.write_recipe(tmp_path / "staged" / "2.yaml", second)
+    console = Console(record=True, width=160, force_terminal=False)
+    forecast(tmp_path / "staged", [], console)
+    text = console.export_text()
+    assert "5 of 4 packs" in text
+    assert "10 of 2 packs" in text
+    assert "packing efficiency" in text
+    adapters = 2 * sum(
+        2 * a for a in (24 + 24, 24 + 12, 24 + 12, 24 + 24, 24 + 36, 24 + 36, 36 + 24)
+    )
+    assert f"{adapters:,}" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_documents_that_do_not_fit_are_named(home: Path, tmp_path: Path) -> None:
+    values = tiny.recipe(home, tmp_path / "out", data__packing={"tokens": 24})
+    file = tiny.write_recipe(tmp_path / "r.yaml", values)
+    console = Console(record=True, width=200, force_terminal=False)
+    forecast(file, [], console)
+    text = console.export_text()
+    assert "refused: captions captions-" in text
+    assert "all in the run's ledger.jsonl" in text
+
+
+def test_patches_that_hold_no_image_are_refused(home: Path, tmp_path: Path) -> None:
+    values = tiny.recipe(home, tmp_path / "out", data__packing={"tokens": 64, "patches": 2})
+    with pytest.raises(ValueError):
+        forecast(tiny.write_recipe(tmp_path / "r.yaml", values), [], Console(record=True))
