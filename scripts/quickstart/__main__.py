@@ -19,7 +19,7 @@ from scripts.quickstart.downloads import ended
 from scripts.quickstart.fetch import fetch_all
 from scripts.quickstart.prepare import DATA, add_arguments, prepare
 from scripts.quickstart.stages import OUTPUTS, train_stages
-from scripts.quickstart.summary import chat_command, table
+from scripts.quickstart.summary import chat_command, figures, table
 
 __all__ = ["main"]
 
@@ -64,8 +64,9 @@ def _run(arguments: argparse.Namespace) -> int:
         if status == 130:
             say(GOES_ON.format(command=_command()))
         return status
-    status = _report()
-    if status:
+    if _reported():
+        figures(OUTPUTS)
+    elif status := _report():
         return status
     table(OUTPUTS)
     minutes = (time.monotonic() - started) / 60
@@ -75,12 +76,15 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _report() -> int:
-    """Evaluate what was trained, unless the report is newer than every stage."""
+def _reported() -> bool:
+    """Whether the report is newer than every stage."""
     report = OUTPUTS / "report.json"
     stages = [marker.stat().st_mtime for marker in OUTPUTS.glob("*/FINISHED")]
-    if report.is_file() and report.stat().st_mtime > max(stages, default=0.0):
-        return 0
+    return report.is_file() and report.stat().st_mtime > max(stages, default=0.0)
+
+
+def _report() -> int:
+    """Evaluate what was trained; prints its own table."""
     process = subprocess.Popen(
         [sys.executable, "-m", "mllm.evaluation.report", str(OUTPUTS)], env=dict(os.environ)
     )

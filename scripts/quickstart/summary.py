@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,13 @@ from rich.table import Table
 
 from scripts.quickstart.console import console, say
 
-__all__ = ["chat_command", "table"]
+__all__ = ["chat_command", "figures", "table"]
 
 AVERAGED_STEPS = 5
 
 
 def table(outputs: Path) -> None:
-    """Print each stage's steps, tokens, speed and losses, and the report's figures."""
+    """Print each stage's steps, tokens, speed and losses."""
     shown = Table(title="The three stages")
     for column in ("stage", "steps", "useful tokens", "tokens/s", "minutes", "loss"):
         shown.add_column(column, justify="left" if column == "stage" else "right")
@@ -26,10 +28,12 @@ def table(outputs: Path) -> None:
         if steps:
             shown.add_row(metrics.parent.name, *_row(steps))
     console.print(shown)
-    report = outputs / "report.json"
-    if report.is_file():
-        for line in json.loads(report.read_text(encoding="utf-8")).get("summary", []):
-            say(line)
+
+
+def figures(outputs: Path) -> None:
+    """Print the figures of a report that was written before."""
+    for line in json.loads((outputs / "report.json").read_text(encoding="utf-8"))["summary"]:
+        say(line)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -60,4 +64,5 @@ def chat_command(data: Path, outputs: Path) -> str:
     records = json.loads((data / "heldout" / "captions.json").read_text(encoding="utf-8"))
     image = data / "heldout" / records[len(records) // 2]["image"]
     question = shlex.quote("What is this?")
-    return f"mllm chat {last} --image {image} --question {question}"
+    command = os.path.relpath(Path(sys.executable).with_name("mllm"))
+    return f"{command} chat {last} --image {image} --question {question}"

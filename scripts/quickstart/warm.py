@@ -13,22 +13,21 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
+from mllm.training.comm_op import compiled
 from mllm.training.launch import gpu_count
 from scripts.quickstart.console import Advance, bar, warn
 from scripts.quickstart.downloads import ended
 
 __all__ = ["warm"]
 
-OP = "deepspeed_shm_comm"
 USUAL_SECONDS = 60
 _COMPILE = "from mllm.training.comm_op import ensure; ensure(print)"
 
 
 def warm() -> bool:
     """Compile the op unless it is there; whether it can be used. Never fatal: gloo goes without."""
-    if gpu_count() or _compiled():
+    if gpu_count() or compiled():
         return True
     with bar("Compiling DeepSpeed's communication op (once, about a minute)") as advance:
         process = subprocess.Popen(
@@ -65,16 +64,6 @@ class _ticking:
         started = time.monotonic()
         while not self._done.wait(0.5):
             self._advance(min(USUAL_SECONDS, int(time.monotonic() - started)), USUAL_SECONDS)
-
-
-def _compiled() -> bool:
-    """Whether torch's cache of compiled extensions has the op (one folder per Python version)."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if root:
-        return (Path(root) / OP / f"{OP}.so").is_file()
-    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "torch_extensions"
-    python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    return any(home.glob(f"{python}_*/{OP}/{OP}.so"))
 
 
 if __name__ == "__main__":
