@@ -33,10 +33,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_packing.document import Document, Text
 from data_packing.shards import expand, read_document, read_index
-from mllm.evaluation.heldout import read_heldout
-from mllm.evaluation.likelihood import Figure, caption_gap, category_choice, choice
-from mllm.evaluation.scoring import scorer, text_loss
-from mllm.models.assemble import assemble
+from mllm.evaluation.measure import HeldOutData, measure
+from mllm.models.assemble import assemble, load_language_model
 
 VISUAL_TOKENS, WIDTH, FEATURES = 16, 576, 1280
 
@@ -249,22 +247,6 @@ def category_questions(pages: Sequence[Document], phrasings: Sequence[str]) -> l
     return found
 
 
-def measure(loop: Loop, data: Path, seed: int) -> dict[str, Figure | float]:
-    """The quick start's figures of this loop, by the stack's own functions."""
-    model, processor = loop.as_model(data)
-    price = scorer(model, processor)
-    held = read_heldout(data / "heldout" / "captions.json")
-    asked = json.loads((data / "heldout" / "questions.json").read_text())
-    text = (data / "heldout" / "text.txt").read_text(encoding="utf-8")
-    question = asked["questions"]["category"][0]
-    return {
-        "caption_gap": caption_gap(price, held, seed),
-        "choice": choice(price, held, seed=seed),
-        "category": category_choice(price, held, question, asked["categories"], seed=seed),
-        "text": text_loss(model.language_model, processor.tokenizer, text)[0],
-    }
-
-
 def main() -> None:
     """Train, measure, print and write the figures."""
     parser = argparse.ArgumentParser(
@@ -283,18 +265,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/loop-SEED.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+
+    def original() -> tuple[Any, Any]:
+        return load_language_model(
+            options.data / "models" / "SmolLM2-135M-Instruct", torch.bfloat16
+        )
+
     loop = Loop(options.data, options.seed)
-    before = text_loss(
-        loop.llm, loop.tokenizer, (options.data / "heldout/text.txt").read_text(encoding="utf-8")
-    )[0]
+    held = HeldOutData.read(options.data)
     captions = [
         loop.example(d) for name in ("stamps", "furniture") for d in documents(options.data, name)
     ]
-    asked = json.loads((options.data / "heldout" / "questions.json").read_text())
     instruct = documents(options.data, "instruct")
-    questions = [
-        loop.example(d) for d in category_questions(instruct, asked["questions"]["category"])
-    ]
+    questions = [loop.example(d) for d in category_questions(instruct, held.questions["category"])]
     print(f"{len(captions)} captions, {len(questions)} category questions", flush=True)
     start = time.monotonic()
     if options.ridge:
@@ -306,12 +289,11 @@ def main() -> None:
     rates = {"connector": options.connector_lr, "llm": options.lora_lr}
     runs["lora"] = loop.fit([captions, questions], rates, options.lora_seconds)
     print("lora", runs["lora"], flush=True)
-    figures = measure(loop, options.data, options.seed)
+    figures = measure(*loop.as_model(options.data), held, original, options.seed)
     result = {
         "arguments": {key: str(value) for key, value in vars(options).items()},
         "training": runs,
-        "text_before": before,
-        "figures": {k: v.to_json() if isinstance(v, Figure) else v for k, v in figures.items()},
+        "figures": {name: figure.to_json() for name, figure in figures.items()},
     }
     output = options.output or Path(f"benchmarks/results/loop-{options.seed}.json")
     output.parent.mkdir(parents=True, exist_ok=True)

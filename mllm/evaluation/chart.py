@@ -49,8 +49,10 @@ def loss_curve(points: Sequence[Point], title: str) -> str:
             'text-anchor="middle">no steps to draw</text></svg>'
         )
     means = smoothed([loss for _, loss in points])
-    top = max(max(means), _quantile([loss for _, loss in points], 0.98))
-    low, high = 0.0 if min(means) < top / 2 else math.floor(min(means)), top * 1.04
+    losses = [loss for _, loss in points]
+    top, least = max(*means, _quantile(losses, 0.98)), min(losses)
+    margin = 0.04 * (top - least) or 1.0
+    low, high = 0.0 if 0 <= least < top / 2 else least - margin, top + margin
     end = points[-1][0] or 1
 
     def x(tokens: float) -> float:

@@ -47,8 +47,11 @@ def value_text(bar: Bar, value: float, sign: bool = True) -> str:
     """A value of a figure as people read it, without its unit."""
     if bar.unit in ("%", "points"):
         value *= 100
-        return f"{value:+.0f}" if sign and bar.unit == "points" else f"{value:.0f}"
-    return f"{value:+.2f}" if sign else f"{value:.2f}"
+        text = f"{value:.1f}".removesuffix(".0")
+        text = f"+{text}" if sign and bar.unit == "points" and value >= 0 else text
+    else:
+        text = f"{value:+.2f}" if sign else f"{value:.2f}"
+    return text.replace("-", "−")
 
 
 def interval_text(bar: Bar, figure: dict[str, Any]) -> str:
@@ -195,7 +198,8 @@ def _details(figures: dict[str, Any], gaps: dict[str, Any]) -> str:
         chance = figure.get("chance") if known else None
         rows.append(
             [
-                f"<strong>{escape(bar.title)}</strong><br>{escape(bar.meaning)}",
+                f'<div class="wide"><strong>{escape(bar.title)}</strong><br>'
+                f"{escape(bar.meaning)}</div>",
                 f"{value_text(bar, figure['value'])} {bar.unit}" if known else "–",
                 interval_text(bar, figure) if known else "–",
                 "–" if chance is None else f"{value_text(bar, chance)} {bar.unit}",
@@ -313,7 +317,7 @@ def _documents(counts: dict[str, dict[str, int]]) -> str:
             if numbers.get(name)
         ]
         texts.append(text + (f" ({', '.join(lost)})" if lost else ""))
-    return "<br>".join(texts) or "–"
+    return f'<div class="nowrap">{"<br>".join(texts) or "–"}</div>'
 
 
 def _count(value: float | None) -> str:

@@ -24,6 +24,7 @@ from mllm.evaluation import machine
 from mllm.evaluation.measure import BARS, HeldOutData, Unmeasured
 from mllm.evaluation.page import figure_text, page
 from mllm.evaluation.stages import Stage, last_finished, original_model, read_stages
+from mllm.inference.quiet import quiet
 
 __all__ = ["evaluate", "main", "write"]
 
@@ -236,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = shlex.join(["python", "-m", "mllm.evaluation.report", *given])
+    quiet()
     console = Console()
     try:
         with progress(console) as advance:

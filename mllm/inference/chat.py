@@ -14,6 +14,7 @@ from pathlib import Path
 
 from data_packing.document import Document, DocumentError, Image, Role
 from mllm.inference.generate import Generator
+from mllm.inference.quiet import quiet
 
 __all__ = ["Conversation", "chat", "main"]
 
@@ -62,6 +63,7 @@ def chat(
             asked.
     """
     shown = [Image.open(Path(path).expanduser()) for path in images]
+    quiet()
     generator = Generator.from_pretrained(folder, device)
 
     def answer(document: Document) -> str:
