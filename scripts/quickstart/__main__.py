@@ -31,6 +31,7 @@ def main() -> int:
     """Run every phase that is not done yet; returns the exit status."""
     parser = argparse.ArgumentParser(prog="quickstart", description=__doc__.splitlines()[0])
     add_arguments(parser)
+    parser.add_argument("--budget", type=float, help="share of the recipes' tokens to train on")
     parser.add_argument("--no-train", action="store_true", help="stop after the data")
     arguments = parser.parse_args()
     try:
@@ -59,7 +60,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     warm()
     share = arguments.fraction * (SMALL_SHARE if arguments.small else 1.0)
-    status = train_stages(DATA, share)
+    status = train_stages(DATA, arguments.budget or share)
     if status:
         if status == 130:
             say(GOES_ON.format(command=_command()))

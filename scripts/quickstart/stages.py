@@ -13,7 +13,7 @@ __all__ = ["OUTPUTS", "RECIPES", "overrides", "train_stages"]
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "quickstart"
 OUTPUTS = Path("outputs/quickstart")
-FEWEST_STEPS = 4
+FEWEST_STEPS = 2
 REPLACEMENTS = {"stamps": "shapes", "furniture": None, "gimp": "pages"}
 """What stands in where Debian's packages are missing; None: nothing does."""
 
