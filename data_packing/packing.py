@@ -8,7 +8,7 @@ no sort and no global pass: documents stay near their place, and nothing but len
 
 Where a pack holds fewer than about four documents, a window sees too few to find each large one its
 partner. There the largest waiting document goes first (the oldest when it has waited long), and the
-result is kept only if best-fit-decreasing over all documents needs as many packs.
+result is kept only if best-fit-decreasing over all documents needs as many packs or more.
 """
 
 from __future__ import annotations
@@ -72,12 +72,14 @@ def pack_lengths(
     if window < 1:
         raise ValueError(f"window is {window}; it must be at least 1")
     packer = _Packer(first, capacity, other, second_capacity or 0, max_documents, window)
+    if not packer.few:
+        return packer.run()
+    decreasing = _best_fit_decreasing(first, capacity)
+    allowed = packer.allows(decreasing)
+    if allowed and len(decreasing) * capacity - sum(first) < capacity:
+        return decreasing  # nothing can need fewer
     packs = packer.run()
-    if packer.few:
-        decreasing = _best_fit_decreasing(first, capacity)
-        if len(decreasing) < len(packs) and packer.allows(decreasing):
-            return decreasing
-    return packs
+    return decreasing if allowed and len(decreasing) < len(packs) else packs
 
 
 def _checked(name: str, values: Lengths, capacity: int, minimum: int) -> list[int]:
