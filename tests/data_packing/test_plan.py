@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import pickle
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -154,6 +158,39 @@ def test_every_rank_makes_the_same_plan_and_any_cursor_goes_on_exactly(
         assert len({len(own) for own in dealt}) == 1
         in_turn = [own[turn] for turn in range(len(dealt[0])) for own in dealt]
         assert tuple(pack for pack in in_turn if pack is not None) == step.packs
+
+
+OTHER_PROCESS = """
+import sys
+from pathlib import Path
+from packing_toys import cost, image_cost
+from data_packing import Plan, build_index
+from data_packing import plan as module
+module.BLOCK = 100
+indexes = [
+    build_index(sorted(Path(sys.argv[1]).glob(f"{name}-*.tar")), cost, "toy processor")
+    for name in ("captions", "pages")
+]
+plan = Plan(indexes, [1.0, 1.0], processor_fingerprint="p", image_cost=image_cost, tokens=128,
+            patches=64, tokens_per_step=512, seed=0, epochs=1)
+print(plan.hash, module.hashlib.sha256(repr(list(plan.steps())).encode()).hexdigest())
+"""
+
+
+def test_another_process_makes_the_same_plan(indexes: list[Index]) -> None:
+    plan = plan_of(indexes)
+    steps = hashlib.sha256(repr(list(plan.steps())).encode()).hexdigest()
+    folder = indexes[0].paths[0].parent
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    for hash_seed in ("1", "2"):
+        printed = subprocess.run(
+            [sys.executable, "-c", OTHER_PROCESS, str(folder)],
+            env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert printed.stdout.split() == [plan.hash, steps]
 
 
 def test_the_state_is_small(indexes: list[Index]) -> None:
