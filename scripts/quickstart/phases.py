@@ -67,7 +67,10 @@ class Workspace:
         """One run at a time; what an interrupted run left half built is removed."""
         with locked(self.root / ".lock"):
             shutil.rmtree(self._aside, ignore_errors=True)
-            yield
+            try:
+                yield
+            finally:
+                shutil.rmtree(self._aside, ignore_errors=True)
 
     def done(self, folder: str, mark: str) -> dict[str, Any] | None:
         """What the phase noted when it finished with this fingerprint, or None."""
