@@ -65,6 +65,10 @@ def pixels(data: bytes, side: int = 224) -> Tensor:
 class Loop(nn.Module):
     """Encoder, connector and language model with their plain training loop."""
 
+    encoder: Any
+    connector: Any
+    llm: Any
+
     def __init__(self, data: Path, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
@@ -83,7 +87,7 @@ class Loop(nn.Module):
         )
         path = data / "models" / "SmolLM2-135M-Instruct"
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        self.llm: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        self.llm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
         self.llm.requires_grad_(False)
 
     def example(self, document: Document) -> Example:
@@ -168,7 +172,7 @@ class Loop(nn.Module):
         self, kinds: Sequence[Sequence[Example]], rates: dict[str, float], seconds: float
     ) -> dict[str, float]:
         """Train for `seconds` on batches of 16, equal shares of the kinds; cosine by the clock."""
-        groups = [
+        groups: list[dict[str, Any]] = [
             {
                 "params": [
                     p for n, p in self.named_parameters() if p.requires_grad and n.startswith(part)
