@@ -58,11 +58,11 @@ def test_it_lowers_the_caption_loss(build: Callable[..., Any]) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random_loss = caption_loss(model, processor)
     model.train()
-    report = ridge.fit(model, [processor.encode(one) for one in captions()], strengths=[0.01])
+    report = ridge.fit(model, [processor.encode(one) for one in captions()], strength=0.01)
     assert model.training
     model.eval()
     assert report.examples == 24
-    assert report.strength == 0.01
+    assert report.explained > 0.9
     assert caption_loss(model, processor) < random_loss
     changed = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
     assert changed == {"connector.second.weight", "connector.second.bias"}
@@ -95,18 +95,3 @@ def test_warm_start_picks_captions_from_the_sources(
     with pytest.raises(ValueError, match="found 4 documents of one image"):
         ridge.warm_start(model, processor, indexes[1:], seed=0)
     assert np.isfinite(report.explained)
-
-
-def test_the_penalty_is_chosen_on_texts_that_were_held_back(build: Callable[..., Any]) -> None:
-    model, processor = build("clip", "average_pool")
-    samples = [processor.encode(one) for one in captions()]
-    held = ridge._held_back(model, samples)
-    texts = [tuple(sample.input_ids[sample.labels != -100]) for sample in samples]
-    shown = {text for text, back in zip(texts, held.tolist(), strict=True) if not back}
-    hidden = {text for text, back in zip(texts, held.tolist(), strict=True) if back}
-    assert hidden
-    assert shown
-    assert not hidden & shown
-    assert ridge.fit(model, samples, strengths=(1e-6, 1e6)).strength == 1e6
-    with pytest.raises(ValueError, match="the same text"):
-        ridge.fit(model, [samples[0]] * 10)
