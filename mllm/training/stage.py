@@ -226,7 +226,7 @@ class Worker:
             report = ridge.warm_start(model, processor, data.indexes, self.recipe.run.seed)
             self.control.note(
                 f"ridge start from {report.examples} captions explains "
-                f"{report.explained:.0%} of the variance of held-back ones"
+                f"{report.explained:.0%} of the variance of their embeddings"
             )
         device = get_accelerator().current_device_name()
         for parameter in model.connector.parameters():
