@@ -43,8 +43,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def _row(steps: list[dict[str, Any]]) -> tuple[str, ...]:
     tokens = sum(step["tokens"] for step in steps)
     seconds = sum(step["seconds"] for step in steps)
-    first = _mean([step["loss"] for step in steps[:AVERAGED_STEPS]])
-    last = _mean([step["loss"] for step in steps[-AVERAGED_STEPS:]])
+    averaged = max(1, min(AVERAGED_STEPS, len(steps) // 2))
+    first = _mean([step["loss"] for step in steps[:averaged]])
+    last = _mean([step["loss"] for step in steps[-averaged:]])
     return (
         str(len(steps)),
         f"{tokens:,}",
