@@ -23,6 +23,7 @@ app = typer.Typer(
 data = typer.Typer(help="Prepare data.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
+SHOWN_REFUSALS = 10
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, or a folder of recipes.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe to change.")
@@ -46,6 +47,9 @@ def train(
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Say what a run will be: tokens, packs, steps, documents left out, parameters."""
+    from mllm.recipe import load_all
+
+    load_all(recipe, overrides or [])  # a mistake is refused before torch is loaded
     quiet()
     from mllm.training.forecast import forecast
 
@@ -80,7 +84,14 @@ def shard(
     if format not in READERS:
         raise ValueError(f"unknown format {format!r}{nearest(format, READERS)}")
     report = write_shards(READERS[format](source), out, name or out.name, documents_per_shard)
-    typer.echo(str(report))
+    typer.echo(
+        f"{report.documents:,} documents with {report.images:,} images in {len(report.paths)} "
+        f"shards ({report.bytes / 2**20:,.1f} MiB) in {out}; {len(report.refused):,} refused"
+    )
+    for refusal in report.refused[:SHOWN_REFUSALS]:
+        typer.echo(f"  {refusal.key}: {refusal.reason}")
+    if len(report.refused) > SHOWN_REFUSALS:
+        typer.echo(f"  … and {len(report.refused) - SHOWN_REFUSALS:,} more")
 
 
 def quiet() -> None:

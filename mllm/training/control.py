@@ -62,14 +62,17 @@ class Control:
         """Listen for signals, for the command's wishes, its death, and other workers' errors."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
-        if self.folder is not None:
-            threading.Thread(target=self._watch, daemon=True, name="watch").start()
+        threading.Thread(target=self._watch, daemon=True, name="watch").start()
 
     def _watch(self) -> None:
-        assert self.folder is not None
+        above = launchers()
         while True:
             time.sleep(WATCH_SECONDS)
-            if (self.folder / STOP).exists() or not parent_lives():
+            if not parent_lives() or not all(process.is_running() for process in above):
+                self._stop.set()
+            if self.folder is None:
+                continue
+            if (self.folder / STOP).exists():
                 self._stop.set()
             if (self.folder / ERROR).exists() and not self._failed:
                 time.sleep(2 * WATCH_SECONDS)  # let a rank that fails as well say so in the log
@@ -123,6 +126,17 @@ def message(error: BaseException) -> str:
         return str(error)
     text = str(error).strip()
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def launchers() -> list[psutil.Process]:
+    """The processes of the `deepspeed` command above this one; a worker does not outlive them."""
+    above = []
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents():
+            if not any("deepspeed" in part for part in process.cmdline()):
+                break
+            above.append(process)
+    return above
 
 
 def parent_mark() -> str:

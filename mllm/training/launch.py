@@ -32,6 +32,8 @@ from mllm.training.sources import parent_id, shards
 STOPPED = 130
 POLL_SECONDS = 0.2
 LOG_LINES = 15
+PORTS = 3
+"""How many ports are tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +192,14 @@ class Launch:
         process: subprocess.Popen[bytes] | None = None
         try:
             with self._log() as log, self.screen:
-                process = self._start(control, log)
-                self._watch(process, control)
+                for _ in range(PORTS):
+                    (control / ERROR).unlink(missing_ok=True)
+                    process = self._start(control, log)
+                    self._watch(process, control)
+                    if "EADDRINUSE" not in (self._error(control) or ""):
+                        break
+                    end_session(process)  # somebody took the port before the workers did
+            assert process is not None
             return self._outcome(process, control)
         finally:
             if process is not None:

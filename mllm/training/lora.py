@@ -59,8 +59,8 @@ def inject(language_model: nn.Module, section: LoraSection) -> LoraConfig:
             parameter.requires_grad_(plain in trained)
             if plain in trained and plain != name:
                 raise ValueError(
-                    f"train: language_model.{plain} would be trained in full and carries an adapter too; "
-                    "choose one, or leave it out of lora.targets"
+                    f"train: language_model.{plain} would be trained in full and carries an "
+                    "adapter too; choose one, or leave it out of lora.targets"
                 )
     return config
 

@@ -85,7 +85,7 @@ def prepare(engine: Any, step: int) -> None:
     optimizer = _torch_optimizer(engine)
     for piece in _optimized(engine):
         optimizer.state[piece] = {
-            "step": torch.tensor(float(step), dtype=torch.float32),
+            "step": torch.tensor(float(step), dtype=torch.float32, device=piece.device),
             **{
                 key: torch.zeros_like(piece, memory_format=torch.preserve_format) for key in MOMENTS
             },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections import deque
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_SECONDS = 5.0
+RECENT = 20
+"""Steps over which speed is averaged."""
 SMOOTH = 0.1
 
 
@@ -33,7 +36,8 @@ class Screen:
         self.phase = self.activity = ""
         self.step = self.steps = 0
         self.loss: float | None = None
-        self.rate = self.seconds_per_step = 0.0
+        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
+        self._made = 0
         self._phase_began = self._printed = time.monotonic()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -89,11 +93,10 @@ class Screen:
 
     def metric(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
-        fresh = self.seconds_per_step == 0.0
-        mix = 1.0 if fresh else SMOOTH
-        seconds = max(1e-9, float(record["seconds"]))
-        self.seconds_per_step += mix * (seconds - self.seconds_per_step)
-        self.rate += mix * (record["tokens"] / seconds - self.rate)
+        self._made += 1
+        if self._made == 2:
+            self._recent.clear()  # the first step waited for the loader to start
+        self._recent.append((float(record["seconds"]), int(record["tokens"])))
         self.step, self.steps = int(record["step"]), int(record["steps"])
         loss = float(record["loss"])
         self.loss = loss if self.loss is None else self.loss + SMOOTH * (loss - self.loss)
@@ -112,12 +115,14 @@ class Screen:
     @property
     def training(self) -> bool:
         """Whether steps are being made."""
-        return self.phase == "training" and self.steps > 0 and self.seconds_per_step > 0
+        return self.phase == "training" and bool(self._recent)
 
     def _facts(self) -> str:
-        left = (self.steps - self.step) * self.seconds_per_step
+        seconds = max(1e-9, sum(taken for taken, _ in self._recent))
+        rate = sum(tokens for _, tokens in self._recent) / seconds
+        left = (self.steps - self.step) * seconds / len(self._recent)
         loss = "-" if self.loss is None else f"{self.loss:.3f}"
-        facts = f"loss {loss}  {self.rate:,.0f} useful tokens/s  {duration(left)} left"
+        facts = f"loss {loss}  {rate:,.0f} useful tokens/s  {duration(left)} left"
         return f"{facts}  ({self.activity})" if self.activity else facts
 
     def _picture(self) -> Table | Text:

@@ -118,6 +118,13 @@ def two(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             data__packing={"tokens": 64, "documents": 1},
         )
     )
+    recipes.append(
+        write(
+            "broken",
+            data__sources=[{"path": str(home / "data" / "broken-*.tar")}],
+            run__zero=3,
+        )
+    )
     recipes.append(write("hop", run__zero=2) + "@2")
     recipes.append(write("long", **LONG))
     recipes.append(write("changed", run__seed=5) + "@2")

@@ -9,11 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_packing.ledger import Ledger
 from data_packing.plan import PlannedPack, micro_packs
 from mllm.models.assemble import load
 from mllm.recipe import load as load_recipe
 from mllm.training import build
 from mllm.training.checkpoint import read_state
+from mllm.training.run_folder import read_lines
+from tests.training import tiny
 from tests.training.conftest import Runs
 
 CLOSE = 2e-5
@@ -101,6 +104,20 @@ def test_a_rank_without_images_does_not_hang_zero_3(two: Runs) -> None:
         alone += sum(images(a) != images(b) for a, b in pairs)
     assert alone > 5, "the data gives no rank a pack without images beside one with"
     assert len(two.losses("text")) == plan.total_steps == 18
+
+
+def test_a_document_that_fails_at_decode_is_left_out_and_named(two: Runs) -> None:
+    folder = two.folder("broken")
+    records = read_lines(folder.metrics)
+    assert sum(record["refused"] for record in records) == 1
+    assert all(0 < record["loss"] < 10 for record in records)
+    (refused,) = read_lines(folder.refused)
+    assert refused["key"] == tiny.BROKEN_KEY
+    assert records[refused["step"] - 1]["refused"] == 1
+    ledger = Ledger.load(folder.ledger)
+    assert [refusal.key for refusal in ledger.refused] == [tiny.BROKEN_KEY]
+    (counts,) = ledger.counts.values()
+    assert (counts.read, counts.used, counts.refused) == (24, 23, 1)
 
 
 def test_another_recipe_in_the_same_folder_is_refused(two: Runs) -> None:

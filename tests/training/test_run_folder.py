@@ -143,6 +143,7 @@ def test_progress_on_a_pipe_is_plain_lines() -> None:
     with Screen("2_stage", console) as screen:
         screen.event({"phase": "starting DeepSpeed"})
         screen.event({"phase": "training", "step": 10, "steps": 110})
+        screen.metric({"step": 10, "steps": 110, "seconds": 9.0, "tokens": 1000, "loss": 3.25})
         screen.metric({"step": 11, "steps": 110, "seconds": 2.0, "tokens": 1000, "loss": 3.25})
         screen._printed -= 100
         screen.tick()

@@ -110,10 +110,25 @@ def texts(count: int, source: str = "texts") -> Iterator[Document]:
         yield Document((Text(words),), source=source, key=f"{source}-{i:04d}")
 
 
+BROKEN_KEY = "broken-0004"
+
+
+def broken(count: int) -> Iterator[Document]:
+    """Captions, one of them with a picture that ends too early."""
+    for document in captions(count, "broken"):
+        if document.key == BROKEN_KEY:
+            image, text = document.parts
+            assert isinstance(image, Image)
+            cut = Image.from_bytes(image.data[: len(image.data) // 2])
+            document = Document((cut, text), source=document.source, key=document.key)
+        yield document
+
+
 def make_data(folder: Path, count: int = 48) -> None:
-    """Write folder/captions-000000.tar and folder/texts-000000.tar."""
+    """Write the shards captions-000000.tar, texts-000000.tar and broken-000000.tar."""
     write_shards(captions(count), folder, "captions")
     write_shards(texts(count // 2), folder, "texts")
+    write_shards(broken(count // 2), folder, "broken")
 
 
 def make_all(folder: Path, count: int = 48) -> Path:
