@@ -29,6 +29,7 @@ EVENTS = "events.jsonl"
 ERROR = "error.json"
 STOP = "stop"
 WATCH_SECONDS = 0.5
+ALONE_SECONDS = 5.0
 
 
 class Control:
@@ -45,6 +46,7 @@ class Control:
         self.folder = folder
         self.screen = Screen(title, Console(force_terminal=False, width=1000))
         self._stop = threading.Event()
+        self._siblings: list[psutil.Process] = []
         self._failed = False
 
     @classmethod
@@ -64,12 +66,33 @@ class Control:
             signal.signal(number, lambda *_: self._stop.set())
         threading.Thread(target=self._watch, daemon=True, name="watch").start()
 
+    def meet(self) -> None:
+        """Remember the other workers of this machine; call it when all have started.
+
+        A worker whose sibling was killed would wait for it in a collective for ever.
+        """
+        with contextlib.suppress(psutil.Error):
+            parent = psutil.Process().parent()
+            if parent is not None and launchers():
+                self._siblings = [p for p in parent.children() if p.pid != os.getpid()]
+
+    def _alone_since(self, before: float | None) -> float | None:
+        """When a sibling was first seen to be gone, None while all are there."""
+        if all(alive(sibling) for sibling in self._siblings):
+            return None
+        return before or time.monotonic()
+
     def _watch(self) -> None:
         above = launchers()
+        alone: float | None = None
         while True:
             time.sleep(WATCH_SECONDS)
             if not parent_lives() or not all(process.is_running() for process in above):
                 self._stop.set()
+            alone = self._alone_since(alone)
+            if alone is not None and time.monotonic() - alone > ALONE_SECONDS:
+                complain(f"rank {self.rank}: another worker ended without a word; leaving")
+                os._exit(1)
             if self.folder is None:
                 continue
             if (self.folder / STOP).exists():
@@ -137,6 +160,14 @@ def launchers() -> list[psutil.Process]:
                 break
             above.append(process)
     return above
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether a process runs and has not only not been buried yet."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def parent_mark() -> str:

@@ -297,6 +297,8 @@ def start_processes(control: Control) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed(timeout=datetime.timedelta(hours=2))
+    dist.barrier()
+    control.meet()
 
 
 def threads_per_rank(ranks: int) -> int:
