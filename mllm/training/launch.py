@@ -177,6 +177,7 @@ class Launch:
     Attributes:
         file, overrides: what the workers read again.
         screen: where it is shown.
+        log_start: where this launch begins in the log.
     """
 
     file: Path
@@ -184,6 +185,7 @@ class Launch:
     folder: RunFolder
     ranks: Ranks
     screen: Screen
+    log_start: int = 0
     interrupts: int = 0
     done: dict[str, Any] | None = None
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -213,7 +215,9 @@ class Launch:
 
     def _log(self) -> IO[bytes]:
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        return self.folder.log.open("ab")
+        log = self.folder.log.open("ab")
+        self.log_start = log.tell()
+        return log
 
     def _start(self, control: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
         environment = os.environ | {CONTROL: str(control), PARENT: parent_mark()}
@@ -270,7 +274,7 @@ class Launch:
         if self.interrupts > 1 or (self.interrupts and self.done is None):
             self.screen.note("stopped; the last checkpoint is kept, the same command goes on")
             return STOPPED
-        error = self._error(control)
+        error = self._killed() or self._error(control)
         if self.done is None or error is not None or process.returncode:
             complain(error or self._unexplained(process.returncode))
             return 1
@@ -294,14 +298,25 @@ class Launch:
         return None
 
     def _unexplained(self, status: int | None) -> str:
-        """A worker died without a word: killed, or out of memory."""
+        """A worker died without a word."""
         text = f"the workers ended with status {status} and no message"
-        lines: list[str] = []
-        with contextlib.suppress(OSError):
-            lines = self.folder.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
-        if any("return code = -9" in line for line in lines):
-            text = "a worker was killed (signal 9); most often the machine ran out of memory"
-        return "\n".join([f"{text}. The end of {self.folder.log}:", *lines])
+        return "\n".join([f"{text}. The end of {self.folder.log}:", *self._last_lines()])
+
+    def _killed(self) -> str | None:
+        """Said when a worker was killed: what the others report then is a lost connection."""
+        if self.done is None and any("return code = -9" in line for line in self._last_lines()):
+            return (
+                "a worker was killed (signal 9); most often the machine ran out of memory: "
+                f"lower data.packing.tokens or use fewer ranks. Log: {self.folder.log}"
+            )
+        return None
+
+    def _last_lines(self) -> list[str]:
+        """The end of what this launch has logged."""
+        with contextlib.suppress(OSError), self.folder.log.open("rb") as log:
+            log.seek(self.log_start)
+            return log.read().decode(errors="replace").splitlines()[-LOG_LINES:]
+        return []
 
 
 def launcher() -> list[str]:
