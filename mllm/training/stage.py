@@ -298,6 +298,8 @@ def start_processes(control: Control) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed(timeout=datetime.timedelta(hours=2))
     dist.barrier()
+    comm_op.forget_buffer(dist.get_rank())
+    dist.barrier()
     control.meet()
 
 
