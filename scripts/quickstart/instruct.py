@@ -118,8 +118,8 @@ def build(
 def conversation(picture: Picture, which: int, categories: list[str]) -> list[Turn]:
     """Question and answer turns about a picture; another `which` gives other phrasings.
 
-    Name and kind in either order, then one further question: short conversations, because every
-    answer has to pay for the turns before it.
+    Name and kind in either order; every other round one further question. Conversations are
+    short, because every answer has to pay for the turns before it.
     """
     rng = random.Random(f"{picture.key}:{which}")
     turns = [(rng.choice(QUESTIONS["name"]), picture.caption)]
@@ -141,7 +141,7 @@ def conversation(picture: Picture, which: int, categories: list[str]) -> list[Tu
         question = rng.choice(QUESTIONS["language"]).format(language=LANGUAGES[code])
         further.append((question, picture.names[code]))
     rng.shuffle(turns)
-    return [*turns, rng.choice(further)] if further else turns
+    return [*turns, rng.choice(further)] if further and which % 2 == 0 else turns
 
 
 def questions_file(pictures: Iterable[Picture]) -> dict[str, Any]:
