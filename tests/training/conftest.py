@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from mllm.training import comm_op
-from mllm.training.launch import free_port, launcher
+from mllm.training.launch import end_session, free_port, launcher
 from mllm.training.run_folder import RunFolder, read_lines
 from tests.training import tiny
 
@@ -68,16 +68,19 @@ def run_many(ranks: int, recipes: list[str]) -> None:
     command = [*launcher(), "--num_gpus", str(ranks), "--master_addr", "127.0.0.1"]
     command += ["--master_port", str(free_port()), str(ROOT / "tests/training/run_many.py")]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    process = subprocess.Popen(
         [*command, *recipes],
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        timeout=280,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stdout[-6000:]
+    try:
+        output, _ = process.communicate(timeout=280)
+    finally:
+        end_session(process)
+    assert process.returncode == 0, output.decode(errors="replace")[-6000:]
 
 
 Writer = Callable[..., str]
