@@ -29,7 +29,7 @@ EVENTS = "events.jsonl"
 ERROR = "error.json"
 STOP = "stop"
 WATCH_SECONDS = 0.5
-ALONE_SECONDS = 5.0
+ALONE_SECONDS = 10.0
 
 
 class Control:
@@ -75,6 +75,10 @@ class Control:
             parent = psutil.Process().parent()
             if parent is not None and launchers():
                 self._siblings = [p for p in parent.children() if p.pid != os.getpid()]
+
+    def part(self) -> None:
+        """From here on the other workers may end before this one."""
+        self._siblings = []
 
     def _alone_since(self, before: float | None) -> float | None:
         """When a sibling was first seen to be gone, None while all are there."""

@@ -53,6 +53,8 @@ class Worker:
         identity = recipe.identity() | {"model.parent": parent_id(recipe)}
         folder.check_same(identity)
         if folder.finished() is not None:
+            control.part()
+            dist.barrier()
             control.event(done="finished", note=f"{folder.path} is already finished")
             return
 
@@ -99,6 +101,7 @@ class Worker:
                 self._write_ledger(data.plan)
             export.finish(deepspeed_engine, processor, recipe, folder, adapter, facts)
         deepspeed_engine.destroy()
+        control.part()
         dist.barrier()
         control.event(done="finished" if finished else "stopped", step=state.step)
 
