@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import zipfile
@@ -12,6 +13,30 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+_FULL = "make room there and run the same command again"
+_RIGHTS = "choose a place that you may read and write, or change its rights"
+_REMEDIES = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: "the limit on the size of a file is too low there; raise it (ulimit -f)",
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: _RIGHTS,
+    errno.ENOENT: "check the path: it is not there, or cannot be made there",
+    errno.ENOTDIR: "a part of this path is a file; give a path below a folder",
+    errno.EISDIR: "this is a folder; give a file",
+    errno.EEXIST: "something else lies there; give another path",
+}
+
+
+def explain(error: OSError) -> str:
+    """What the system refused, where, and what to do, for people."""
+    if error.errno is None:
+        return str(error) or type(error).__name__
+    path = f"{error.filename}: " if error.filename is not None else ""
+    remedy = _REMEDIES.get(error.errno, "check that this place can be read and written")
+    return f"{path}{(error.strerror or str(error)).lower()}; {remedy}"
 
 
 @contextmanager

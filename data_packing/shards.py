@@ -8,6 +8,7 @@ not a shard, so an interrupted writing is never taken for a whole one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -73,15 +74,29 @@ def write_shards(
 
     Raises:
         ValueError: a bad name, or no usable document at all.
-        OSError: the disk is full or not writable; nothing is left that looks like a shard.
+        OSError: the disk is full or not writable, with a path in it; no shard of that name is left.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise ValueError(f"shard name {name!r}: use letters, digits, '-' and '_' only")
     if documents_per_shard < 1:
         raise ValueError(f"documents_per_shard is {documents_per_shard}; it must be at least 1")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_old(folder, name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_old(folder, name)
+        return _write(documents, folder, name, documents_per_shard)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            _remove_old(folder, name)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(folder)  # a failed write does not say where
+        raise
+
+
+def _write(
+    documents: Iterable[Document | Refusal], folder: Path, name: str, documents_per_shard: int
+) -> ShardReport:
+    """The shards, then their indexes."""
     report = ShardReport()
     writer: _ShardWriter | None = None
     pending: list[tuple[Path, dict[str, Any]]] = []
@@ -383,8 +398,12 @@ class _ShardWriter:
         }
 
     def abandon(self) -> None:
-        self.file.close()
-        self.partial.unlink(missing_ok=True)
+        """Remove what was written; a full disk, which closing meets again, is told already."""
+        try:
+            with contextlib.suppress(OSError):
+                self.file.close()
+        finally:
+            self.partial.unlink(missing_ok=True)
 
 
 def read_refusals(arrays: dict[str, NDArray[Any]], source: str) -> list[Refusal]:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from data_packing.files import explain
 from mllm.training.launch import gpu_count
 from mllm.training.progress import complain
 from mllm.training.run_folder import NoSpace
@@ -110,6 +111,9 @@ def main() -> None:
         app()
     except (ValueError, NoSpace) as error:
         complain(str(error))
+        raise SystemExit(2) from None
+    except OSError as error:
+        complain(explain(error))
         raise SystemExit(2) from None
 
 

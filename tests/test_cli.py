@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,20 @@ from typer.testing import CliRunner
 from mllm import cli
 
 RUNNER = CliRunner()
+
+
+def command_line(
+    *arguments: str, before: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The `mllm` command in a process of its own."""
+    code = "import sys; sys.argv[0] = 'mllm'; from mllm.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        preexec_fn=before,
+    )
 
 
 def test_every_command_explains_itself() -> None:
@@ -26,13 +42,7 @@ def test_every_command_explains_itself() -> None:
 def test_a_mistake_is_one_message_without_a_traceback(command: str, tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("model: {}\n")
-    code = "import sys; sys.argv[0] = 'mllm'; from mllm.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, command, str(file), "optimizer.warmpu=1"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    done = command_line(command, str(file), "optimizer.warmpu=1")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("mllm: ")
@@ -40,12 +50,42 @@ def test_a_mistake_is_one_message_without_a_traceback(command: str, tmp_path: Pa
     assert "Traceback" not in done.stderr
 
 
-def test_documents_become_shards(tmp_path: Path) -> None:
-    source = tmp_path / "pictures"
+def pictures(home: Path) -> Path:
+    """Two pictures with captions."""
+    source = home / "pictures"
     source.mkdir()
     for name in ("cat", "dog"):
         Image.new("RGB", (8, 8), "red").save(source / f"{name}.png")
         (source / f"{name}.txt").write_text(f"a {name}\n")
+    return source
+
+
+def test_a_place_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    source = pictures(tmp_path)
+    for out in ("/proc/x", str(blocked / "shards")):
+        done = command_line("data", "shard", str(source), out, "--format", "captions")
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"mllm: {out}: ")
+        assert "; " in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_while_sharding_is_one_message_and_leaves_no_shard(tmp_path: Path) -> None:
+    source, out = pictures(tmp_path), tmp_path / "shards"
+    done = command_line(
+        *("data", "shard", str(source), str(out), "--format", "captions"),
+        before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"mllm: {out}: file too large; ")
+    assert "Traceback" not in done.stderr
+    assert list(out.iterdir()) == []
+
+
+def test_documents_become_shards(tmp_path: Path) -> None:
+    source = pictures(tmp_path)
     Image.new("RGB", (8, 8), "red").save(source / "nameless.png")
     out = tmp_path / "shards"
     result = RUNNER.invoke(

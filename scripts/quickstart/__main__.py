@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from data_packing.files import explain
 from scripts.quickstart.console import say
 from scripts.quickstart.downloads import ended
 from scripts.quickstart.fetch import fetch_all
@@ -39,9 +40,12 @@ def main() -> int:
     except KeyboardInterrupt:
         say("\n" + GOES_ON.format(command=_command()))
         return 130
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         say(f"error: {error}")
         return 1
+    except OSError as error:
+        say(f"error: {explain(error)}")
+        return 2
 
 
 def _command() -> str:

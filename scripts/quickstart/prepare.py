@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_packing.files import explain
 from scripts.quickstart import (
     archive,
     captions,
@@ -229,6 +230,9 @@ def main() -> int:
     except ValueError as error:
         say(f"error: {error}")
         return 1
+    except OSError as error:
+        say(f"error: {explain(error)}")
+        return 2
     for folder, note in manifest["phases"].items():
         say(f"{arguments.data / folder}: {note['counts']}")
     return 0

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from packing_toys import captions, image, page, png
 
+from data_packing import shards
 from data_packing.document import Document, DocumentError, Image, Text
+from data_packing.files import save_arrays
 from data_packing.ledger import Refusal
 from data_packing.shards import (
     expand,
@@ -105,9 +107,26 @@ def test_an_interrupted_writing_leaves_nothing_that_is_taken_for_whole(tmp_path:
     with pytest.raises(OSError, match="No space left"):
         write_shards(broken_off(), tmp_path, "s", documents_per_shard=2)
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["s-000000.tar", "s-000001.tar"]
+    assert left == []
+    write_shards(captions(5), tmp_path, "s")
+    index_path(tmp_path / "s-000000.tar").unlink()  # as a kill before the index leaves it
     with pytest.raises(ValueError, match="has no index beside it .* interrupted"):
         read_index(tmp_path / "s-000000.tar")
+
+
+def test_a_disk_that_fills_between_two_indexes_leaves_no_part_of_the_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_at_the_second(path: Path, arrays: dict[str, object]) -> None:
+        if path.name.startswith("s-000001"):
+            raise OSError(28, "No space left on device")
+        save_arrays(path, arrays)
+
+    monkeypatch.setattr(shards, "save_arrays", full_at_the_second)
+    with pytest.raises(OSError, match="No space left") as refusal:
+        write_shards(captions(6), tmp_path, "s", documents_per_shard=2)
+    assert refusal.value.filename == str(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_writing_again_replaces_all_shards_of_the_name_and_no_others(tmp_path: Path) -> None:
