@@ -1,11 +1,10 @@
-"""Talk to a model in the terminal.
+"""Talk to a model in the terminal: what `mllm chat` does.
 
-mllm chat outputs/quickstart/3_instruct --image cat.png
+mllm chat outputs/quickstart/3_instruct --image cat.png --question "What is this?"
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from data_packing.document import Document, DocumentError, Image, Role
 from mllm.inference.generate import Generator
 from mllm.inference.quiet import quiet
 
-__all__ = ["Conversation", "chat", "main"]
+__all__ = ["Conversation", "chat"]
 
 HELP = """\
 /image PATH   show an image and begin anew
@@ -133,32 +132,3 @@ def _read_line() -> str | None:
     except KeyboardInterrupt:
         print()
         return None
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python scripts/chat.py` and `python -m mllm.inference.chat`."""
-    parser = argparse.ArgumentParser(description="Talk to a model about images.")
-    parser.add_argument("folder", help="what a stage saved")
-    parser.add_argument("--image", action="append", default=[], help="an image to ask about")
-    parser.add_argument("--prompt", help="ask this once and leave")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, …")
-    options = parser.parse_args(arguments)
-    try:
-        chat(
-            options.folder,
-            options.image,
-            options.prompt,
-            options.max_new_tokens,
-            options.temperature,
-            options.device,
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -41,10 +41,10 @@ def load(folder: str | Path, device: str | None = None) -> tuple[Any, Any]:
 
 
 def _check_finished(folder: Path) -> None:
-    """Tell a stage that is still training from a folder without a model."""
+    """Tell a stage that is not whole, whatever files it has, and a folder without a model."""
     from mllm.training.run_folder import RunFolder
 
-    if not folder.is_dir() or (folder / "config.json").is_file():
+    if not folder.is_dir():
         return
     run = RunFolder(folder)
     if run.begun() is not None and run.finished() is None:
@@ -52,6 +52,8 @@ def _check_finished(folder: Path) -> None:
             f"{folder}: this stage is not finished, so it has no model yet. Run the same "
             "`mllm train` command again; it goes on where it stopped."
         )
+    if (folder / "config.json").is_file():
+        return
     stages = sorted(path.parent.name for path in folder.glob("*/config.json"))
     if stages:
         raise ValueError(
@@ -120,7 +122,7 @@ class Generator:
             DocumentError: one of them cannot be used.
         """
         inputs = {k: v.to(self.model.device) for k, v in self.processor.prompts(documents).items()}
-        end = self.processor.tokenizer.eos_token_id
+        end = self.processor.tokenizer.eos_token_id  # fills up; what ends a turn the model knows
         with torch.inference_mode():
             ids = self.model.generate(
                 **inputs,
@@ -128,7 +130,6 @@ class Generator:
                 top_p=None,
                 top_k=None,
                 max_new_tokens=max_new_tokens,
-                eos_token_id=end,
                 pad_token_id=end,
             )
         new = ids[:, inputs["input_ids"].shape[1] :]
@@ -176,7 +177,6 @@ class Generator:
                         **draw,
                         do_sample=temperature > 0,
                         max_new_tokens=max_new_tokens,
-                        eos_token_id=tokenizer.eos_token_id,
                         pad_token_id=tokenizer.eos_token_id,
                         streamer=streamer,
                         stopping_criteria=StoppingCriteriaList([_Closed(closed)]),

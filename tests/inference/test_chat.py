@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_packing.document import Document
+from data_packing.document import Document, Image
 from mllm.inference import chat as chats
 from mllm.inference.generate import Generator, load
 from tests.evaluation.conftest import square
@@ -112,11 +113,10 @@ def test_a_reader_who_leaves_ends_the_generation(generator: Generator) -> None:
 def test_single_shot(stage: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chats.chat(stage, [picture], "What is this?", max_new_tokens=6)
     first = capsys.readouterr().out
-    status = chats.main(
-        [str(stage), "--image", str(picture), "--prompt", "What is this?", "--max-new-tokens", "6"]
+    answer = Generator.from_pretrained(stage, "cpu").answer(
+        chats.Conversation(images=[Image.open(picture)]).ask("What is this?"), 6
     )
-    assert status == 0
-    assert capsys.readouterr().out == first
+    assert first.strip() == answer
     assert first.strip()
 
 
@@ -179,21 +179,44 @@ def test_folders_that_hold_no_model(stage: Path, tmp_path: Path) -> None:
         load(stage.parent)
 
 
+def test_a_stage_killed_before_its_marker_is_not_taken_for_whole(
+    stage: Path, tmp_path: Path
+) -> None:
+    torn = shutil.copytree(stage, tmp_path / "torn")
+    (torn / "FINISHED").unlink()
+    with pytest.raises(ValueError, match="not finished"):
+        load(torn)
+
+
+def test_any_end_that_the_model_knows_ends_an_answer(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn's end need not be the tokenizer's end of a text."""
+    tokenizer, config = generator.processor.tokenizer, generator.model.generation_config
+    inputs = generator.processor.prompt(question())
+    with torch.inference_mode():
+        ids = generator.model.generate(**inputs, do_sample=False, max_new_tokens=12)
+    new = ids[0, inputs["input_ids"].shape[1] :].tolist()
+    first = new[0]
+    assert len(new) > 1
+    assert first != tokenizer.eos_token_id
+    monkeypatch.setattr(config, "eos_token_id", [tokenizer.eos_token_id, first])
+    expected = tokenizer.decode([first], skip_special_tokens=True).strip()
+    assert generator.answer(question(), 12) == expected
+    assert generator.answers([question()], 12) == [expected]
+
+
 def test_a_language_model_alone_is_named(stage: Path) -> None:
     with pytest.raises(ValueError, match="llama"):
         load(stage.parents[1] / "parts" / "llama")
 
 
-def test_an_image_that_cannot_be_read(
-    stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_image_that_cannot_be_read(stage: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
-    arguments = [str(stage), "--prompt", "What?", "--image"]
-    assert chats.main([*arguments, str(broken)]) == 2
-    assert "broken.png" in capsys.readouterr().err
-    assert chats.main([*arguments, str(tmp_path / "none.png")]) == 2
-    assert "none.png" in capsys.readouterr().err
+    for path in (broken, tmp_path / "none.png"):
+        with pytest.raises(ValueError, match=path.name):
+            chats.chat(stage, [path], "What?")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
