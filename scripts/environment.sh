@@ -52,8 +52,15 @@ PY
     rm -f "$report"
 }
 
+# Whether torch is there in the version of constraints.txt, whatever its build (2.13.0+cpu).
+has_torch() {
+    "$VENV/bin/python" -c 'import sys, torch
+sys.exit(torch.__version__.split("+")[0] != sys.argv[1])' \
+        "$(sed -n 's/^torch==//p' "$ROOT/constraints.txt")" 2>/dev/null
+}
+
 install_torch() {
-    if "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
+    if has_torch; then
         return
     fi
     if has_gpu || [ "${MLLM_TORCH:-}" = any ]; then

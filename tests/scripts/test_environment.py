@@ -15,7 +15,10 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 PYTHON = """#!/bin/sh
 # A virtual environment's python whose pip answers from files.
 case "$*" in
-*"import torch"*) exit 1 ;;
+*"import sys, torch"*)
+    mkdir -p "$HERE/site/torch"
+    echo "__version__ = '${TORCH:-none}'" > "$HERE/site/torch/__init__.py"
+    PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$HERE/site" exec "$REAL" "$@" ;;
 *--report*)
     while [ "$1" != --report ]; do shift; done
     cat "$HERE/report.json" > "$2" ;;
@@ -54,7 +57,8 @@ def install(tmp_path: Path) -> Install:
             capture_output=True,
             text=True,
         )
-        asked = (tmp_path / "log").read_text().splitlines()
+        log = tmp_path / "log"
+        asked = log.read_text().splitlines() if log.exists() else []
         return result.returncode, result.stderr, asked
 
     write(tmp_path / "no-gpu" / "nvidia-smi", b"#!/bin/sh\nexit 9\n").chmod(0o755)
@@ -86,6 +90,15 @@ def test_a_person_can_accept_the_ordinary_torch(install: Install) -> None:
     status, _, asked = install(CUDA, MLLM_TORCH="any")
     assert status == 0
     assert [("--index-url" in line) for line in asked] == [False]
+
+
+def test_the_pinned_torch_is_kept_and_another_is_replaced(install: Install) -> None:
+    constraints = (CHECKOUT / "constraints.txt").read_text().splitlines()
+    (pinned,) = (line.removeprefix("torch==") for line in constraints if line.startswith("torch=="))
+    assert install(CPU, TORCH=f"{pinned}+cpu") == (0, "", [])
+    status, _, asked = install(CUDA, TORCH="2.11.0+cpu")
+    assert status == 0
+    assert [("--index-url" in line) for line in asked] == [True]
 
 
 SCRIPTS = sorted((CHECKOUT / "scripts").glob("*.sh"))
