@@ -53,7 +53,7 @@ class Ranks:
 
     @classmethod
     def choose(cls, gpus: int | None, cpus: int | None) -> Ranks:
-        """What the user asked for, or all GPUs, or one rank per two cores (at most two).
+        """What the user asked for, or all GPUs, or one rank per core (at most two).
 
         Raises:
             ValueError: when both are given, or more GPUs than there are.
@@ -75,17 +75,24 @@ class Ranks:
 
 
 def gpu_count() -> int:
-    """GPUs of this machine, without importing torch (which takes seconds)."""
+    """GPUs that may be used here, without importing torch (which takes seconds).
+
+    CUDA_VISIBLE_DEVICES chooses among those that nvidia-smi names; without any it chooses nothing.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = None
     if visible is not None:
-        return len([d for d in visible.split(",") if d.strip() not in ("", "-1")])
+        chosen = len([d for d in visible.split(",") if d.strip() not in ("", "-1")])
+        if not chosen:
+            return 0
     try:
         listing = subprocess.run(
             ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=20, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return 0
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    present = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    return present if chosen is None or present == 0 else chosen
 
 
 def train(

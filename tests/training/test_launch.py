@@ -20,13 +20,14 @@ from rich.console import Console
 from mllm.recipe import load
 from mllm.training import checkpoint
 from mllm.training.control import PARENT
-from mllm.training.launch import Ranks, train_stage
+from mllm.training.launch import Ranks, gpu_count, train_stage
 from mllm.training.run_folder import RunFolder, read_lines
 from tests.training import tiny
 from tests.training.conftest import LONG, ROOT, Runs, writer
 
 COMMAND = "import sys; sys.argv[0] = 'mllm'; from mllm.cli import main; main()"
-PATIENCE = 120.0
+PATIENCE = 280.0  # seconds that one command may take on a loaded machine
+pytestmark = pytest.mark.timeout(900)  # several commands in a test
 
 
 def start(*arguments: str, before: Callable[[], None] | None = None) -> subprocess.Popen[str]:
@@ -254,6 +255,22 @@ def test_missing_shards_are_refused_before_a_worker_starts(home: Path, tmp_path:
     values = tiny.recipe(home, tmp_path / "out", data__sources=[{"path": str(home / "no-*.tar")}])
     with pytest.raises(ValueError, match=r"data.sources.0.path: no shard matches"):
         quick(tiny.write_recipe(tmp_path / "r.yaml", values))
+
+
+def test_visible_devices_choose_among_gpus_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert gpu_count() == 0  # no nvidia-smi
+    listing = "".join(f"echo 'GPU {i}: a card'\n" for i in range(4))
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{listing}")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    for visible, count in (("0", 1), ("1,3", 2), ("", 0), ("-1", 0)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert gpu_count() == count
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert gpu_count() == 4
 
 
 def test_more_gpus_than_there_are_is_refused() -> None:
