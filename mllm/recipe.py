@@ -17,12 +17,29 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from mllm.recipe_parts import MODULES, model_problems, ridge_problems
 from mllm.recipe_yaml import Path_, RecipeError, Source, nearest, override, read
 
-__all__ = ["Recipe", "RecipeError", "load", "load_all", "stages"]
+__all__ = ["MODULES", "Recipe", "RecipeError", "load", "load_all", "stages"]
 
-MODULES = ("encoder", "connector", "language_model")
 OBJECTIVE_NAMES = ("language_modeling",)
+
+
+def _whole(value: Any) -> Any:
+    """A float without a fraction is a whole number: 1e6 is how people write a million."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _no_bool(value: Any) -> Any:
+    """Python takes true for 1, and so would a choice of numbers."""
+    if isinstance(value, bool):
+        raise ValueError("expected a choice that is not true or false")
+    return value
+
+
+# Strict, so that `true` and "8" in quotes are refused and not read as 1 and 8.
+Whole = Annotated[int, Field(strict=True), BeforeValidator(_whole)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -53,7 +70,7 @@ class ConnectorSection(PartSection):
     """What turns visual features into language tokens. `init: ridge` solves its last layer."""
 
     name: str | None = None
-    visual_tokens: int | None = Field(default=None, gt=0)
+    visual_tokens: Whole | None = Field(default=None, gt=0)
     init: Literal["random", "ridge"] | None = None
 
 
@@ -75,9 +92,9 @@ class ModelSection(Section):
 class LoraSection(Section):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685). Scale is alpha / rank."""
 
-    rank: int = Field(gt=0)
-    alpha: float | None = Field(default=None, gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    rank: Whole = Field(gt=0)
+    alpha: Number | None = Field(default=None, gt=0)
+    dropout: Number = Field(default=0.0, ge=0, lt=1)
     targets: tuple[str, ...] | None = None
 
 
@@ -85,7 +102,7 @@ class TrainSection(Section):
     """How one module learns: not at all, all of it, or through adapters."""
 
     frozen: bool = False
-    lr: float | None = Field(default=None, gt=0)
+    lr: Number | None = Field(default=None, gt=0)
     lora: LoraSection | None = None
     qlora: dict[str, Any] | None = None
 
@@ -105,15 +122,15 @@ class SourceSection(Section):
     """Shards of one source. `weight` = passes over it per epoch."""
 
     path: str
-    weight: float = Field(default=1.0, gt=0)
+    weight: Number = Field(default=1.0, gt=0)
 
 
 class PackingSection(Section):
     """The capacities of a pack: language tokens, vision patches, documents."""
 
-    tokens: int = Field(gt=1)
-    patches: int | None = Field(default=None, gt=0)
-    documents: int | None = Field(default=None, gt=0)
+    tokens: Whole = Field(gt=1)
+    patches: Whole | None = Field(default=None, gt=0)
+    documents: Whole | None = Field(default=None, gt=0)
     across_documents: bool = False
 
 
@@ -122,31 +139,31 @@ class DataSection(Section):
 
     sources: tuple[SourceSection, ...]
     packing: PackingSection
-    workers: int = Field(default=1, ge=0)
+    workers: Whole = Field(default=1, ge=0)
 
 
 class OptimizerSection(Section):
     """AdamW and the course of its learning rate. `warmup` is a fraction of the run."""
 
     name: Literal["adamw"] = "adamw"
-    lr: float | None = Field(default=None, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(default=0.0, ge=0)
-    warmup: float = Field(default=0.0, ge=0, lt=1)
+    lr: Number | None = Field(default=None, gt=0)
+    betas: tuple[Number, Number] = (0.9, 0.95)
+    weight_decay: Number = Field(default=0.0, ge=0)
+    warmup: Number = Field(default=0.0, ge=0, lt=1)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    clip: float = Field(default=1.0, ge=0)
+    clip: Number = Field(default=1.0, ge=0)
 
 
 class RunSection(Section):
     """How long, how precise, on what, and where to."""
 
-    tokens: int | None = Field(default=None, gt=0)
-    epochs: int | None = Field(default=None, gt=0)
-    tokens_per_step: int = Field(gt=0)
+    tokens: Whole | None = Field(default=None, gt=0)
+    epochs: Whole | None = Field(default=None, gt=0)
+    tokens_per_step: Whole = Field(gt=0)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    zero: Literal["auto", 0, 1, 2, 3] = "auto"
-    seed: int = Field(default=0, ge=0)
-    checkpoint_every: int | None = Field(default=None, gt=0)
+    zero: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_no_bool)] = "auto"
+    seed: Whole = Field(default=0, ge=0)
+    checkpoint_every: Whole | None = Field(default=None, gt=0)
     output: str | None = None
 
 
@@ -245,8 +262,9 @@ def load_all(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple[Path
 
 def _impossible(recipe: Recipe) -> Iterable[tuple[Path_, str]]:
     """Combinations that the types allow and that cannot work."""
-    yield from _model_problems(recipe.model)
+    yield from model_problems(recipe.model)
     yield from _train_problems(recipe)
+    yield from ridge_problems(recipe.model, recipe.train)
     run, packing = recipe.run, recipe.data.packing
     if run.tokens is None and run.epochs is None:
         yield ("run",), "give run.tokens or run.epochs: how long should it train?"
@@ -257,6 +275,14 @@ def _impossible(recipe: Recipe) -> Iterable[tuple[Path_, str]]:
             ("run", "tokens_per_step"),
             f"run.tokens_per_step ({run.tokens_per_step}) is smaller than one pack "
             f"(data.packing.tokens = {packing.tokens}); make it a multiple of the pack",
+        )
+    elif over := run.tokens_per_step % packing.tokens:
+        fewer = run.tokens_per_step - over
+        yield (
+            ("run", "tokens_per_step"),
+            f"run.tokens_per_step ({run.tokens_per_step}) is no multiple of a pack "
+            f"(data.packing.tokens = {packing.tokens}); the nearest are {fewer} and "
+            f"{fewer + packing.tokens}",
         )
     if run.precision == "bf16" and run.zero == 0:
         yield (
@@ -275,29 +301,8 @@ def _impossible(recipe: Recipe) -> Iterable[tuple[Path_, str]]:
                 ("objectives", i),
                 f"unknown objective {name!r}{nearest(name, OBJECTIVE_NAMES)}",
             )
-
-
-def _model_problems(model: ModelSection) -> Iterable[tuple[Path_, str]]:
-    if model.from_ is not None:
-        for part in ("encoder", "language_model"):
-            if getattr(model, part) is not None:
-                yield (
-                    ("model", part),
-                    f"model.from already brings the {part}; remove model.{part} or model.from",
-                )
-        connector = model.connector
-        if connector is not None and (connector.name is not None or connector.init is not None):
-            yield (
-                ("model", "connector"),
-                "model.from already brings the connector and its weights; only its "
-                "visual_tokens and options can change",
-            )
-        return
-    for part in MODULES:
-        if getattr(model, part) is None:
-            yield ("model",), f"give model.{part}, or model.from a folder that a stage saved"
-    if model.connector is not None and model.connector.name is None:
-        yield ("model", "connector"), "give model.connector.name"
+        if name in recipe.objectives[:i]:
+            yield ("objectives", i), f"the objective {name!r} is given twice"
 
 
 def _train_problems(recipe: Recipe) -> Iterable[tuple[Path_, str]]:

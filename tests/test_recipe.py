@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from mllm.models.connectors import CONNECTORS
+from mllm.models.encoders import ENCODERS
 from mllm.recipe import RecipeError, load, load_all
+from mllm.recipe_parts import CONNECTOR_LAST_LINEAR, CONNECTOR_OPTIONS, ENCODER_OPTIONS
 from mllm.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +70,9 @@ def test_options_of_parts_are_passed_on(recipe: Path) -> None:
     [
         ("optimizer.warmup=0.1", ("optimizer", "warmup", 0.1)),
         ("run.tokens_per_step=1_048_576", ("run", "tokens_per_step", 1048576)),
-        ("run.tokens_per_step=1e6", ("run", "tokens_per_step", 1000000)),
+        ("run.tokens_per_step=1.024e6", ("run", "tokens_per_step", 1024000)),
+        ("optimizer.clip=1", ("optimizer", "clip", 1.0)),
+        ("optimizer.lr=5.0e-5", ("optimizer", "lr", 5e-5)),
         ("optimizer.lr=3e-4", ("optimizer", "lr", 3e-4)),
         ("run.output=some/where", ("run", "output", "some/where")),
     ],
@@ -184,6 +191,67 @@ REFUSALS = {
         "data.sources is a list of 2; expected a position from 0 to 1, got '2'",
     ),
     "override by name in a list": (["data.sources.path=x"], "expected a position from 0 to 1"),
+    "a step of two and a half packs": (
+        ["run.tokens_per_step=2560"],
+        "run.tokens_per_step (2560) is no multiple of a pack (data.packing.tokens = 1024); the "
+        "nearest are 2048 and 3072",
+    ),
+    "unknown encoder": (["model.encoder.name=sigllip"], "unknown encoder 'sigllip'; did you mean"),
+    "unknown connector": (
+        ["model.connector.name=avg_pool"],
+        "unknown connector 'avg_pool'; did you mean 'average_pool'?",
+    ),
+    "unknown option of the connector": (
+        ["model.connector.hiden=3"],
+        "unknown option 'hiden' of the connector average_pool; did you mean 'hidden'?",
+    ),
+    "unknown option of a loaded connector": (
+        ["model={from: outputs/x, connector: {visual_token: 4}}"],
+        "unknown option 'visual_token' of the connector; did you mean 'visual_tokens'?",
+    ),
+    "option of another connector": (
+        ["model.connector.name=mlp"],
+        "unknown option 'visual_tokens' of the connector mlp",
+    ),
+    "unknown option of the encoder": (
+        ["model.encoder.layr=-1"],
+        "unknown option 'layr' of the encoder clip; did you mean 'layer'?",
+    ),
+    "half a layer": (["model.encoder.layer=1.5"], "expected a whole number, got 1.5"),
+    "no square": (
+        ["model.connector.visual_tokens=15"],
+        "must be a square number, got 15; the nearest are 9 and 16",
+    ),
+    "no visual tokens": (
+        ["model.connector.visual_tokens=null"],
+        "model.connector.visual_tokens is missing",
+    ),
+    "no encoder path": (["model.encoder.path=null"], "model.encoder.path is missing"),
+    "an objective twice": (
+        ["objectives=[language_modeling, language_modeling]"],
+        "the objective 'language_modeling' is given twice",
+    ),
+    "infinite rate": (["optimizer.lr=.inf"], "optimizer.lr: expected a finite number"),
+    "no number": (["data.sources.0.weight=.nan"], "data.sources.0.weight: expected a finite"),
+    "no number in betas": (["optimizer.betas=[.nan, 0.9]"], "optimizer.betas.0: expected a finite"),
+    "infinite whole number": (["run.seed=.inf"], "run.seed: expected a valid integer"),
+    "yes for a whole number": (["data.workers=true"], "data.workers: expected a valid integer"),
+    "yes for a number": (["optimizer.clip=true"], "optimizer.clip: expected a valid number"),
+    "yes for zero": (["run.zero=true"], "run.zero: expected a choice that is not true"),
+    "quoted whole number": (["run.seed='7'"], "run.seed: expected a valid integer, got '7'"),
+    "ridge on a frozen connector": (
+        ["train.connector=frozen"],
+        "model.connector.init: ridge solves connector.second, which must be trained, and "
+        "train.connector is frozen",
+    ),
+    "ridge on a frozen layer": (
+        ["train.connector.second=frozen"],
+        "train.connector.second is frozen: a resumed run would lose the solution",
+    ),
+    "ridge on a layer nobody names": (
+        ["train={connector.first: {lr: 1e-3}}"],
+        "and train does not name it",
+    ),
     "half a pack of documents": (["data.packing.documents=0"], "data.packing.documents"),
 }
 
@@ -219,6 +287,27 @@ def test_a_refusal_names_the_line(
         load(recipe)
     assert f"{recipe}:{line}: " in str(refusal.value)
     assert expected in str(refusal.value)
+
+
+def test_the_tables_of_parts_are_those_of_the_registries() -> None:
+    connectors = {name: set(kind.OPTIONS) for name, kind in CONNECTORS.items()}
+    assert {name: set(options) for name, options in CONNECTOR_OPTIONS.items()} == connectors
+    encoders = {name: set(kind.OPTIONS) for name, kind in ENCODERS.items()}
+    assert {name: set(options) for name, options in ENCODER_OPTIONS.items()} == encoders
+    assert set(CONNECTOR_LAST_LINEAR) == set(CONNECTORS)
+    for name, layer in CONNECTOR_LAST_LINEAR.items():
+        connector = CONNECTORS[name](
+            {"name": name, "visual_tokens": 4} if "pool" in name else {}, 3, 3
+        )
+        assert connector.get_submodule(layer) is connector.last_linear()
+
+
+def test_reading_a_recipe_loads_no_torch(recipe: Path) -> None:
+    code = (
+        "import sys; sys.argv[0] = 'mllm'; from mllm.recipe import load; "
+        f"load({str(recipe)!r}); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_all_mistakes_are_named_at_once(recipe: Path) -> None:

@@ -1,0 +1,140 @@
+"""What a recipe may say about the parts of a model, checked without importing torch.
+
+The tables repeat the registries in mllm.models, because those import torch; a test compares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import isqrt
+from typing import TYPE_CHECKING, Any
+
+from mllm.recipe_yaml import Path_, nearest
+
+if TYPE_CHECKING:
+    from mllm.recipe import ConnectorSection, EncoderSection, ModelSection, TrainSection
+
+MODULES = ("encoder", "connector", "language_model")
+
+ENCODER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "clip": ("resize", "layer"),
+    "efficientnet_lite": ("resize",),
+    "siglip": ("resize", "layer"),
+}
+"""Encoder → the options it takes beside name and path."""
+
+CONNECTOR_OPTIONS: dict[str, tuple[str, ...]] = {
+    "average_pool": ("visual_tokens", "hidden"),
+    "mlp": ("hidden",),
+}
+"""Connector → the options it takes beside name and init."""
+
+CONNECTOR_LAST_LINEAR = {"average_pool": "second", "mlp": "second"}
+"""Connector → the layer inside it that `init: ridge` solves."""
+
+
+def model_problems(model: ModelSection) -> Iterable[tuple[Path_, str]]:
+    """What is wrong with the model section: (path, message)."""
+    yield from _parts(model)
+    if model.from_ is not None:
+        for part in ("encoder", "language_model"):
+            if getattr(model, part) is not None:
+                yield (
+                    ("model", part),
+                    f"model.from already brings the {part}; remove model.{part} or model.from",
+                )
+        connector = model.connector
+        if connector is not None and (connector.name is not None or connector.init is not None):
+            yield (
+                ("model", "connector"),
+                "model.from already brings the connector and its weights; only its "
+                "visual_tokens and options can change",
+            )
+        return
+    for part in MODULES:
+        if getattr(model, part) is None:
+            yield ("model",), f"give model.{part}, or model.from a folder that a stage saved"
+    if model.connector is not None and model.connector.name is None:
+        yield ("model", "connector"), "give model.connector.name"
+
+
+def ridge_problems(
+    model: ModelSection, train: Mapping[str, TrainSection]
+) -> Iterable[tuple[Path_, str]]:
+    """A ridge start of a frozen layer: only what is trained is in a checkpoint."""
+    connector = model.connector
+    if connector is None or connector.init != "ridge":
+        return
+    layer = f"connector.{CONNECTOR_LAST_LINEAR.get(connector.name or '', '')}".rstrip(".")
+    weight = f"{layer}.weight"
+    keys = [key for key in train if weight == key or weight.startswith(f"{key}.")]
+    key = max(keys, key=len, default=None)
+    if key is None or train[key].frozen:
+        why = f"train.{key} is frozen" if key else "train does not name it"
+        yield (
+            ("model", "connector", "init"),
+            f"model.connector.init: ridge solves {layer}, which must be trained, and {why}: a "
+            f"resumed run would lose the solution; give train.{layer} a learning rate or use "
+            "init: random",
+        )
+
+
+def _parts(model: ModelSection) -> Iterable[tuple[Path_, str]]:
+    if model.encoder is not None:
+        yield from _encoder(model.encoder)
+    if model.connector is not None:
+        yield from _connector(model.connector)
+
+
+def _encoder(encoder: EncoderSection) -> Iterable[tuple[Path_, str]]:
+    path: Path_ = ("model", "encoder")
+    options = ENCODER_OPTIONS.get(encoder.name)
+    if options is None:
+        hint = nearest(encoder.name, ENCODER_OPTIONS)
+        yield (*path, "name"), f"unknown encoder {encoder.name!r}{hint}"
+    else:
+        yield from _options(path, f"encoder {encoder.name}", encoder.options, options)
+    if not encoder.path:
+        yield path, "model.encoder.path is missing: give the folder or hub id of its weights"
+
+
+def _connector(connector: ConnectorSection) -> Iterable[tuple[Path_, str]]:
+    path: Path_ = ("model", "connector")
+    given = dict(connector.options)
+    if connector.visual_tokens is not None:
+        given["visual_tokens"] = connector.visual_tokens
+    name = connector.name
+    if name is None:  # it comes with model.from, so its kind is not known here
+        every = {option for options in CONNECTOR_OPTIONS.values() for option in options}
+        yield from _options(path, "connector", given, every)
+    elif name not in CONNECTOR_OPTIONS:
+        hint = nearest(name, CONNECTOR_OPTIONS)
+        yield (*path, "name"), f"unknown connector {name!r}{hint}"
+        return
+    else:
+        yield from _options(path, f"connector {name}", given, CONNECTOR_OPTIONS[name])
+    tokens = connector.visual_tokens
+    if tokens is None and name == "average_pool":
+        yield path, "model.connector.visual_tokens is missing: average_pool needs a square number"
+    elif tokens is not None and name in (None, "average_pool") and isqrt(tokens) ** 2 != tokens:
+        low = max(1, isqrt(tokens))
+        yield (
+            (*path, "visual_tokens"),
+            f"model.connector.visual_tokens must be a square number, got {tokens}; the nearest are "
+            f"{low**2} and {(low + 1) ** 2}",
+        )
+
+
+def _options(
+    path: Path_, what: str, given: Mapping[str, Any], known: Iterable[str]
+) -> Iterable[tuple[Path_, str]]:
+    for name, value in given.items():
+        place, dotted = (*path, name), ".".join(map(str, (*path, name)))
+        if name not in known:
+            yield place, f"unknown option {name!r} of the {what}{nearest(name, known)}"
+        elif value is None:
+            continue
+        elif name in ("hidden", "layer") and type(value) is not int:
+            yield place, f"{dotted}: expected a whole number, got {value!r}"
+        elif name == "hidden" and value < 1:
+            yield place, f"{dotted}: expected greater than 0, got {value!r}"
