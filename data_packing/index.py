@@ -205,11 +205,16 @@ def _checked_cost(document: Document, cost: Callable[[Document], Cost]) -> Cost:
     return price
 
 
+def source_name(shards: list[Path]) -> str:
+    """What people call a source: its first shard's name without the number."""
+    return re.sub(r"-\d+$", "", shards[0].name.removesuffix(".tar"))
+
+
 def _assemble(shards: list[Path], counted: list[_Arrays], fingerprint: str) -> Index:
     def joined(name: str, dtype: Any) -> NDArray[Any]:
         return np.concatenate([arrays[name] for arrays in counted]).astype(dtype, copy=False)
 
-    name = re.sub(r"-\d+$", "", shards[0].name.removesuffix(".tar"))
+    name = source_name(shards)
     documents = [len(arrays["offset"]) for arrays in counted]
     refused = [item for arrays in counted for item in read_refusals(arrays, name)]
     refused_documents = 0

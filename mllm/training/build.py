@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from data_packing.index import Index, build_index
+from data_packing.index import Index, build_index, source_name
 from data_packing.plan import Plan
 from mllm.recipe import ModelSection, Recipe
 from mllm.training import groups, lora
@@ -51,12 +51,15 @@ def model(section: ModelSection, recipe: Recipe, dtype: torch.dtype) -> tuple[An
     return built, processor, adapter
 
 
-def indexes(recipe: Recipe, processor: Any, workers: int) -> list[Index]:
+def indexes(
+    recipe: Recipe, processor: Any, workers: int, phase: Callable[[str], None] = lambda _: None
+) -> list[Index]:
     """Count the tokens of every document; the counts are kept beside the shards."""
-    return [
-        build_index(paths, processor.cost, processor.text_fingerprint, workers)
-        for paths in shards(recipe)
-    ]
+    found = []
+    for paths in shards(recipe):
+        phase(f"counting tokens of {source_name(paths)}")
+        found.append(build_index(paths, processor.cost, processor.text_fingerprint, workers))
+    return found
 
 
 def plan(recipe: Recipe, processor: Any, indexes: list[Index]) -> Plan:
@@ -80,8 +83,7 @@ def plan(recipe: Recipe, processor: Any, indexes: list[Index]) -> Plan:
 
 def data(recipe: Recipe, processor: Any, workers: int, phase: Callable[[str], None]) -> Data:
     """Indexes and plan, saying what is being done."""
-    phase("counting tokens")
-    found = indexes(recipe, processor, workers)
+    found = indexes(recipe, processor, workers, phase)
     phase("planning")
     planned = plan(recipe, processor, found)
     assert planned.total_steps > 0

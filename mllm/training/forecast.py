@@ -27,12 +27,16 @@ def forecast(path: Path, overrides: Sequence[str], console: Console | None = Non
     """
     console = console or Console()
     stages = load_all(path, overrides)
+
+    def say(phase: str) -> None:
+        console.print(f"{phase} …", markup=False, highlight=False)
+
     for file, recipe in stages:
         section = origin(recipe, [other for _, other in stages])
         model, processor, _ = build.model(section, recipe, torch.float32)
         console.print(f"\n[bold]{file}[/bold] → {recipe.output}")
         console.print(parameter_table(model))
-        data = build.data(recipe, processor, recipe.data.workers, lambda _: None)
+        data = build.data(recipe, processor, recipe.data.workers, say)
         print_plan(console, recipe, data)
 
 

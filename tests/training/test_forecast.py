@@ -25,7 +25,8 @@ def test_a_folder_is_forecast_before_its_first_stage_has_run(home: Path, tmp_pat
     console = Console(record=True, width=160, force_terminal=False)
     forecast(tmp_path / "staged", [], console)
     text = console.export_text()
-    assert "5 of 4 packs" in text
+    assert text.count("counting tokens of captions …") == 2
+    assert text.index("counting tokens") < text.index("5 of 4 packs")
     assert "10 of 2 packs" in text
     assert "packing efficiency" in text
     adapters = 2 * sum(
