@@ -113,6 +113,7 @@ def build_index(
     cost: Callable[[Document], Cost],
     fingerprint: str,
     workers: int = 0,
+    name: str | None = None,
 ) -> Index:
     """Index the shards of one source; token counts are cached beside each shard.
 
@@ -121,6 +122,7 @@ def build_index(
         cost: what a document costs; raises DocumentError to refuse it. Picklable if workers > 0.
         fingerprint: names what `cost` depends on (tokenizer, template); the cache is kept by it.
         workers: processes that count tokens; 0 counts here.
+        name: of the source, in the ledger; from the first shard's file name when left out.
 
     Raises:
         ValueError: a shard is missing, unfinished or damaged; the message says which and why.
@@ -135,7 +137,26 @@ def build_index(
             counted = list(pool.map(count, shards))
     else:
         counted = [count(shard) for shard in shards]
-    return _assemble(shards, counted, fingerprint)
+    return _assemble(shards, counted, fingerprint, name or source_name(shards))
+
+
+def source_names(sources: Sequence[Sequence[Path]]) -> list[str]:
+    """A name for each source, from its shards: `captions` for captions-000000.tar.
+
+    Sources that would share one are told apart by as many folders as that takes (`a/captions`,
+    `b/captions`), and by a number when they lie in one folder.
+    """
+    parts = [(*p[0].absolute().parent.parts[1:], source_name(list(p))) for p in sources]
+    names: list[str] = []
+    for own in parts:
+        rivals = {other for other in parts if other[-1] == own[-1] and other != own}
+        depth = 1
+        while depth < len(own) and any(other[-depth:] == own[-depth:] for other in rivals):
+            depth += 1
+        name = "/".join(own[-depth:])
+        same = sum(other == own for other in parts[: len(names)])
+        names.append(f"{name} ({same + 1})" if same else name)
+    return names
 
 
 def _token_counts(shard: Path, *, cost: Callable[[Document], Cost], token: str) -> _Arrays:
@@ -210,11 +231,10 @@ def source_name(shards: list[Path]) -> str:
     return re.sub(r"-\d+$", "", shards[0].name.removesuffix(".tar"))
 
 
-def _assemble(shards: list[Path], counted: list[_Arrays], fingerprint: str) -> Index:
+def _assemble(shards: list[Path], counted: list[_Arrays], fingerprint: str, name: str) -> Index:
     def joined(name: str, dtype: Any) -> NDArray[Any]:
         return np.concatenate([arrays[name] for arrays in counted]).astype(dtype, copy=False)
 
-    name = source_name(shards)
     documents = [len(arrays["offset"]) for arrays in counted]
     refused = [item for arrays in counted for item in read_refusals(arrays, name)]
     refused_documents = 0

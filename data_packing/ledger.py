@@ -21,11 +21,13 @@ class Refusal:
         source: the name of the data set.
         key: the record's name inside it (or its place, where it has no name).
         reason: why, written for a person.
+        first_piece: where the lost slice starts, when it is one of a document that was cut.
     """
 
     source: str
     key: str
     reason: str
+    first_piece: int | None = None
 
 
 @dataclass(slots=True)
@@ -57,11 +59,13 @@ class Ledger:
         counts: one `Counts` per source.
         refused: every document that is not used.
         split: every document that was cut, with how and why.
+        slices: (source, key) of a document that was cut → its slices in the run. Not written.
     """
 
     counts: dict[str, Counts] = field(default_factory=dict)
     refused: list[Refusal] = field(default_factory=list)
     split: list[Refusal] = field(default_factory=list)
+    slices: dict[tuple[str, str], int] = field(default_factory=dict, compare=False)
 
     def of(self, source: str) -> Counts:
         """The counts of a source, made when first asked for."""
@@ -80,8 +84,16 @@ class Ledger:
         self.of(refusal.source).refused += 1
         self.refused.append(refusal)
 
-    def cut(self, how: Refusal, pieces_refused: int = 0) -> None:
-        """Note a document that was split; `how.reason` says how."""
+    def cut(self, how: Refusal, pieces_refused: int = 0, slices: int | None = None) -> None:
+        """Note a document that was split; `how.reason` says how.
+
+        Args:
+            how: the document and what was done to it.
+            pieces_refused: pieces of it that fit no pack.
+            slices: how many slices of it are in packs, so that `drop` sees when the last is lost.
+        """
+        if slices is not None:
+            self.slices[how.source, how.key] = slices
         counts = self.of(how.source)
         counts.split += 1
         counts.pieces_refused += pieces_refused
@@ -91,17 +103,27 @@ class Ledger:
         """Note documents that were planned and then failed to read or decode.
 
         Give all of a run at once: a document that fails again in a later epoch is counted once. A
-        document that was split keeps its other slices; the lost one is noted with its reason.
+        document that was split keeps its other slices, and a lost one is noted with its reason;
+        when all are lost, the document is refused.
         """
         cut = {(item.source, item.key) for item in self.split}
-        for refusal in {(item.source, item.key): item for item in refusals}.values():
-            if (refusal.source, refusal.key) in cut:
-                self.of(refusal.source).pieces_refused += 1
-                lost = f"a slice is lost: {refusal.reason}"
-                self.split.append(Refusal(refusal.source, refusal.key, lost))
-            else:
-                self.of(refusal.source).used -= 1
-                self.refuse(refusal)
+        failed: dict[tuple[str, str], dict[int | None, Refusal]] = {}
+        for refusal in refusals:
+            failed.setdefault((refusal.source, refusal.key), {})[refusal.first_piece] = refusal
+        gone: set[tuple[str, str]] = set()
+        for name, lost in failed.items():
+            source, key = name
+            reasons = [item.reason for item in lost.values()]
+            if name in cut and len(lost) != self.slices.get(name):
+                self.of(source).pieces_refused += len(lost)
+                self.split += [Refusal(source, key, f"a slice is lost: {why}") for why in reasons]
+                continue
+            if name in cut:
+                gone.add(name)
+                self.of(source).split -= 1
+            self.of(source).used -= 1
+            self.refuse(Refusal(source, key, "; ".join(dict.fromkeys(reasons))))
+        self.split = [item for item in self.split if (item.source, item.key) not in gone]
 
     def merge(self, other: Ledger) -> None:
         """Add another ledger's counts and names to this one."""
@@ -111,6 +133,7 @@ class Ledger:
                 setattr(mine, name, getattr(mine, name) + value)
         self.refused.extend(other.refused)
         self.split.extend(other.split)
+        self.slices.update(other.slices)
 
     def write(self, path: str | Path) -> None:
         """Write as JSON lines, atomically: the counts, then one line per refused or split."""

@@ -156,7 +156,8 @@ class _Reader(Dataset[Any]):
             try:
                 samples.append(self._sample(entry, place))
             except DocumentError as error:
-                refused.append(Refusal(source, place.key(), str(error)))
+                first = None if entry.whole else entry.start_piece
+                refused.append(Refusal(source, place.key(), str(error), first))
             except Exception as error:
                 name = f"document {place.key()!r} of {source!r} (pack {job.number})"
                 raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error

@@ -170,6 +170,13 @@ class Plan:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         self.indexes = list(indexes)
+        names = [index.name for index in indexes]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"two sources are named {name!r}, so their documents could not be told apart; "
+                    "give build_index other names (source_names makes them)"
+                )
         self.tokens, self.patches, self.max_documents = tokens, patches, max_documents
         self.epochs, self.token_budget = epochs, token_budget
         self.across_documents = across_documents
@@ -197,9 +204,13 @@ class Plan:
             ledger.read(index.name, len(index) + bad_records)
             for refusal in [*index.refused, *units.refused]:
                 ledger.refuse(refusal)
-            for how, lost in zip(units.split, units.pieces_refused, strict=True):
-                ledger.cut(how, lost)
-            reached = np.unique(units.document[used]).size
+            numbers, slices = np.unique(units.document[used], return_counts=True)
+            reached = len(numbers)
+            planned = dict(zip(numbers.tolist(), slices.tolist(), strict=True))
+            split = zip(units.split_documents, units.split, units.pieces_refused, strict=True)
+            for number, how, lost in split:
+                if number in planned:
+                    ledger.cut(how, lost, planned[number])
             ledger.use(index.name, reached)
             counts = len(np.unique(units.document)) - reached
             ledger.of(index.name).unreached += counts

@@ -23,6 +23,7 @@ class Slices:
         document int32 [S], start_piece, stop_piece int32 [S]: what a unit is.
         tokens, patches int64 [S]: what it takes.
         split: the documents that were cut, and how.
+        split_documents: their numbers, in the same order.
         refused: the documents of which no piece fits.
         pieces_refused: pieces that fit no pack, of documents in `split`.
     """
@@ -35,6 +36,7 @@ class Slices:
     split: list[Refusal]
     refused: list[Refusal]
     pieces_refused: list[int]
+    split_documents: list[int]
 
     def __len__(self) -> int:
         return len(self.document)
@@ -58,6 +60,7 @@ def cut(index: Index, image_cost: ImageCost, tokens: int, patches: int) -> Slice
     split: list[Refusal] = []
     refused: list[Refusal] = []
     pieces_refused: list[int] = []
+    split_documents: list[int] = []
     for document in np.flatnonzero(present & ~fits).tolist():
         low, high = int(start[document]), int(start[document + 1])
         own, lost = _cut_one(
@@ -74,6 +77,7 @@ def cut(index: Index, image_cost: ImageCost, tokens: int, patches: int) -> Slice
         how = [f"{len(own)} slices" if len(own) > 1 else "1 slice", *lost]
         split.append(Refusal(index.name, index.key(document), "; ".join(how)))
         pieces_refused.append(len(lost))
+        split_documents.append(document)
     table = np.array(rows, dtype=np.int64).reshape(-1, 5)
     stop = (start[1:] - start[:-1])[whole]
     document_column = np.concatenate([whole, table[:, 0]])
@@ -91,6 +95,7 @@ def cut(index: Index, image_cost: ImageCost, tokens: int, patches: int) -> Slice
         split=split,
         refused=refused,
         pieces_refused=pieces_refused,
+        split_documents=split_documents,
     )
 
 

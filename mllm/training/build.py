@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from data_packing.index import Index, build_index, source_name
+from data_packing.index import Index, build_index, source_names
 from data_packing.plan import Plan
 from mllm.recipe import ModelSection, Recipe
 from mllm.training import groups, lora
@@ -56,9 +56,10 @@ def indexes(
 ) -> list[Index]:
     """Count the tokens of every document; the counts are kept beside the shards."""
     found = []
-    for paths in shards(recipe):
-        phase(f"counting tokens of {source_name(paths)}")
-        found.append(build_index(paths, processor.cost, processor.text_fingerprint, workers))
+    sources = shards(recipe)
+    for paths, name in zip(sources, source_names(sources), strict=True):
+        phase(f"counting tokens of {name}")
+        found.append(build_index(paths, processor.cost, processor.text_fingerprint, workers, name))
     return found
 
 

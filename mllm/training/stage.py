@@ -214,7 +214,7 @@ class Worker:
 
         ledger = plan.ledger
         ledger.drop(
-            Refusal(record["source"], record["key"], record["reason"])
+            Refusal(record["source"], record["key"], record["reason"], record.get("first_piece"))
             for record in read_lines(self.folder.refused)
         )
         ledger.write(self.folder.ledger)

@@ -55,6 +55,22 @@ def test_a_split_document_that_loses_a_slice_stays_used() -> None:
     assert ledger.split[-1].reason == "a slice is lost: truncated PNG"
 
 
+def test_a_split_document_that_loses_every_slice_is_refused() -> None:
+    ledger = Ledger()
+    ledger.read("a", 1)
+    ledger.use("a")
+    ledger.cut(Refusal("a", "k", "2 slices"), slices=2)
+    again = [Refusal("a", "k", "truncated", 0)] * 2  # the same slice in two epochs
+    one = Ledger()
+    one.merge(ledger)
+    one.drop(again)
+    assert one.counts["a"] == Counts(read=1, used=1, split=1, pieces_refused=1)
+    ledger.drop([*again, Refusal("a", "k", "no image", 3)])
+    assert ledger.counts["a"] == Counts(read=1, refused=1)
+    assert ledger.refused == [Refusal("a", "k", "truncated; no image")]
+    assert ledger.split == []
+
+
 def test_the_table_shows_the_counts() -> None:
     console = Console(width=80, record=True, quiet=False)
     with console.capture() as capture:

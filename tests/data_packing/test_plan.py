@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from packing_toys import captions, image_cost, index_of, page
+from packing_toys import captions, cost, image_cost, index_of, page
 
 from data_packing import plan as plan_module
-from data_packing.index import Index
+from data_packing.index import Index, build_index, source_names
 from data_packing.ledger import Refusal
 from data_packing.plan import Cursor, Plan, PlannedStep, micro_packs
 
@@ -259,3 +259,36 @@ def test_wrong_settings_are_refused(indexes: list[Index], tmp_path: Path) -> Non
         plan_of(indexes, weights=[0.001, 0.001])
     with pytest.raises(ValueError, match="rank 2 of 2"):
         micro_packs(next(plan_of(indexes).steps()), 2, 2)
+
+
+def test_split_counts_only_documents_that_the_run_uses(tmp_path: Path) -> None:
+    pages = [page([60] * 4, f"page{number}") for number in range(20)]
+    plan = plan_of([index_of(pages, tmp_path)], epochs=None, token_budget=100, tokens_per_step=128)
+    counts = plan.ledger.counts["toys"]
+    assert counts.used + counts.unreached == 20
+    assert counts.unreached > 0
+    assert counts.split == counts.used == len(plan.ledger.split)
+    entries = [entry for step in plan.steps() for pack in step.packs for entry in pack.entries]
+    slices = Counter(f"page{entry.document}" for entry in entries)
+    assert {key: count for (_, key), count in plan.ledger.slices.items()} == slices
+
+
+def test_sources_of_one_name_are_told_apart_by_folder(tmp_path: Path) -> None:
+    shards = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        documents = [*captions(3), page([500], "long"), Refusal("raw", "bad", "broken")]
+        shards.append(index_of(documents, tmp_path / folder, "captions").paths)
+    names = source_names(shards)
+    assert names == ["a/captions", "b/captions"]
+    assert source_names([shards[0], shards[0]]) == ["captions", "captions (2)"]
+    assert source_names(shards[:1]) == ["captions"]
+    indexes = [build_index(p, cost, "toys", 0, name) for p, name in zip(shards, names, strict=True)]
+    ledger = plan_of(indexes).ledger
+    for name in names:
+        counts = ledger.counts[name]
+        assert (counts.read, counts.used, counts.refused) == (5, 3, 2)
+    ledger.drop(Refusal(name, "k1", "truncated PNG") for name in names)
+    assert [ledger.counts[name].used for name in names] == [2, 2]
+    with pytest.raises(ValueError, match="two sources are named 'captions'"):
+        plan_of([build_index(paths, cost, "toys") for paths in shards])
