@@ -14,7 +14,7 @@ from packing_toys import captions, encode, image, image_cost, index_of, page, pn
 
 from data_packing import loader as loader_module
 from data_packing import plan as plan_module
-from data_packing.document import Document, Image, Text
+from data_packing.document import Document, DocumentError, Image, Text
 from data_packing.index import Index
 from data_packing.loader import Loader
 from data_packing.pack import TENSORS, Pack
@@ -247,3 +247,21 @@ def test_images_of_documents_stay_with_them(tmp_path: Path) -> None:
             for place, key in enumerate(pack.keys):
                 expected = encode(documents[int(key[1:])]).pixels[0]
                 assert torch.equal(pack.pixels[place], torch.from_numpy(expected))
+
+
+def test_a_document_that_loses_all_its_slices_is_refused_in_the_ledger(
+    data: tuple[Plan, Index],
+) -> None:
+    def fail_on_page(document: Document) -> Sample:
+        if document.key == "page0":
+            raise DocumentError("no good")
+        return encode(document)
+
+    plan, index = data
+    ledger = plan.ledger
+    before = (ledger.counts["toys"].used, ledger.counts["toys"].split)
+    steps = load(plan, index, fail_on_page)
+    ledger.drop(item for _, packs in steps for pack in packs for item in pack.refused)
+    counts = ledger.counts["toys"]
+    assert (counts.used, counts.split, counts.refused) == (before[0] - 1, before[1] - 1, 1)
+    assert [(item.key, item.reason) for item in ledger.refused] == [("page0", "no good")]

@@ -37,7 +37,9 @@ def test_a_folder_is_forecast_before_its_first_stage_has_run(home: Path, tmp_pat
 
 
 def test_documents_that_do_not_fit_are_named(home: Path, tmp_path: Path) -> None:
-    values = tiny.recipe(home, tmp_path / "out", data__packing={"tokens": 24})
+    values = tiny.recipe(
+        home, tmp_path / "out", data__packing={"tokens": 24}, run__tokens_per_step=240
+    )
     file = tiny.write_recipe(tmp_path / "r.yaml", values)
     console = Console(record=True, width=200, force_terminal=False)
     forecast(file, [], console)
