@@ -122,7 +122,7 @@ class SourceSection(Section):
     """Shards of one source. `weight` = passes over it per epoch."""
 
     path: str
-    weight: Number = Field(default=1.0, gt=0)
+    weight: Number = Field(default=1.0, gt=0, le=1e6)
 
 
 class PackingSection(Section):
@@ -158,8 +158,8 @@ class RunSection(Section):
     """How long, how precise, on what, and where to."""
 
     tokens: Whole | None = Field(default=None, gt=0)
-    epochs: Whole | None = Field(default=None, gt=0)
-    tokens_per_step: Whole = Field(gt=0)
+    epochs: Whole | None = Field(default=None, gt=0, le=100_000)
+    tokens_per_step: Whole = Field(gt=0, le=2**40)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     zero: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_no_bool)] = "auto"
     seed: Whole = Field(default=0, ge=0)
