@@ -33,6 +33,7 @@ from data_packing import pack_lengths
 
 CAPACITIES = (4096, 8192, 16384)
 IMAGE = 144
+WIDTH = 120
 RESULT = Path(__file__).parent / "results" / "packing.md"
 
 Lengths = NDArray[np.int64]
@@ -238,7 +239,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if min(chosen.documents) < 1 or min(chosen.capacities) < 1:
         parser.error("--documents and --capacities must be at least 1")
     rows = measure(chosen.documents, chosen.capacities, chosen.seed)
-    Console().print(as_table(rows))
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)  # whole columns in a file or a pipe
+    console.print(as_table(rows))
     command = "python -m benchmarks.packing"
     for name in ("documents", "capacities", "seed"):
         if getattr(chosen, name) != parser.get_default(name):

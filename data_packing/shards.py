@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -69,28 +70,44 @@ def write_shards(
 ) -> ShardReport:
     """Write documents as shards `folder/name-000000.tar`, …, replacing shards of that name.
 
+    The old ones stay until the new ones are whole.
+
     Refusals are kept in the index of the shard that was open when they came, so that the ledger of
     a training run knows them. A key that was seen before is refused.
 
     Raises:
         ValueError: a bad name, or no usable document at all.
-        OSError: the disk is full or not writable, with a path in it; no shard of that name is left.
+        OSError: the disk is full or not writable, with a path in it.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise ValueError(f"shard name {name!r}: use letters, digits, '-' and '_' only")
     if documents_per_shard < 1:
         raise ValueError(f"documents_per_shard is {documents_per_shard}; it must be at least 1")
     folder = Path(folder)
+    draft = folder / f".{name}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_old(folder, name)
-        return _write(documents, folder, name, documents_per_shard)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            _remove_old(folder, name)
-        if isinstance(error, OSError) and error.filename is None:
+        draft.mkdir(exist_ok=True)
+        report = _write(documents, draft, name, documents_per_shard)
+        _replace(report, folder, name)
+    except OSError as error:
+        if error.filename is None:
             error.filename = str(folder)  # a failed write does not say where
         raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return report
+
+
+def _replace(report: ShardReport, folder: Path, name: str) -> None:
+    """Put whole new shards where the old ones are; indexes last, so that none is half there."""
+    drafts = list(report.paths)
+    _remove_old(folder, name)
+    report.paths[:] = [folder / path.name for path in drafts]
+    for draft, path in zip(drafts, report.paths, strict=True):
+        os.replace(draft, path)
+    for draft, path in zip(drafts, report.paths, strict=True):
+        os.replace(index_path(draft), index_path(path))
 
 
 def _write(

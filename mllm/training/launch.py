@@ -32,6 +32,7 @@ from mllm.training.sources import parent_id, shards
 STOPPED = 130
 POLL_SECONDS = 0.2
 LOG_LINES = 15
+LOCK_SECONDS = 5.0
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36)}
 """For glibc on processors: activations keep their pages from step to step. Handing them back and
 taking them anew was a fifth of the time of a step on a page of 1,024 tokens."""
@@ -140,7 +141,7 @@ def locked(folder: RunFolder) -> Iterator[None]:
     """
     lock, workers = Lock(folder.path / "lock"), Lock(folder.path / "worker.lock")
     for other in (lock, workers):
-        if not other.acquire():
+        if not _acquired(other):
             lock.release()
             raise ValueError(
                 f"{folder.path}: another run is writing there (process {other.holder()}); wait "
@@ -151,6 +152,16 @@ def locked(folder: RunFolder) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _acquired(lock: Lock) -> bool:
+    """Take a lock; a process that was killed this moment gives its own back a little later."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while not lock.acquire():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
 
 
 @dataclass(slots=True)
@@ -229,6 +240,9 @@ class Launch:
     def _start(self, control: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
         environment = os.environ | {CONTROL: str(control), PARENT: parent_mark()}
         environment["PYTHONUNBUFFERED"] = "1"
+        # ninja, which compiles DeepSpeed's op, lies beside this environment's python
+        here = os.path.dirname(sys.executable)
+        environment["PATH"] = os.pathsep.join([here, os.environ.get("PATH", os.defpath)])
         if not self.ranks.gpus:
             cores = max(1, len(os.sched_getaffinity(0)) // self.ranks.count)
             environment["DS_ACCELERATOR"] = "cpu"

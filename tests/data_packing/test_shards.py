@@ -114,6 +114,19 @@ def test_an_interrupted_writing_leaves_nothing_that_is_taken_for_whole(tmp_path:
         read_index(tmp_path / "s-000000.tar")
 
 
+def test_shards_stay_until_the_new_ones_are_whole(tmp_path: Path) -> None:
+    def broken_off() -> Iterator[Document]:
+        yield from captions(3)
+        raise ValueError("typo is not a folder")
+
+    write_shards(captions(5), tmp_path, "s")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for bad in (broken_off(), iter(())):
+        with pytest.raises(ValueError):
+            write_shards(bad, tmp_path, "s")
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_disk_that_fills_between_two_indexes_leaves_no_part_of_the_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
