@@ -112,13 +112,12 @@ class Loop:
             step, self.total_steps, self.recipe.optimizer.warmup, self.recipe.optimizer.schedule
         )
         rate = engines.set_lr(self.engine, factor)
-        loss = self._propagate(step, packs, max(1, agreed.learned))
+        loss, norm = self._propagate(step, packs, max(1, agreed.learned))
         self.state.step = step + 1
         self.state.cursor = planned.after.to_json()
         self.state.tokens += agreed.tokens
         ended = time.monotonic()
         self.state.seconds += ended - started
-        norm = self.engine.get_global_grad_norm()
         self._note_refused(packs, agreed.refused)
         if dist.get_rank() == 0:
             record = {
@@ -130,7 +129,7 @@ class Loop:
                 "packs": len(planned.packs),
                 "refused": agreed.refused,
                 "lr": rate,
-                "grad_norm": None if norm is None else float(norm),
+                "grad_norm": norm,
                 "seconds": round(ended - started, 4),
                 "wait": round(arrived - started, 4),
                 "total_tokens": self.state.tokens,
@@ -139,8 +138,8 @@ class Loop:
             append_line(self.folder.metrics, record)
             self.tell(record)
 
-    def _propagate(self, step: int, packs: list[Pack], learned: int) -> float:
-        """Forward and backward of every pack, then the update. Returns the step's loss.
+    def _propagate(self, step: int, packs: list[Pack], learned: int) -> tuple[float, float]:
+        """Forward and backward of every pack, then the update. Returns loss and gradient norm.
 
         Ranks average their gradients, so each multiplies its sum by the number of ranks and
         divides by the learned tokens of the whole step.
@@ -163,8 +162,9 @@ class Loop:
                         f"the loss of step {step + 1} is {loss}. Lower the learning rate or raise "
                         "optimizer.warmup; the last checkpoint is from before."
                     )
+                norm = engines.gradient_norm(self.engine)
             self.engine.step()
-        return loss
+        return loss, float(self.engine.get_global_grad_norm()) if norm is None else norm
 
     def _note_refused(self, packs: list[Pack], refused: int) -> None:
         """Write down the documents that failed at decode, on whichever rank."""

@@ -65,12 +65,26 @@ def test_it_lowers_the_caption_loss(build: Callable[..., Any]) -> None:
     assert report.explained > 0.9
     assert caption_loss(model, processor) < random_loss
     changed = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
-    assert changed == {"connector.second.weight", "connector.second.bias"}
-    tokens = model.image_features(torch.from_numpy(processor.encode(captions()[0]).pixels[0])[None])
-    words = torch.tensor(processor.tokenizer(NAMES[0])["input_ids"])
-    wanted = model.get_input_embeddings()(words).mean(0)
-    found = tokens[0].mean(0)
-    assert torch.cosine_similarity(found, wanted, dim=0) > 0.9
+    assert changed == {f"connector.{n}" for n in ("norm.bias", "second.weight", "second.bias")}
+    pixels = np.stack([processor.encode(one).pixels[0] for one in captions(4)])
+    tokens = model.image_features(torch.from_numpy(pixels))
+    table = model.get_input_embeddings().weight
+    words = [torch.tensor(processor.tokenizer(name)["input_ids"]) for name in NAMES]
+    wanted = torch.stack([table[ids].mean(0) for ids in words])
+    wanted, found = wanted - wanted.mean(0), tokens.mean(1) - tokens.mean((0, 1))
+    assert torch.cosine_similarity(found, wanted).min() > 0.9
+    assert float(tokens.square().mean()) == pytest.approx(float(table.square().mean()), rel=0.05)
+
+
+def test_features_enter_without_their_common_mean(build: Callable[..., Any]) -> None:
+    model, processor = build("clip", "average_pool")
+    ridge.fit(model, [processor.encode(one) for one in captions()])
+    caught: list[torch.Tensor] = []
+    model.connector.norm.register_forward_hook(lambda *given: caught.append(given[2]))
+    model.image_features(
+        torch.from_numpy(np.stack([processor.encode(one).pixels[0] for one in captions()]))
+    )
+    assert caught[0].mean((0, 1)).abs().max() < 0.02 < caught[0].std()
 
 
 def test_warm_start_picks_captions_from_the_sources(

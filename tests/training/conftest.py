@@ -50,6 +50,10 @@ class Runs:
         assert [record["step"] for record in records] == list(range(1, len(records) + 1))
         return [record["loss"] for record in records]
 
+    def gradient_norms(self, name: str) -> list[float]:
+        """The gradient's norm of every step, before clipping."""
+        return [record["grad_norm"] for record in read_lines(self.folder(name).metrics)]
+
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         """What the stage saved for others."""
         return load_file(self.path / name / "model.safetensors")

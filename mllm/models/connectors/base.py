@@ -59,6 +59,10 @@ class Connector(nn.Module, ABC):
     def last_linear(self) -> nn.Linear:
         """Return the last linear layer, which a closed-form start solves for."""
 
+    def input_norm(self) -> nn.LayerNorm | None:
+        """Return the norm that the encoder's features pass first, if there is one."""
+        return None
+
     def tokens_per_image(self, grid: tuple[int, int]) -> int:
         """Return M for an image with this feature grid."""
         rows, columns = self.output_grid(self.spec, grid)

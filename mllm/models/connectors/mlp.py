@@ -39,3 +39,7 @@ class Mlp(Connector):
     def last_linear(self) -> nn.Linear:
         """Return the second layer."""
         return self.second
+
+    def input_norm(self) -> nn.LayerNorm:
+        """Return the LayerNorm."""
+        return self.norm
