@@ -72,10 +72,8 @@ GROUPS = {
     "vehicles": "Vehicle",
 }
 METRE_CM = 100.0
-ROUNDS = 2
 SHAPE_IMAGES = 160
 SHAPE_TURNS = 4
-LISTED_SHARE = 0.1
 
 Turn = tuple[str, str]
 
@@ -93,14 +91,14 @@ def build(
     records: list[dict[str, Any]] = []
     counts: dict[str, Any] = {}
     known = [(place, picture) for place in pictures for picture in read_pictures(place)]
-    categories = sorted({p.category for _, p in known if p.category})
     for number, (place, picture) in enumerate(known):
         advance(number, len(known))
         if picture.held_out or picture.source == "shapes":
             continue
         _link(place / "captions" / picture.file, folder / "images" / picture.file)
-        for which in range(ROUNDS):
-            turns = conversation(picture, which, categories)
+        rounds = (0, 1) if picture.category else (number % 2,)
+        for which in rounds:
+            turns = conversation(picture, which)
             records.append(_record(f"{picture.key}-{which}", picture.file, turns))
             counts[picture.source] = counts.get(picture.source, 0) + 1
     for image in _shape_slice(wheel, fraction):
@@ -115,33 +113,45 @@ def build(
     return {"conversations": len(records), "answers": turns_total, **counts}
 
 
-def conversation(picture: Picture, which: int, categories: list[str]) -> list[Turn]:
+def conversation(picture: Picture, which: int) -> list[Turn]:
     """Question and answer turns about a picture; another `which` gives other phrasings.
 
-    Name and kind in either order; every other round one further question. Conversations are
-    short, because every answer has to pay for the turns before it.
+    An even `which` asks for the kind, then the name: whoever is told the name first need not look
+    at the picture for the kind. An odd one asks in either order, and then one thing more.
+    Conversations are short, because every answer has to pay for the turns before it.
     """
     rng = random.Random(f"{picture.key}:{which}")
-    turns = [(rng.choice(QUESTIONS["name"]), picture.caption)]
-    further: list[Turn] = []
+    turns = _kind(picture, rng)
+    turns.append((rng.choice(QUESTIONS["name"]), picture.caption))
+    if which % 2 == 0:
+        return turns
+    further = _further(picture, rng)
+    rng.shuffle(turns)
+    return [*turns, rng.choice(further)] if further else turns
+
+
+def _kind(picture: Picture, rng: random.Random) -> list[Turn]:
+    """What kind of thing it is: a turn, or none."""
     if picture.category:
-        question = rng.choice(QUESTIONS["category"])
-        if rng.random() < LISTED_SHARE:
-            question += f" Choose from: {', '.join(rng.sample(categories, len(categories)))}."
-        turns.append((question, picture.category))
-        if picture.category in ROOMS:
-            further.append((rng.choice(QUESTIONS["room"]), picture.category))
-    elif picture.group in GROUPS:
-        turns.append((rng.choice(QUESTIONS["group"]), GROUPS[picture.group]))
+        return [(rng.choice(QUESTIONS["category"]), picture.category)]
+    if picture.group in GROUPS:
+        return [(rng.choice(QUESTIONS["group"]), GROUPS[picture.group])]
+    return []
+
+
+def _further(picture: Picture, rng: random.Random) -> list[Turn]:
+    """Whatever else is known of it."""
+    turns: list[Turn] = []
+    if picture.category in ROOMS:
+        turns.append((rng.choice(QUESTIONS["room"]), str(picture.category)))
     if picture.height_cm:
         answer = "Yes" if picture.height_cm > METRE_CM else "No"
-        further.append((rng.choice(QUESTIONS["tall"]), answer))
+        turns.append((rng.choice(QUESTIONS["tall"]), answer))
     if picture.names:
         code = rng.choice(sorted(picture.names))
         question = rng.choice(QUESTIONS["language"]).format(language=LANGUAGES[code])
-        further.append((question, picture.names[code]))
-    rng.shuffle(turns)
-    return [*turns, rng.choice(further)] if further and which % 2 == 0 else turns
+        turns.append((question, picture.names[code]))
+    return turns
 
 
 def questions_file(pictures: Iterable[Picture]) -> dict[str, Any]:
