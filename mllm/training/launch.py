@@ -27,7 +27,7 @@ from mllm.recipe import Recipe, load_all
 from mllm.training.control import CONTROL, ERROR, EVENTS, PARENT, STOP, parent_mark
 from mllm.training.progress import Screen, complain, duration
 from mllm.training.run_folder import Lock, NoSpace, RunFolder, full_disk_is_clear
-from mllm.training.sources import parent_id, shards
+from mllm.training.sources import check_models, parent_id, shards
 
 STOPPED = 130
 POLL_SECONDS = 0.2
@@ -104,7 +104,9 @@ def train(
     Raises:
         ValueError: for everything that can be refused before a worker starts.
     """
-    for file, recipe in load_all(path, overrides):
+    stages = load_all(path, overrides)
+    check_models([recipe for _, recipe in stages])
+    for file, recipe in stages:
         status = train_stage(file, overrides, recipe, ranks, console)
         if status:
             return status

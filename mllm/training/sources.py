@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_packing.shards import expand
+from mllm.models.errors import check_folder
 from mllm.recipe import Recipe
 from mllm.training.run_folder import RunFolder
 
@@ -41,3 +43,27 @@ def parent_id(recipe: Recipe) -> str | None:
             f"model.from: the stage in {folder.path} has not finished; run it to its end first"
         )
     return None
+
+
+def check_models(recipes: Sequence[Recipe]) -> None:
+    """Refuse paths of models that are no folder of one, before a worker starts.
+
+    What an earlier stage of the same training will write need not be there yet.
+
+    Raises:
+        ValueError: no such folder, or no config.json in it; with the recipe's key.
+    """
+    written: set[Path] = set()
+    for recipe in recipes:
+        model = recipe.model
+        named = {
+            "model.from": model.from_,
+            "model.encoder.path": model.encoder.path if model.encoder else None,
+            "model.language_model.path": model.language_model.path
+            if model.language_model
+            else None,
+        }
+        for key, path in named.items():
+            if path is not None and Path(path).resolve() not in written:
+                check_folder(path, key)
+        written.add(recipe.output.resolve())

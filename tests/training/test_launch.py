@@ -20,8 +20,9 @@ from rich.console import Console
 from mllm.recipe import load
 from mllm.training import checkpoint
 from mllm.training.control import PARENT
-from mllm.training.launch import Ranks, gpu_count, train_stage
+from mllm.training.launch import Ranks, gpu_count, train, train_stage
 from mllm.training.run_folder import RunFolder, read_lines
+from mllm.training.sources import check_models
 from tests.training import tiny
 from tests.training.conftest import LONG, ROOT, Runs, writer
 
@@ -255,6 +256,22 @@ def test_missing_shards_are_refused_before_a_worker_starts(home: Path, tmp_path:
     values = tiny.recipe(home, tmp_path / "out", data__sources=[{"path": str(home / "no-*.tar")}])
     with pytest.raises(ValueError, match=r"data.sources.0.path: no shard matches"):
         quick(tiny.write_recipe(tmp_path / "r.yaml", values))
+
+
+def test_models_that_are_not_there_are_refused_before_anything_is_written(
+    home: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"model.from: there is no folder .*nowhere"):
+        check_models([load(stage_after(home, tmp_path / "nowhere", tmp_path))])
+    first = tmp_path / "1.yaml"
+    for part in ("encoder", "language_model"):
+        values = tiny.recipe(home, tmp_path / "first")
+        values["model"][part]["path"] = str(tmp_path / "gone")
+        with pytest.raises(ValueError, match=rf"model.{part}.path: there is no folder"):
+            train(tiny.write_recipe(first, values), [], Ranks(1, gpus=False))
+    assert not (tmp_path / "first").exists()
+    good = load(tiny.write_recipe(first, tiny.recipe(home, tmp_path / "first")))
+    check_models([good, load(stage_after(home, tmp_path / "first", tmp_path))])
 
 
 def test_visible_devices_choose_among_gpus_that_are_there(
