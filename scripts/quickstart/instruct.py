@@ -73,7 +73,8 @@ GROUPS = {
 }
 METRE_CM = 100.0
 SHAPE_IMAGES = 160
-SHAPE_TURNS = 4
+SHAPE_TURNS = 3
+FURTHER_SHARE = 0.5
 
 Turn = tuple[str, str]
 
@@ -116,18 +117,18 @@ def build(
 def conversation(picture: Picture, which: int) -> list[Turn]:
     """Question and answer turns about a picture; another `which` gives other phrasings.
 
-    An even `which` asks for the kind, then the name: whoever is told the name first need not look
-    at the picture for the kind. An odd one asks in either order, and then one thing more.
-    Conversations are short, because every answer has to pay for the turns before it.
+    An even `which` asks for the kind alone: whoever is told the name first need not look at the
+    picture for the kind. An odd one asks for name and kind in either order, and half of the time
+    one thing more. Conversations are short, because every answer has to pay for the turns before.
     """
     rng = random.Random(f"{picture.key}:{which}")
-    turns = _kind(picture, rng)
-    turns.append((rng.choice(QUESTIONS["name"]), picture.caption))
-    if which % 2 == 0:
-        return turns
-    further = _further(picture, rng)
+    kind = _kind(picture, rng)
+    if kind and which % 2 == 0:
+        return kind
+    turns = [*kind, (rng.choice(QUESTIONS["name"]), picture.caption)]
     rng.shuffle(turns)
-    return [*turns, rng.choice(further)] if further else turns
+    further = _further(picture, rng)
+    return [*turns, rng.choice(further)] if further and rng.random() < FURTHER_SHARE else turns
 
 
 def _kind(picture: Picture, rng: random.Random) -> list[Turn]:

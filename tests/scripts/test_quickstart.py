@@ -46,3 +46,13 @@ def test_the_first_command_on_a_tenth_of_the_data(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
     assert again.stdout.count("already finished") == 3
     assert "Reading" not in again.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_the_first_command_without_apt(tmp_path: Path) -> None:
+    done = quickstart(tmp_path, "--no-apt", "--fraction", "0.1", "--budget", "0.01")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    manifest = json.loads((tmp_path / "data" / "quickstart" / "manifest.json").read_text())
+    assert {source["registry"] for source in manifest["sources"]} == {"pypi"}
+    assert (tmp_path / "outputs" / "quickstart" / "3_instruct" / "FINISHED").is_file()
