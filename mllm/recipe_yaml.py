@@ -81,6 +81,10 @@ def read(file: Path) -> Source:
         line = mark.line + 1 if mark else 1
         problem = getattr(error, "problem", None) or str(error)
         raise RecipeError(f"{file}:{line}: not valid YAML: {problem}") from None
+    except RecursionError:
+        raise RecipeError(
+            f"{file}: not a recipe: nested too deeply, or something contains itself"
+        ) from None
     finally:
         loader.dispose()  # type: ignore[no-untyped-call]
 
@@ -100,7 +104,11 @@ def _build(loader: _Loader, node: yaml.Node, path: Path_, source: Source) -> Any
         return result
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, item, (*path, i), source) for i, item in enumerate(node.value)]
-    return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+    try:
+        return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+    except ValueError as error:  # 2026-13-45 looks like a date
+        line = node.start_mark.line + 1
+        raise RecipeError(f"{source.file}:{line}: {node.value!r} cannot be read: {error}") from None
 
 
 def override(source: Source, assignments: Iterable[str]) -> None:
@@ -116,7 +124,7 @@ def override(source: Source, assignments: Iterable[str]) -> None:
             )
         try:
             value = yaml.load(text, _Loader) if text else None
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             value = text
         _assign(source, _split(source.values, key, value), value, assignment)
 

@@ -278,6 +278,7 @@ def test_a_refusal_says_what_and_where(recipe: Path, case: str) -> None:
         ("  encoder: frozen\n", "  encodr: frozen\n", 6, "unknown module 'encodr'"),
         ("epochs: 1", "epochs: 1, epochs: 2", 15, "the key 'run.epochs' is given twice"),
         ("path: models/llm}", "path: models/llm", 5, "not valid YAML"),
+        ("weight: 2", "weight: 2026-13-45", 12, "'2026-13-45' cannot be read"),
         ("{lr: 1e-3}", "{lr: 1e-3, lora: {rank: 2}}", 7, "LoRA is for language_model only"),
     ],
 )
@@ -290,6 +291,13 @@ def test_a_refusal_names_the_line(
         load(recipe)
     assert f"{recipe}:{line}: " in str(refusal.value)
     assert expected in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["model: &a [*a]", "[" * 3000 + "]" * 3000])
+def test_a_recipe_without_end_is_refused(recipe: Path, text: str) -> None:
+    recipe.write_text(text)
+    with pytest.raises(RecipeError, match="nested too deeply, or something contains itself"):
+        load(recipe)
 
 
 def test_the_tables_of_parts_are_those_of_the_registries() -> None:

@@ -26,17 +26,18 @@ def read_captions(path: Path) -> Iterator[Document | Refusal]:
     files = sorted(file for file in path.rglob("*") if file.is_file())
     images = [file for file in files if file.suffix.lower() in EXTENSIONS]
     stems = {image.with_suffix("") for image in images}
-    texts = [file for file in files if file.suffix == ".txt" and file.with_suffix("") not in stems]
-    if not images and not texts:
+    texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+    alone = [text for stem, text in texts.items() if stem not in stems]
+    if not images and not alone:
         raise ValueError(f"captions: no image in {path} (looked for {', '.join(EXTENSIONS)})")
     for image in images:
         key = image.relative_to(path).as_posix()
         try:
-            caption = _caption(image.with_suffix(".txt"))
+            caption = _caption(texts.get(image.with_suffix(""), image.with_suffix(".txt")))
             yield Document.caption(open_image(path, key), caption, path.name, key)
         except DocumentError as error:
             yield Refusal(path.name, key, str(error))
-    for text in texts:
+    for text in alone:
         key = text.relative_to(path).as_posix()
         yield Refusal(path.name, key, "a caption without an image of the same name")
 

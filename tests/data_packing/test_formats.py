@@ -31,7 +31,7 @@ def test_captions_are_read_in_order_and_bad_ones_named(tmp_path: Path) -> None:
         "b.png": png(),
         "b.txt": b"a bee\nde.utf8=eine Biene\n",
         "deep/a.PNG": png(seed=1),
-        "deep/a.txt": "\ufeffein Käfer ".encode(),
+        "deep/a.TXT": "\ufeffein Käfer ".encode(),
         "nocaption.png": png(),
         "empty.png": b"",
         "empty.txt": b"nothing",
