@@ -22,6 +22,8 @@ from tests.training import tiny
 ROOT = Path(__file__).resolve().parents[2]
 LORA: dict[str, Any] = {
     "train__language_model": {"lr": 1e-2, "lora": {"rank": 4, "dropout": 0.1}},
+    "model__connector": {"name": "mlp", "init": "ridge"},
+    "data__workers": 1,
 }
 LONG: dict[str, Any] = {"run__epochs": 12, "run__checkpoint_every": 4, "run__zero": 3}
 

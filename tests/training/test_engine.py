@@ -66,7 +66,9 @@ def test_a_resumed_run_is_bit_identical(two: Runs, precision: str, zero: int) ->
     _same_bits(two, f"{precision}-{zero}", f"{precision}-{zero}-again")
 
 
-def test_a_resumed_run_with_adapters_and_dropout_is_bit_identical(two: Runs) -> None:
+def test_a_resumed_run_with_adapters_dropout_ridge_and_workers_is_bit_identical(
+    two: Runs,
+) -> None:
     _same_bits(two, "lora", "lora-again")
 
 
