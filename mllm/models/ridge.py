@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _FEWEST = 8
 STRENGTH = 1.0
-"""Between 0.1 and 20 it makes little difference to the quick start once the sizes are right."""
+"""Between 0.1 and 10 it makes little difference to the quick start once the sizes are right."""
 
 _CENTRED = 128  # images whose mean is taken out
 _LONGEST = 64  # learned tokens: the mean embedding of a page says nothing about its image
@@ -94,14 +94,13 @@ def fit(
     model.eval()
     batches = [samples[at : at + batch] for at in range(0, len(samples), batch)]
     _centre(model, batches[: max(1, _CENTRED // batch)])
-    caught = [_reaching(model, model.connector.last_linear(), group) for group in batches]
-    inputs = torch.cat([hidden.mean(dim=1) for hidden in caught])
+    inputs, second = _moments(model, batches)
     targets = torch.cat([_targets(model, group) for group in batches])
     weight, bias = solve(inputs, targets, strength)
     residual = targets.double() - (inputs.double() @ weight.T + bias)
     spread = targets.double() - targets.double().mean(dim=0)
     centre, mean = inputs.double().mean(dim=0), targets.double().mean(dim=0)
-    weight *= _scale(model, caught, weight, centre, mean)
+    weight *= _scale(model, second - torch.outer(centre, centre), weight, mean)
     last = model.connector.last_linear()
     last.weight.copy_(weight)
     last.bias.copy_(mean - weight @ centre)
@@ -123,17 +122,31 @@ def _centre(model: MultimodalModel, batches: Sequence[Sequence[Sample]]) -> None
     norm.bias.sub_(mean.flatten(0, 1).mean(dim=0))
 
 
-def _scale(
-    model: MultimodalModel, caught: Sequence[Tensor], weight: Tensor, centre: Tensor, mean: Tensor
-) -> float:
+def _moments(model: MultimodalModel, batches: Sequence[Sequence[Sample]]) -> tuple[Tensor, Tensor]:
+    """Of what reaches the last layer: each image's mean [n, H], and all tokens' h h' [H, H].
+
+    The tokens themselves are not kept: a thousand images of 576 wide ones are gigabytes.
+    """
+    last = model.connector.last_linear()
+    means: list[Tensor] = []
+    second = torch.zeros(last.in_features, last.in_features, device=model.device).double()
+    tokens = 0
+    for group in batches:
+        hidden = _reaching(model, last, group)
+        means.append(hidden.mean(dim=1))
+        flat = hidden.flatten(0, 1)
+        second += flat.T @ flat
+        tokens += len(flat)
+    return torch.cat(means), second / tokens
+
+
+def _scale(model: MultimodalModel, covariance: Tensor, weight: Tensor, mean: Tensor) -> float:
     """How far to stretch visual tokens around their mean to the rms of an embedding.
 
     A penalty shrinks what it explains; the language model's first norm would undo that and pass
     back gradients that are larger by as much.
     """
-    shifted = [hidden - centre.float() for hidden in caught]
-    total = sum((hidden @ weight.T.float()).square().sum().item() for hidden in shifted)
-    spread = total / sum(hidden[..., 0].numel() for hidden in caught)
+    spread = ((weight @ covariance) * weight).sum().item()
     table = model.get_input_embeddings()
     assert isinstance(table, nn.Embedding)
     wanted = table.weight.float().square().sum(dim=1).mean().item() - mean.square().sum().item()

@@ -173,7 +173,7 @@ def gradient_norm(engine: Any) -> float | None:
 
     Every ZeRO stage keeps it itself and has it after the update; without ZeRO nobody does.
     """
-    if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
+    if engine.zero_optimization_stage() > 0:
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     return float(torch.nn.utils.get_total_norm(gradients))
