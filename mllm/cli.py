@@ -62,11 +62,16 @@ def chat(
     folder: Annotated[Path, typer.Argument(help="What a stage saved.")],
     image: Annotated[list[Path] | None, typer.Option(help="An image to ask about.")] = None,
     question: Annotated[str | None, typer.Option(help="Ask once and leave.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")
+    ] = 0.0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
 ) -> None:
     """Talk to a model about images."""
     from mllm.inference.chat import chat as talk
 
-    talk(folder, images=image or [], question=question)
+    talk(folder, image or [], question, max_new_tokens, temperature, device)
 
 
 @data.command()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,13 +12,10 @@ from typing import Any
 
 from PIL import Image as Pillow
 
+from data_packing.captions import normalised
 from data_packing.document import DocumentError, Image
 
-__all__ = ["HeldOut", "blank_image", "by_caption", "normalised", "read_heldout"]
-
-_MARKS = re.compile(r"[^\w\s]|_")
-_NUMBERS = re.compile(r"\b\d+\b")
-_ARTICLE = re.compile(r"^(?:an?|the|some)\s+")
+__all__ = ["HeldOut", "blank_image", "by_caption", "read_heldout"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +35,6 @@ class HeldOut:
     image: Image
     caption: str
     category: str | None = None
-
-
-def normalised(caption: str) -> str:
-    """A caption as it is compared: case, punctuation, numbering and article do not count."""
-    text = unicodedata.normalize("NFKC", caption).casefold()
-    text = " ".join(_NUMBERS.sub(" ", _MARKS.sub(" ", text)).split())
-    return _ARTICLE.sub("", text) or caption.strip().casefold()
 
 
 def read_heldout(path: str | Path) -> list[HeldOut]:

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from data_packing.captions import normalised
 from data_packing.document import Document, Image
-from mllm.evaluation.heldout import HeldOut, blank_image, by_caption, normalised
+from mllm.evaluation.heldout import HeldOut, blank_image, by_caption
 
 __all__ = [
     "Figure",

@@ -9,20 +9,19 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
+from data_packing.captions import normalised
+
 __all__ = [
     "HELD_OUT_SHARE",
     "Picture",
     "held_out",
     "kept",
-    "normalise",
     "read_pictures",
     "shrunk",
     "write_pictures",
@@ -31,10 +30,6 @@ __all__ = [
 HELD_OUT_SHARE = 0.12
 MAX_SIDE = 512
 """Longer sides are scaled down to this: the encoder sees 224, and shards stay small."""
-
-_MARKS = re.compile(r"[^\w\s]|_")
-_NUMBERS = re.compile(r"\b\d+\b")
-_ARTICLE = re.compile(r"^(?:an?|the|some)\s+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +64,9 @@ class Picture:
     held_out: bool = False
 
 
-def normalise(caption: str) -> str:
-    """What makes two captions the same: case, punctuation, numbering and article do not count."""
-    text = unicodedata.normalize("NFKC", caption).casefold()
-    text = " ".join(_NUMBERS.sub(" ", _MARKS.sub(" ", text)).split())
-    return _ARTICLE.sub("", text) or caption.strip().casefold()
-
-
 def held_out(caption: str, share: float = HELD_OUT_SHARE) -> bool:
     """Whether pictures with this caption are kept away from training."""
-    return _unit("caption", normalise(caption)) < share
+    return _unit("caption", normalised(caption)) < share
 
 
 def kept(key: str, fraction: float) -> bool:

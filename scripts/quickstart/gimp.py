@@ -16,8 +16,9 @@ from bs4 import BeautifulSoup, Tag, XMLParsedAsHTMLWarning
 from bs4.element import NavigableString
 from PIL import Image
 
+from data_packing.captions import normalised
 from scripts.quickstart.archive import members
-from scripts.quickstart.captions import kept, normalise, shrunk
+from scripts.quickstart.captions import kept, shrunk
 from scripts.quickstart.console import Advance
 
 __all__ = ["Block", "blocks", "build", "windows"]
@@ -78,7 +79,7 @@ def build(
                 continue
             found = blocks(html, sizes)
             words = sum(len(block.text.split()) for block in found)
-            leak = any(normalise(block.text) in avoid for block in found)
+            leak = any(normalised(block.text) in avoid for block in found)
             if words < MIN_WORDS or leak or not any(block.image for block in found):
                 counts["left out"] += 1
                 continue

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_packing import captions as caption_rule
+from data_packing.captions import normalised
 from data_packing.files import explain
 from scripts.quickstart import (
     archive,
@@ -26,7 +28,7 @@ from scripts.quickstart import (
     stamps,
     weights,
 )
-from scripts.quickstart.captions import normalise, read_pictures
+from scripts.quickstart.captions import read_pictures
 from scripts.quickstart.console import Advance, say
 from scripts.quickstart.downloads import Fetched
 from scripts.quickstart.fetch import fetch_all
@@ -105,7 +107,9 @@ class _Preparation:
             self._phase(
                 f"raw/{name}",
                 label,
-                fingerprint(module, captions, archive, self.fraction, self.hashes[package]),
+                fingerprint(
+                    module, captions, caption_rule, archive, self.fraction, self.hashes[package]
+                ),
                 lambda folder, advance, module=module, path=path: module.build(  # type: ignore[misc]
                     path, self.fraction, folder, advance
                 ),
@@ -124,7 +128,7 @@ class _Preparation:
             )
             return ["pages"]
         avoid = {
-            normalise(picture.caption)
+            normalised(picture.caption)
             for name in pictures
             for picture in read_pictures(self.root / "raw" / name)
             if picture.held_out
@@ -132,7 +136,9 @@ class _Preparation:
         self._phase(
             "raw/gimp",
             "Reading the GIMP manual",
-            fingerprint(gimp, captions, self.fraction, sorted(avoid), self.hashes["gimp"]),
+            fingerprint(
+                gimp, captions, caption_rule, self.fraction, sorted(avoid), self.hashes["gimp"]
+            ),
             lambda folder, advance: gimp.build(
                 self.paths["gimp"], self.fraction, avoid, folder, advance
             ),

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image as Pillow
 
+from data_packing.captions import normalised
 from data_packing.document import Document, Image, Text
-from mllm.evaluation.heldout import HeldOut, normalised
+from mllm.evaluation.heldout import HeldOut
 
 COLOURS = ("red", "green", "blue", "gold", "navy", "teal", "pink", "gray", "tan", "lime")
 

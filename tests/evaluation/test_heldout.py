@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mllm.evaluation.heldout import blank_image, by_caption, normalised, read_heldout
+from data_packing.captions import normalised
+from mllm.evaluation.heldout import blank_image, by_caption, read_heldout
 from tests.evaluation.conftest import held
 
 

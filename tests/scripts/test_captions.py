@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from data_packing.captions import normalised
 from data_packing.shards import read_document, read_index, write_shards
 from scripts.quickstart import furniture, heldout, instruct, stamps
 from scripts.quickstart.captions import (
@@ -11,7 +12,6 @@ from scripts.quickstart.captions import (
     Picture,
     held_out,
     kept,
-    normalise,
     read_pictures,
     write_pictures,
 )
@@ -40,12 +40,12 @@ def nothing(done: int, total: int) -> None:
 
 def test_forms_of_a_caption_are_one() -> None:
     forms = ["A red chair.", "red chair", "RED  CHAIR 2", "The red chair!", "Red-chair"]
-    assert {normalise(form) for form in forms} == {"red chair"}
-    assert normalise("A red chair") != normalise("A blue chair")
+    assert {normalised(form) for form in forms} == {"red chair"}
+    assert normalised("A red chair") != normalised("A blue chair")
 
 
 def test_captions_that_are_only_marks_keep_apart() -> None:
-    assert normalise("42") != normalise("7")
+    assert normalised("42") != normalised("7")
 
 
 def test_about_the_share_is_held_out() -> None:
@@ -92,13 +92,13 @@ def test_no_held_out_caption_reaches_a_training_shard(tmp_path: Path) -> None:
     (tmp_path / "instruct").mkdir()
     instruct.build(folders, wheel, 1.0, tmp_path / "instruct", nothing)
 
-    expected = {normalise(caption) for caption in captions if held_out(caption)}
+    expected = {normalised(caption) for caption in captions if held_out(caption)}
     assert 0 < len(expected) < len(captions)
-    hidden = {normalise(p.caption) for f in folders for p in read_pictures(f) if p.held_out}
+    hidden = {normalised(p.caption) for f in folders for p in read_pictures(f) if p.held_out}
     assert hidden == expected
     said = texts_of_shards(folders, tmp_path)
     assert len(said) > 100
-    assert not {normalise(text) for text in said} & expected
+    assert not {normalised(text) for text in said} & expected
 
 
 def texts_of_shards(folders: list[Path], place: Path) -> list[str]:
