@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -89,7 +90,8 @@ def shard(
 
     if format not in READERS:
         raise ValueError(f"unknown format {format!r}{nearest(format, READERS)}")
-    report = write_shards(READERS[format](source), out, name or out.name, documents_per_shard)
+    name = name or re.sub(r"[^A-Za-z0-9_-]+", "-", out.name).strip("-_") or "data"
+    report = write_shards(READERS[format](source), out, name, documents_per_shard)
     typer.echo(
         f"{report.documents:,} documents with {report.images:,} images in {len(report.paths)} "
         f"shards ({report.bytes / 2**20:,.1f} MiB) in {out}; {len(report.refused):,} refused"

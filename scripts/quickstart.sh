@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh checkout to a trained multimodal model: environment, weights, data, three stages.
-# Arguments go to `python -m scripts.quickstart` (--fraction 0.1, --no-apt, ...). Safe to interrupt:
-# typed again, it goes on where it was.
+# Arguments go to `python -m scripts.quickstart` (--small, --fraction, --budget, --no-apt,
+# --no-train). Safe to interrupt: typed again, it goes on where it was.
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -60,6 +60,13 @@ def pictures(home: Path) -> Path:
     return source
 
 
+def test_shards_are_named_after_any_folder(tmp_path: Path) -> None:
+    source, out = pictures(tmp_path), tmp_path / "my photos (2)"
+    done = command_line("data", "shard", str(source), str(out), "--format", "captions")
+    assert done.returncode == 0, done.stderr
+    assert (out / "my-photos-2-000000.tar").is_file()
+
+
 def test_a_place_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from mllm.evaluation.likelihood import (
     choice,
 )
 from mllm.evaluation.scoring import score, text_loss
+from mllm.models.errors import read_json
 
 __all__ = ["BARS", "Bar", "HeldOutData", "Unmeasured", "measure"]
 
@@ -132,8 +132,8 @@ class HeldOutData:
         """
         folder = Path(folder)
         examples = read_heldout(folder / "heldout" / "captions.json")
-        asked = _json(folder / "heldout" / "questions.json")
-        manifest = _json(folder / "manifest.json")
+        asked = read_json(folder / "heldout" / "questions.json")
+        manifest = read_json(folder / "manifest.json")
         named = manifest.get("heldout_text", {})
         path = folder / str(named.get("file", "heldout/text.txt"))
         try:
@@ -257,15 +257,3 @@ def _text(
         "sha256": data.text_sha256,
     }
     return Figure(after - before, low, high, sum(tokens), chance=None, parts=parts)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; prepare the data first") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object, found {type(content).__name__}")
-    return content

@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from data_packing.files import sync_folder
 from mllm.training import masters
-from mllm.training.run_folder import full_disk_is_clear, sync_folder, write_atomically
+from mllm.training.run_folder import full_disk_is_clear, write_atomically
 
 FILE_BYTES = 256 * 2**20
 KEPT = 2

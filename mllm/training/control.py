@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -79,6 +80,11 @@ class Control:
     def part(self) -> None:
         """From here on the other workers may end before this one."""
         self._siblings = []
+
+    def leave(self) -> None:
+        """Remove the channel if the command that made it was killed and cannot."""
+        if self.folder is not None and not parent_lives():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _alone_since(self, before: float | None) -> float | None:
         """When a sibling was first seen to be gone, None while all are there."""

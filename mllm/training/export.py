@@ -14,10 +14,11 @@ import torch.distributed as dist
 from peft import LoraConfig
 from torch import Tensor
 
+from data_packing.files import sync_folder
 from mllm.recipe import Recipe
 from mllm.training import lora, masters
 from mllm.training.build import LANGUAGE_MODEL
-from mllm.training.run_folder import RunFolder, full_disk_is_clear, sync_folder, write_atomically
+from mllm.training.run_folder import RunFolder, full_disk_is_clear, write_atomically
 
 
 def finish(

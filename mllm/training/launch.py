@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -198,6 +198,7 @@ class Launch:
         file, overrides: what the workers read again.
         screen: where it is shown.
         log_start: where this launch begins in the log.
+        began: whether the workers make steps, or did.
     """
 
     file: Path
@@ -206,9 +207,9 @@ class Launch:
     ranks: Ranks
     screen: Screen
     log_start: int = 0
+    began: bool = False
     interrupts: int = 0
     done: dict[str, Any] | None = None
-    events: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self) -> int:
         """Start, watch, clean up. Returns the exit status."""
@@ -275,11 +276,14 @@ class Launch:
             for event in events.records():
                 if "done" in event:
                     self.done = event
+                self.began = self.began or event.get("phase") == "training"
                 self.screen.event(event)
             for record in metrics.records():
                 self.screen.metric(record)
             if ended:
                 return
+            if self.interrupts and not self.began:
+                return  # nothing to save yet
             if self.interrupts and not asked:
                 asked = True
                 (control / STOP).touch()
@@ -295,7 +299,7 @@ class Launch:
 
     def _outcome(self, process: subprocess.Popen[bytes], control: Path) -> int:
         if self.interrupts > 1 or (self.interrupts and self.done is None):
-            self.screen.note("stopped; the last checkpoint is kept, the same command goes on")
+            self.screen.note("stopped; what was saved is kept, the same command goes on")
             return STOPPED
         error = self._killed() or self._error(control)
         if self.done is None or error is not None or process.returncode:

@@ -47,10 +47,11 @@ class Screen:
         if self.live:
             self._bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=None),  # takes what the facts leave
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[facts]}"),
                 console=self.console,
+                expand=True,
             )
             self._task = self._bar.add_task(self.title, total=None, facts="")
             self._live = Live(
@@ -122,8 +123,7 @@ class Screen:
         rate = sum(tokens for _, tokens in self._recent) / seconds
         left = (self.steps - self.step) * seconds / len(self._recent)
         loss = "-" if self.loss is None else f"{self.loss:.3f}"
-        facts = f"loss {loss}  {rate:,.0f} useful tokens/s  {duration(left)} left"
-        return f"{facts}  ({self.activity})" if self.activity else facts
+        return f"loss {loss}  {rate:,.0f} tokens/s  {self.activity or f'{duration(left)} left'}"
 
     def _picture(self) -> Table | Text:
         if self.training and self._bar is not None and self._task is not None:

@@ -27,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from data_packing.files import sync_folder
 from mllm.recipe import Recipe
 
 FULL_DISK = (28, 122, 27)  # ENOSPC, EDQUOT, EFBIG
@@ -94,8 +95,10 @@ class RunFolder:
         """Refuse to go on with a run that another recipe began.
 
         Raises:
-            ValueError: naming what changed and what to do.
+            ValueError: naming what changed and what to do; or the path is no folder.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"run.output: {self.path} is a file; give the name of a folder")
         begun = self.begun()
         if begun is None:
             return
@@ -149,15 +152,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             Path(name).unlink(missing_ok=True)
             raise
     sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         control.fail(error)
         status = 1
+    control.leave()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # without waiting for the threads of a process group, broken or not

@@ -117,6 +117,8 @@ def two(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     lora = {"run__zero": 3, **LORA}
     again = write("lora-again", **lora)
     recipes += [write("lora", **lora), f"{again}@2", again]
+    after = {"model": {"from": str(runs.path / "lora")}, "train__language_model": "frozen"}
+    recipes.append(write("after-lora", run__zero=3, **after))
     recipes.append(
         write(
             "text",

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoProcessor
 
+from data_packing.document import Document, Image
 from data_packing.ledger import Ledger
 from data_packing.plan import PlannedPack, micro_packs
-from mllm.models.assemble import load
+from mllm.models.assemble import assemble, load
 from mllm.recipe import load as load_recipe
 from mllm.training import build
 from mllm.training.checkpoint import read_state
@@ -167,6 +169,30 @@ def test_adapters_train_alone_and_are_merged_and_kept(home: Path, two: Runs) -> 
     config = json.loads((two.path / "lora" / "lora" / "adapter_config.json").read_text())
     assert config["r"] == 4
     assert config["base_model_name_or_path"] == str(home / "llm")
+
+
+def test_a_stage_goes_on_from_merged_adapters(two: Runs) -> None:
+    before, after = two.weights("lora"), two.weights("after-lora")
+    assert before.keys() == after.keys()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"connector"}
+    assert two.losses("after-lora")[0] < two.losses("lora")[0]
+    begun = two.folder("after-lora").begun()
+    assert begun is not None
+    assert str(two.path / "lora") in json.dumps(begun["parent"])
+
+
+def test_what_a_stage_saved_makes_the_ids_it_was_trained_on(two: Runs) -> None:
+    """Promise 8, the last of its three: after export."""
+    recipe = load_recipe(two.path / "fp32-3.yaml")
+    _, trained = assemble(recipe.model)
+    saved = AutoProcessor.from_pretrained(two.path / "fp32-3")
+    image = Image.from_bytes(tiny.picture("red", 0))
+    talk = Document.conversation([("user", [image, "a square"]), ("assistant", "red")])
+    for document in (*tiny.captions(3), *tiny.texts(2), talk):
+        expected, got = trained.encode(document), saved.encode(document)
+        assert expected.input_ids.tolist() == got.input_ids.tolist()
+        assert expected.labels.tolist() == got.labels.tolist()
 
 
 def test_peft_loads_the_adapters_to_the_merged_model(home: Path, two: Runs) -> None:

@@ -166,6 +166,22 @@ def test_stopped_locked_and_out_of_space(home: Path, tmp_path: Path) -> None:
     assert not list(folder.state.glob(".writing-*"))
 
 
+def test_stopped_before_the_first_step_it_leaves_at_once(home: Path, tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    recipe = writer(home, runs)("early", **LONG)
+    log = runs.folder("early").log
+    process = start("train", recipe, "--cpus", "2")
+    deadline = time.monotonic() + PATIENCE
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output = finish(process)
+    assert process.returncode == 130, output
+    assert "the same command goes on" in output
+    assert "stopping: the workers finish" not in output
+    assert not runs.folder("early").metrics.exists()
+
+
 def test_a_workers_own_message_is_shown(home: Path, tmp_path: Path) -> None:
     recipe = writer(home, Runs(tmp_path))(
         "wrong", train__language_model={"lr": 1e-3, "lora": {"rank": 2, "targets": ["q_prj"]}}

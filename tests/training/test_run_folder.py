@@ -20,6 +20,7 @@ from mllm.training.progress import Screen, duration
 from mllm.training.run_folder import (
     Lock,
     NoSpace,
+    RunFolder,
     full_disk_is_clear,
     keep_lines_up_to,
     read_lines,
@@ -150,7 +151,7 @@ def test_progress_on_a_pipe_is_plain_lines() -> None:
         screen.tick()
     lines = console.export_text().splitlines()
     assert lines[:2] == ["2_stage: starting DeepSpeed", "2_stage: training"]
-    expected = "2_stage: step 11/110  loss 3.250  500 useful tokens/s  3 min 18 s left"
+    expected = "2_stage: step 11/110  loss 3.250  500 tokens/s  3 min 18 s left"
     assert lines[2:] == [expected]
 
 
@@ -161,6 +162,7 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
         console.print(screen._picture())
         screen.event({"phase": "training", "steps": 4})
         screen.metric({"step": 1, "steps": 4, "seconds": 2.0, "tokens": 1000, "loss": 3.25})
+        console.print(screen._picture())
         screen.event({"activity": "saving a checkpoint"})
         console.print(screen._picture())
     text = console.export_text()
@@ -179,6 +181,26 @@ def test_the_first_failing_worker_is_the_one_people_see(tmp_path: Path) -> None:
     Control(0, tmp_path).fail(RuntimeError("Connection closed by peer"))
     told = json.loads((tmp_path / "error.json").read_text())
     assert told == {"rank": 1, "message": "data.sources: the shard is gone"}
+
+
+def test_the_channel_of_a_killed_command_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel = tmp_path / "channel"
+    channel.mkdir()
+    monkeypatch.setenv("MLLM_PARENT", parent_mark())
+    Control(0, channel).leave()
+    assert channel.exists()
+    monkeypatch.setenv("MLLM_PARENT", parent_mark().split(":")[0] + ":12.5")
+    Control(0, channel).leave()
+    assert not channel.exists()
+
+
+def test_an_output_that_is_a_file_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.touch()
+    with pytest.raises(ValueError, match="is a file; give the name of a folder"):
+        RunFolder(path).check_same({})
 
 
 def test_errors_are_said_as_people_need_them() -> None:
