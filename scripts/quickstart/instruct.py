@@ -10,7 +10,6 @@ import json
 import os
 import random
 import shutil
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -76,7 +75,6 @@ METRE_CM = 100.0
 SHAPE_IMAGES = 160
 SHAPE_TURNS = 3
 FURTHER_SHARE = 0.5
-MOST_ALONE = 3
 
 Turn = tuple[str, str]
 
@@ -94,13 +92,12 @@ def build(
     records: list[dict[str, Any]] = []
     counts: dict[str, Any] = {}
     known = [(place, picture) for place in pictures for picture in read_pictures(place)]
-    members = Counter(picture.category for _, picture in known if not picture.held_out)
     for number, (place, picture) in enumerate(known):
         advance(number, len(known))
         if picture.held_out or picture.source == "shapes":
             continue
         _link(place / "captions" / picture.file, folder / "images" / picture.file)
-        rounds = _rounds(members, picture.category) if picture.category else [number % 2]
+        rounds = (0, 1) if picture.category else (number % 2,)
         for which in rounds:
             turns = conversation(picture, which)
             records.append(_record(f"{picture.key}-{which}", picture.file, turns))
@@ -115,18 +112,6 @@ def build(
     )
     turns_total = sum(len(record["conversations"]) // 2 for record in records)
     return {"conversations": len(records), "answers": turns_total, **counts}
-
-
-def _rounds(members: Counter[str | None], category: str) -> list[int]:
-    """Which conversations a piece of furniture has: one with name and kind, others with the kind.
-
-    The kind of a rare category is asked more often, by the square root of how much rarer it is
-    than the commonest, and at most `MOST_ALONE` times. Otherwise the commonest category is a good
-    answer without looking (the language prior that VQA v2 was balanced against; Goyal et al. 2017).
-    """
-    commonest = max(count for name, count in members.items() if name)
-    alone = min(MOST_ALONE, round((commonest / members[category]) ** 0.5))
-    return [1, *range(0, 2 * alone, 2)]
 
 
 def conversation(picture: Picture, which: int) -> list[Turn]:
