@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import secrets
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from data_packing import storage
+from data_packing.storage import is_remote
 
 _FULL = "make room there and run the same command again"
 _RIGHTS = "choose a place that you may read and write, or change its rights"
@@ -81,7 +85,8 @@ def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
         ValueError: not such a file, damaged, or holding Python objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        source: Any = io.BytesIO(path.read_bytes()) if is_remote(path) else path
+        with np.load(source, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as error:
         if isinstance(error, FileNotFoundError):
@@ -114,6 +119,8 @@ class OpenFiles:
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
         """Read `size` bytes from `offset`; fewer where the file ends before."""
+        if is_remote(path):
+            return storage.read(path, offset, size)
         if path not in self._open:
             if len(self._open) >= self.most:
                 os.close(self._open.pop(next(iter(self._open))))
@@ -125,6 +132,12 @@ class OpenFiles:
         for file in self._open.values():
             os.close(file)
         self._open.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"most": self.most, "_open": {}}

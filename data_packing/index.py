@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +21,7 @@ from data_packing.files import OpenFiles, load_arrays, pack_strings, save_arrays
 from data_packing.ledger import Refusal
 from data_packing.sample import Cost
 from data_packing.shards import parse_span, read_index, read_refusals
+from data_packing.storage import is_remote, local_folder, place
 
 _Arrays = dict[str, NDArray[Any]]
 
@@ -127,7 +127,7 @@ def build_index(
     Raises:
         ValueError: a shard is missing, unfinished or damaged; the message says which and why.
     """
-    shards = [Path(path) for path in paths]
+    shards = [place(path) for path in paths]
     if not shards:
         raise ValueError("no shards to index")
     token = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
@@ -162,7 +162,8 @@ def source_names(sources: Sequence[Sequence[Path]]) -> list[str]:
 def _token_counts(shard: Path, *, cost: Callable[[Document], Cost], token: str) -> _Arrays:
     """The token counts of a shard, from the cache beside it or counted now."""
     index = read_index(shard)
-    cache = shard.with_name(shard.name.removesuffix(".tar") + f".tokens-{token}.npz")
+    home = local_folder(shard) if is_remote(shard) else shard.parent
+    cache = home / (shard.name.removesuffix(".tar") + f".tokens-{token}.npz")
     try:
         counts = load_arrays(cache)
         if np.array_equal(counts["sha256"], index["sha256"]):
@@ -171,6 +172,7 @@ def _token_counts(shard: Path, *, cost: Callable[[Document], Cost], token: str) 
         pass  # no cache yet, or a damaged one: it is only a cache
     counts = _count(shard, index, cost)
     with suppress(OSError):  # a folder that cannot be written costs time, nothing else
+        home.mkdir(parents=True, exist_ok=True)
         save_arrays(cache, counts)
     return index | counts
 
@@ -182,11 +184,11 @@ def _count(shard: Path, index: _Arrays, cost: Callable[[Document], Cost]) -> _Ar
     piece_images: list[int] = []
     refused: list[int] = []
     reasons: list[str] = []
-    with open(shard, "rb") as file:
+    with OpenFiles() as files:
         for number in range(len(index["offset"])):
             try:
                 size, offset = int(index["size"][number]), int(index["offset"][number])
-                price = _checked_cost(parse_span(os.pread(file.fileno(), size, offset)), cost)
+                price = _checked_cost(parse_span(files.read(shard, offset, size)), cost)
             except DocumentError as error:
                 price = Cost(0, ())
                 refused.append(number)

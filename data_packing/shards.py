@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from glob import glob, has_magic
@@ -25,9 +26,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from upath import UPath
 
 from data_packing.document import Document, DocumentError, Image, Part, Text
 from data_packing.files import (
+    OpenFiles,
     load_arrays,
     pack_strings,
     partial_path,
@@ -36,6 +39,7 @@ from data_packing.files import (
     unpack_strings,
 )
 from data_packing.ledger import Refusal
+from data_packing.storage import WEB, is_remote, place, reaching, upload
 
 VERSION = 1
 _BLOCK = 512
@@ -83,10 +87,13 @@ def write_shards(
         raise ValueError(f"shard name {name!r}: use letters, digits, '-' and '_' only")
     if documents_per_shard < 1:
         raise ValueError(f"documents_per_shard is {documents_per_shard}; it must be at least 1")
-    folder = Path(folder)
+    folder = place(folder)
     draft = folder / f".{name}.{os.getpid()}.tmp"
+    if is_remote(folder):
+        draft = Path(tempfile.mkdtemp(prefix=f"{name}-"))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not is_remote(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         draft.mkdir(exist_ok=True)
         report = _write(documents, draft, name, documents_per_shard)
         _replace(report, folder, name)
@@ -104,10 +111,11 @@ def _replace(report: ShardReport, folder: Path, name: str) -> None:
     drafts = list(report.paths)
     _remove_old(folder, name)
     report.paths[:] = [folder / path.name for path in drafts]
+    put = upload if is_remote(folder) else os.replace
     for draft, path in zip(drafts, report.paths, strict=True):
-        os.replace(draft, path)
+        put(draft, path)
     for draft, path in zip(drafts, report.paths, strict=True):
-        os.replace(index_path(draft), index_path(path))
+        put(index_path(draft), index_path(path))
 
 
 def _write(
@@ -167,7 +175,7 @@ def read_index(shard: str | Path) -> dict[str, NDArray[Any]]:
     Raises:
         ValueError: the shard or its index is missing, damaged, or they disagree.
     """
-    shard = Path(shard)
+    shard = place(shard)
     if not shard.is_file():
         raise ValueError(f"no shard at {shard}")
     try:
@@ -204,8 +212,8 @@ def read_document(shard: str | Path, number: int) -> Document:
     arrays = read_index(shard)
     if not 0 <= number < len(arrays["offset"]):
         raise IndexError(f"document {number} of {shard}, which has {len(arrays['offset'])}")
-    with open(shard, "rb") as file:
-        span = os.pread(file.fileno(), int(arrays["size"][number]), int(arrays["offset"][number]))
+    with OpenFiles() as files:
+        span = files.read(place(shard), int(arrays["offset"][number]), int(arrays["size"][number]))
     return parse_span(span)
 
 
@@ -237,30 +245,60 @@ def parse_span(span: bytes) -> Document:
         raise DocumentError(f"damaged shard: {type(error).__name__}: {error}") from error
 
 
-def expand(pattern: str | Path) -> list[Path]:
+def expand(pattern: str | Path, allow_http: bool = False) -> list[Path]:
     """Find shards: a file, a folder, a glob, `{000..009}` ranges and `{a,b}` choices.
 
+    A pattern may be a URL that fsspec reads (`s3://bucket/{000..099}.tar`); over http there is no
+    glob, and http itself needs `allow_http`.
+
     Raises:
-        ValueError: nothing matches, or one of the files named outright is missing.
+        ValueError: nothing matches, one of the files named outright is missing, or as `place`.
     """
-    pattern = os.path.expanduser(str(pattern))
     found: set[Path] = set()
     missing = []
-    for candidate in _braces(pattern):
-        if os.path.isdir(candidate):
-            candidate = os.path.join(candidate, "*.tar")
-        matches = glob(candidate) if has_magic(candidate) else [candidate]
-        matches = [match for match in matches if os.path.isfile(match)]
+    for candidate in _braces(str(pattern)):
+        matches = _matches(place(candidate, allow_http))
         if not matches:
             missing.append(candidate)
-        found.update(map(Path, matches))
+        found.update(matches)
     if missing and (not found or any(not has_magic(path) for path in missing)):
         more = f" (and {len(missing) - 3} more)" if len(missing) > 3 else ""
+        where = "" if "://" in str(pattern) else f"; looked from {os.getcwd()}"
         raise ValueError(
-            f"no shard matches {', '.join(missing[:3])}{more}; looked from {os.getcwd()}. "
+            f"no shard matches {', '.join(missing[:3])}{more}{where}. "
             "Is the path right, and was the data prepared?"
         )
     return sorted(found)
+
+
+def _matches(candidate: Path) -> list[Path]:
+    """The files that a path, a folder or a glob stands for."""
+    if isinstance(candidate, UPath):
+        with reaching(candidate):
+            return _remote_matches(candidate)
+    text = str(candidate)
+    if os.path.isdir(text):
+        text = os.path.join(text, "*.tar")
+    matches = glob(text) if has_magic(text) else [text]
+    return [Path(match) for match in matches if os.path.isfile(match)]
+
+
+def _remote_matches(candidate: UPath) -> list[Path]:
+    text = str(candidate)
+    if not has_magic(text):
+        try:
+            found = candidate.fs.info(candidate.path)
+        except FileNotFoundError as error:
+            if error.__cause__ is not None and "404" not in str(error.__cause__):
+                raise error.__cause__ from None  # http: forbidden, not missing
+            return []
+        if found["type"] == "file":
+            return [candidate]  # type: ignore[list-item]
+        text = f"{text.rstrip('/')}/*.tar"
+    if candidate.protocol in WEB:
+        raise ValueError(f"{text}: files cannot be listed over http; name them, or use {{a..b}}")
+    names = candidate.fs.glob(text)
+    return [place(candidate.fs.unstrip_protocol(name)) for name in names]
 
 
 def _braces(pattern: str) -> list[str]:
@@ -307,7 +345,8 @@ def _remove_old(folder: Path, name: str) -> None:
     """Remove shards of this name, their indexes first: what is left is then no shard."""
     files = r"-\d{6}\.(index\.npz|tokens-\w+\.npz|tar)"
     own = re.compile(rf"{name}{files}|\.{name}{files}\.[\w-]+\.tmp")
-    old = [path for path in folder.iterdir() if own.fullmatch(path.name)]
+    there = folder.iterdir() if folder.is_dir() else []
+    old = [path for path in there if own.fullmatch(path.name)]
     for path in sorted(old, key=lambda path: path.suffix == ".tar"):
         path.unlink()
 
