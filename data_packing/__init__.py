@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from data_packing.packing import pack_lengths
     from data_packing.plan import Cursor, Plan
     from data_packing.sample import Cost, ImageSlot, Sample
-    from data_packing.shards import write_shards
+    from data_packing.sharding import write_shards
 
 _HOMES = {
     "Cost": "sample",
@@ -40,7 +40,7 @@ _HOMES = {
     "build_index": "index",
     "collate": "pack",
     "pack_lengths": "packing",
-    "write_shards": "shards",
+    "write_shards": "sharding",
 }
 
 __all__ = [

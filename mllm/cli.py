@@ -85,7 +85,7 @@ def shard(
 ) -> None:
     """Turn documents into shards that training reads."""
     from data_packing.formats import READERS
-    from data_packing.shards import write_shards
+    from data_packing.sharding import write_shards
     from mllm.recipe_yaml import nearest
 
     if format not in READERS:

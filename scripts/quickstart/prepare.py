@@ -175,7 +175,7 @@ class _Preparation:
         )
 
     def _shards(self, pictures: list[str], pages: list[str]) -> None:
-        from data_packing import formats, shards
+        from data_packing import formats, shard_file, sharding
 
         readers = {name: ("captions", f"raw/{name}/captions") for name in pictures}
         readers |= {name: ("interleaved", f"raw/{name}/pages.jsonl") for name in pages}
@@ -187,11 +187,11 @@ class _Preparation:
             for number, (name, (reader, path)) in enumerate(readers.items()):
                 advance(number, len(readers))
                 documents = formats.READERS[reader](self.root / path)
-                counts[name] = _report(shards.write_shards(documents, folder, name))
+                counts[name] = _report(sharding.write_shards(documents, folder, name))
             return counts
 
         self._phase(
-            "shards", "Writing shards", fingerprint(shards, sorted(readers), made_from), build
+            "shards", "Writing shards", fingerprint(sharding, shard_file, sorted(readers), made_from), build
         )
 
 

@@ -13,7 +13,7 @@ from data_packing.document import Document, Image, Text
 from data_packing.images import decode_all
 from data_packing.index import Index, build_index
 from data_packing.sample import Cost, ImageSlot, Sample
-from data_packing.shards import write_shards
+from data_packing.sharding import write_shards
 
 IMAGE_TOKENS = 4
 IMAGE_PATCHES = 16

@@ -10,7 +10,8 @@ from data_packing.document import Document, DocumentError, Text
 from data_packing.index import build_index
 from data_packing.ledger import Refusal
 from data_packing.sample import Cost
-from data_packing.shards import index_path, write_shards
+from data_packing.sharding import write_shards
+from data_packing.shards import index_path
 
 
 def refuse_long(document: Document) -> Cost:

@@ -13,7 +13,7 @@ import torch
 from data_packing.document import Document
 from data_packing.index import build_index
 from data_packing.pack import collate
-from data_packing.shards import write_shards
+from data_packing.sharding import write_shards
 from mllm.models import ridge
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor

@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_packing.captions import normalised
-from data_packing.shards import read_document, read_index, write_shards
+from data_packing.sharding import write_shards
+from data_packing.shards import read_document, read_index
 from scripts.quickstart import furniture, heldout, instruct, stamps
 from scripts.quickstart.captions import (
     HELD_OUT_SHARE,

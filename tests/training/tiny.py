@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from data_packing.document import Document, Image, Text
-from data_packing.shards import write_shards
+from data_packing.sharding import write_shards
 
 SIDE = 8
 PATCH = 4
