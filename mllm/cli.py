@@ -79,19 +79,26 @@ def chat(
 def shard(
     source: Annotated[Path, typer.Argument(help="A folder or a file of documents.")],
     out: Annotated[Path, typer.Argument(help="The folder for the shards.")],
-    format: Annotated[str, typer.Option(help="captions, interleaved or llava.")],
+    format: Annotated[
+        str | None, typer.Option(help="How it is written (docs/formats.md); default: detected.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The shards' name; default: OUT's.")] = None,
     documents_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
+    images: Annotated[
+        Path | None, typer.Option(help="Where paths in records start; default: at their file.")
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Images that one clip becomes.")] = 8,
 ) -> None:
     """Turn documents into shards that training reads."""
-    from data_packing.formats import READERS
+    from data_packing.formats import Options, detect, read
     from data_packing.shards import write_shards
-    from mllm.recipe_yaml import nearest
 
-    if format not in READERS:
-        raise ValueError(f"unknown format {format!r}{nearest(format, READERS)}")
+    if format is None:
+        format = detect(source)
+        typer.echo(f"{source} is read as {format}; --format names another")
+    documents = read(source, format, Options(images, frames))
     name = name or re.sub(r"[^A-Za-z0-9_-]+", "-", out.name).strip("-_") or "data"
-    report = write_shards(READERS[format](source), out, name, documents_per_shard)
+    report = write_shards(documents, out, name, documents_per_shard)
     typer.echo(
         f"{report.documents:,} documents with {report.images:,} images in {len(report.paths)} "
         f"shards ({report.bytes / 2**20:,.1f} MiB) in {out}; {len(report.refused):,} refused"
