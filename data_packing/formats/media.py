@@ -70,7 +70,9 @@ class Media:
         if isinstance(value, bytes):
             return "in the record", value
         if isinstance(value, dict):
-            held = next((value[name] for name in _HOLDERS if value.get(name)), None)
+            held = next(
+                (value[name] for name in _HOLDERS if value.get(name) not in (None, "")), None
+            )
             path = value.get("path")
             if isinstance(held, bytes):
                 return shown(path) if isinstance(path, str) and path else "in the record", held

@@ -127,9 +127,9 @@ def _parts(group: _Group, options: Options) -> Iterator[Part]:
         media = Media(Path(), options.frames, _by_names(group))
         yield from LAYOUTS[layouts[0]].parts(_with_members(record, group, layouts[0]), media)
         return
+    if record.keys() == {"key", "source", "parts"}:
+        raise DocumentError("a shard of this project already: give it to a recipe as it is")
     if not group.images and not group.clips:
-        if "parts" in record and "source" in record:
-            raise DocumentError("a shard of this project already: give it to a recipe as it is")
         raise DocumentError(f"no image or clip beside {_seen(group)}")
     caption = _caption(group, record)
     media = Media(Path(), options.frames, {})
