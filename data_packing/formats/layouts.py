@@ -138,7 +138,8 @@ def _listed(value: Any) -> bool:
 
 
 def _is_page(record: Record) -> bool:
-    return _listed(record.get("images")) and isinstance(_first_text(record), str | None)
+    is_text = isinstance(_first_text(record), str | None)
+    return is_text and bool(record["texts"]) and _listed(record.get("images"))
 
 
 def _is_caption(record: Record) -> bool:

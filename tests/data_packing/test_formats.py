@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from format_toys import clip
 from hypothesis import given
 from hypothesis import strategies as st
 from packing_toys import png
@@ -47,11 +48,27 @@ def test_captions_are_read_in_order_and_bad_ones_named(tmp_path: Path) -> None:
         "page.txt": b"not an image",
         "alone.txt": b"no image",
         "readme.md": b"ignored",
+        "shout.JPG": png(seed=3),
+        "shout.TXT": b"LOUD",
+        "twice.png": png(),
+        "twice.txt": b"first",
+        "twice.TXT": b"second",
+        "clip.MP4": clip(2),
+        "clip.txt": b"grey",
+        "broken.webm": b"\x1a\x45\xdf\xa3",
+        "broken.txt": b"no clip",
+        "nothing.mkv": b"",
+        "nothing.txt": b"nothing",
     }
     for name, data in files.items():
         (folder / name).write_bytes(data)
+    (folder / "linked.png").write_bytes(png())
+    (folder / "linked.txt").symlink_to("/etc/hostname")
     documents, refused = read("captions", folder)
-    assert list(documents) == ["b.png", "deep/a.PNG"]
+    assert list(documents) == ["b.png", "clip.MP4", "deep/a.PNG", "shout.JPG", "twice.png"]
+    assert [type(part) for part in documents["clip.MP4"].parts] == [Image, Image, Text]
+    assert documents["shout.JPG"].parts[1] == Text("LOUD")
+    assert documents["twice.png"].parts[1] == Text("first")
     assert documents["b.png"].parts[1] == Text("a bee")
     assert documents["deep/a.PNG"].parts[1] == Text("ein Käfer")
     assert documents["b.png"].source == "stamps"
@@ -64,6 +81,10 @@ def test_captions_are_read_in_order_and_bad_ones_named(tmp_path: Path) -> None:
         "bomb.png": "above the limit",
         "page.png": "not an image of a known format",
         "alone.txt": "a caption without an image",
+        "twice.TXT": "a second caption beside twice.txt",
+        "broken.webm": "video broken.webm: not a video that can be read",
+        "nothing.mkv": "video nothing.mkv: empty video file",
+        "linked.png": "caption linked.txt lies outside",
     }
     assert refused.keys() == reasons.keys()
     for key, reason in reasons.items():

@@ -154,7 +154,9 @@ def test_folders_and_patterns_of_parquet(tmp_path: Path) -> None:
 
 
 def test_damaged_parquet(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "a.parquet", [finevision() for _ in range(80)], group=8)
+    path = write_parquet(
+        tmp_path / "a.parquet", [finevision(images=[held(n)]) for n in range(300)], group=8
+    )
     data = bytearray(path.read_bytes())
     (tmp_path / "cut.parquet").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="cut.parquet is a broken parquet file"):
@@ -163,7 +165,8 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     data[half : half + 2000] = b"\xff" * 2000
     path.write_bytes(data)
     items = list(read(path))
-    assert isinstance(items[0], Document)
+    assert all(isinstance(item, Document) for item in items[:100])
+    assert len(items) >= 300 or "damaged or cut short from here" in str(items[-1])
     assert all(isinstance(item, Document | Refusal) for item in items)
     assert any(isinstance(item, Refusal) for item in items)
 
