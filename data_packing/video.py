@@ -73,17 +73,17 @@ def _pictures(container: Any, frames: int, max_pixels: int) -> Iterator[NDArray[
     if not container.streams.video:
         raise DocumentError("the video has no pictures (sound only?)")
     stream = container.streams.video[0]
+    if stream.height * stream.width > max_pixels:  # before anything is decoded
+        raise DocumentError(
+            f"a video of {stream.height:,}x{stream.width:,} is {stream.height * stream.width:,} "
+            f"pixels, above the limit of {max_pixels:,}"
+        )
     times, keys = _times(container, stream)
     if not times:
         raise DocumentError("the video holds no frames")
     count = min(frames, len(times))
     wanted = [times[(2 * part + 1) * len(times) // (2 * count)] for part in range(count)]
     for frame in _frames_at(container, stream, wanted, keys):
-        if frame.width * frame.height > max_pixels:
-            raise DocumentError(
-                f"{frame.height:,}x{frame.width:,} is {frame.height * frame.width:,} pixels, "
-                f"above the limit of {max_pixels:,}"
-            )
         turns = round((getattr(frame, "rotation", 0) or 0) / 90)
         yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
 

@@ -56,8 +56,11 @@ def test_the_rotation_in_the_file_is_applied() -> None:
     assert pixels[-20:].mean() < 50
 
 
-def test_bad_clips_are_refused_with_a_reason(tmp_path: Path) -> None:
+def test_bad_clips_are_refused_with_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = clip()
+    monkeypatch.chdir(tmp_path)
     sound = io.BytesIO()
     with av.open(sound, "w", format="mp4") as out:
         stream = out.add_stream("aac", rate=16000)
@@ -69,19 +72,20 @@ def test_bad_clips_are_refused_with_a_reason(tmp_path: Path) -> None:
     playlist = (
         f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{tmp_path}/real.mp4\n#EXT-X-ENDLIST\n"
     )
-    joined = f"ffconcat version 1.0\nfile {tmp_path}/real.mp4\n"
+    joined = "ffconcat version 1.0\nfile real.mp4\n"
     for bad, reason in (
         (b"", "empty video file"),
         (data[: len(data) // 2], "not a video that can be read"),
         (b"<html>404</html>" * 50, "not a video that can be read"),
         (playlist.encode(), "not a video that can be read"),
         (joined.encode(), "not a video that can be read"),
+        (clip(30, "mpeg4", "mpegts"), "not a video that can be read"),  # not among CONTAINERS
         (sound.getvalue(), "no pictures"),
         (tmp_path / "nowhere.mp4", "No such file"),
     ):
         with pytest.raises(DocumentError, match=reason):
             sample_frames(bad)
-    with pytest.raises(DocumentError, match="above the limit of 1,000"):
+    with pytest.raises(DocumentError, match="a video of 48x64 is 3,072 pixels, above the limit"):
         sample_frames(data, max_pixels=1000)
     with pytest.raises(ValueError, match="take at least 1"):
         sample_frames(data, 0)
