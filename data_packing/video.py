@@ -10,7 +10,7 @@ import io
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -49,7 +49,11 @@ def sample_frames(
     except ImportError:
         raise DocumentError(_MISSING) from None
     try:
-        with _opened(clip) as file:
+        file = io.BytesIO(clip) if isinstance(clip, bytes) else open(clip, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise DocumentError(error.strerror or str(error)) from error
+    try:
+        with file:
             if not file.read(1):
                 raise DocumentError("empty video file (0 bytes)")
             file.seek(0)
@@ -63,10 +67,6 @@ def sample_frames(
     if not pictures:
         raise DocumentError("no frame of the video can be decoded")
     return [Image.from_bytes(_jpeg(pixels), max_pixels=max_pixels) for pixels in pictures]
-
-
-def _opened(clip: bytes | Path) -> BinaryIO:
-    return io.BytesIO(clip) if isinstance(clip, bytes) else open(clip, "rb")
 
 
 def _pictures(container: Any, frames: int, max_pixels: int) -> Iterator[NDArray[np.uint8]]:

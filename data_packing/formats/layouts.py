@@ -49,7 +49,8 @@ def _messages(record: Record, media: Media) -> list[Part]:
 
 def _swift(record: Record, media: Media) -> list[Part]:
     if record.get("messages") is not None:
-        return _messages(record, media)
+        turns = read_turns(record["messages"], "messages")
+        return converse([*_system(record), *turns], record, media, leading=True)
     return _asked(record, media, record.get("query") or "", record.get("response"))
 
 
@@ -80,7 +81,7 @@ def _finevision(record: Record, media: Media) -> list[Part]:
     turns = _system(record)
     for number, item in enumerate(pairs, start=1):
         if not isinstance(item, dict):
-            raise DocumentError(f"pair {number} must have a user and an assistant, not {item!r}")
+            raise DocumentError(f"pair {number} has no user and assistant: {shown(repr(item))}")
         turns += pair(item.get("user"), item.get("assistant"), f"pair {number}")
     return converse(turns, record, media, leading=True)
 

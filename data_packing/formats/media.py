@@ -59,8 +59,6 @@ class Media:
         """
         name, found = self._find(value, "video")
         try:
-            if isinstance(found, Path) and not found.is_file():
-                raise DocumentError("No such file or directory")
             return [replace(frame, role=role) for frame in sample_frames(found, self.frames)]
         except DocumentError as error:
             raise DocumentError(_renamed(error, found, name, "video")) from error

@@ -26,7 +26,7 @@ from packing_toys import png
 
 from data_packing.document import Document, DocumentError, Text
 from data_packing.formats import Options
-from data_packing.formats.layouts import LAYOUTS
+from data_packing.formats.layouts import LAYOUTS, layouts_of
 from data_packing.formats.media import Media
 
 URL = "data:image/png;base64," + base64.b64encode(png(seed=3)).decode()
@@ -111,6 +111,8 @@ def test_what_an_image_may_not_be(tmp_path: Path) -> None:
         "data:image/png;base64,PGI+": "image in a data URL: not an image of a known format",
         "data:broken": "a broken data URL",
         "a\0b": "null",
+        "long" * 100: "File name too long",
+        "\ud800.png": "surrogates not allowed",
     }
     records = [
         {"id": str(n), "messages": talk(("user", ASK), ("assistant", "A.")), "images": [name]}
@@ -195,9 +197,10 @@ def test_sharegpt_swift_alpaca_and_columns(tmp_path: Path) -> None:
         {"query": 7, "response": "b"},
         {"query": "a", "response": "b", "history": [["x"]]},
         {"query": "<image>", "response": "b"},
-        {"messages": talk(("user", "a"), ("assistant", "b"))},
+        {"messages": talk(("user", "a"), ("assistant", "b")), "images": ["one.png"]},
     )
     documents, refused = gather(tmp_path / "bad.jsonl", "swift")
+    assert kinds(documents["line 6"]) == "itt"  # ms-swift puts what no mark places in front
     assert list(documents) == ["line 1", "line 6"]
     reasons = [
         "the answer must be a text, not None",
@@ -323,6 +326,7 @@ VALUES = st.recursive(
 def test_whatever_a_record_holds_it_is_a_document_or_refused(
     name: str, record: dict[str, Any]
 ) -> None:
+    assert set(layouts_of(record)) <= set(LAYOUTS)
     with contextlib.suppress(DocumentError):
         assert Document(tuple(LAYOUTS[name].parts(record, Media(Path("/nowhere"))))).parts
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,3 +195,23 @@ def test_large_lists_are_recognised_from_their_beginning(tmp_path: Path) -> None
     assert detect(path) == "alpaca"
     with pytest.raises(ValueError, match="alpaca: .*large.json is not JSON"):
         list(read(path))
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
+
+
+def test_every_format_is_documented_and_the_examples_are_of_it(tmp_path: Path) -> None:
+    for name in ("bee.png", "cat.png"):
+        (tmp_path / name).write_bytes(png())
+    (tmp_path / "bees.json").write_text(json.dumps([RECORDS["sharegpt"]]).replace("one", "bee"))
+    sections = re.split(r"^## (\w+)$", DOCS.read_text(), flags=re.MULTILINE)
+    found = dict(zip(sections[1::2], sections[2::2], strict=True))
+    assert found.keys() == READERS.keys()
+    for name, section in found.items():
+        for example in re.findall(r"```jsonl\n(.*?)```", section, flags=re.DOTALL):
+            path = tmp_path / "example.jsonl"
+            path.write_text(example)
+            assert detect(path) == name
+            documents, refused = gather(path)
+            assert documents
+            assert not refused

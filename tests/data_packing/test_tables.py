@@ -245,3 +245,18 @@ def test_json_lines_are_read_one_by_one(tmp_path: Path) -> None:
     with open(tmp_path / "a.jsonl", "ab") as file:
         file.write(b"\n" + json.dumps(good).encode())
     assert sum(isinstance(item, Document) for item in stream) == 4
+
+
+def test_a_stream_that_is_cut_short_keeps_what_was_whole(tmp_path: Path) -> None:
+    records = [{"id": f"k{n}", "image": held(n), "text": "a bee"} for n in range(30)]
+    table = pyarrow.Table.from_pylist(records)
+    with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as out:
+        out.write_table(table, 10)
+    data = (tmp_path / "a.arrow").read_bytes()
+    (tmp_path / "a.arrow").write_bytes(data[: len(data) // 2])
+    documents, refused = gather(tmp_path / "a.arrow")
+    assert list(documents) == [f"k{n}" for n in range(10)]
+    expect(refused, {"record 11": "the file is damaged or cut short from here"})
+    (tmp_path / "a.arrow").write_bytes(data[:40])
+    with pytest.raises(ValueError, match="is a broken Arrow file"):
+        gather(tmp_path / "a.arrow")
