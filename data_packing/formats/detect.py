@@ -9,6 +9,7 @@ from pathlib import Path
 from data_packing.formats.captions import is_media
 from data_packing.formats.containers import container
 from data_packing.formats.llamafactory import NOTE, describes_sets
+from data_packing.formats.rows import first_records
 from data_packing.formats.table import ENDINGS, count_of, layout_of, row_files
 from data_packing.shards import expand
 
@@ -30,8 +31,12 @@ def detect(path: str | Path) -> str:
     kind = container(file)
     if kind == "tar":
         return "webdataset"
-    if kind in ("object", "jsonl") and _is_description(file):
+    if kind == "object" and _is_description(file):
         return "llamafactory"
+    if kind == "jsonl":
+        found = first_records(file, kind, 2)
+        if len(found) == 1 and describes_sets(found[0]):
+            return "llamafactory"  # written on one line
     if kind == "object":
         raise ValueError(
             f"{path} holds one JSON object, which is neither a list of records nor a "

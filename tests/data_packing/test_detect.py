@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,3 +216,15 @@ def test_every_format_is_documented_and_the_examples_are_of_it(tmp_path: Path) -
             documents, refused = gather(path)
             assert documents
             assert not refused
+
+
+def test_finding_the_format_of_lines_reads_their_beginning_only(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    line = json.dumps({**RECORDS["alpaca"], "pad": "x" * 10_000}) + "\n"
+    with open(path, "w") as file:
+        file.writelines(line for _ in range(3000))
+    tracemalloc.start()
+    assert detect(path) == "alpaca"
+    next(read(path))
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20 < path.stat().st_size
+    tracemalloc.stop()
