@@ -10,10 +10,8 @@ from data_packing.formats.captions import is_media
 from data_packing.formats.containers import container
 from data_packing.formats.llamafactory import NOTE, describes_sets
 from data_packing.formats.rows import first_records
-from data_packing.formats.table import ENDINGS, count_of, layout_of, row_files
+from data_packing.formats.table import ENDINGS, HIDDEN, count_of, is_pattern, layout_of, row_files
 from data_packing.shards import expand
-
-_HIDDEN = (".", "_")
 
 
 def detect(path: str | Path) -> str:
@@ -26,7 +24,7 @@ def detect(path: str | Path) -> str:
     if path.is_dir():
         return _of_folder(path)
     file = path
-    if not path.exists() and any(sign in str(path) for sign in "*?[{"):
+    if not path.exists() and is_pattern(path):
         file = expand(path)[0]
     kind = container(file)
     if kind == "tar":
@@ -80,7 +78,7 @@ def _seen(path: Path) -> Counter[str]:
     seen: Counter[str] = Counter()
     for file in path.rglob("*"):
         ending = file.suffix.lower()
-        if file.name.startswith(_HIDDEN) or not file.is_file():
+        if file.name.startswith(HIDDEN) or not file.is_file():
             continue
         if is_media(file):
             seen["images or clips"] += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from data_packing.ledger import Refusal
 from data_packing.shards import expand
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
-_NOTES = ("dataset_info.json", "dataset_dict.json", "state.json")
+HIDDEN = (".", "_")
+_NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +89,20 @@ def row_files(path: Path) -> list[RowFile]:
     if path.is_file():
         return [RowFile(path, container(path))]
     if not path.is_dir():
-        found = expand(path) if any(sign in str(path) for sign in "*?[{") else []
+        found = expand(path) if is_pattern(path) else []
         if not found:
             raise ValueError(f"no file at {path}")
-        return _several(found, found[0].parent)
+        return _several(found)
     for note in ("dataset_dict.json", "state.json"):
         if (path / note).is_file():
-            return _several(saved_files(path), path)
+            return _several(saved_files(path))
     found = [
         file
         for file in sorted(path.rglob("*"))
-        if file.suffix.lower() in ENDINGS and file.name not in _NOTES and file.is_file()
+        if file.suffix.lower() in ENDINGS
+        and file.name not in _NOTES
+        and not file.name.startswith(HIDDEN)
+        and file.is_file()
     ]
     if not found:
         raise ValueError(f"no file of records in {path} (looked for {', '.join(ENDINGS)})")
@@ -107,7 +112,7 @@ def row_files(path: Path) -> list[RowFile]:
             f"{path} holds {count_of(kinds)}: give one of them, or a pattern such as "
             f"{path / ('*' + found[0].suffix)}"
         )
-    return _several(found, path)
+    return _several(found)
 
 
 def count_of(kinds: Counter[str]) -> str:
@@ -115,15 +120,17 @@ def count_of(kinds: Counter[str]) -> str:
     return ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
 
 
-def _several(files: list[Path], folder: Path) -> list[RowFile]:
+def _several(files: list[Path]) -> list[RowFile]:
     if len(files) == 1:
         return [RowFile(files[0], container(files[0]))]
-    found = []
-    for file in files:
-        inside = file.relative_to(folder) if file.is_relative_to(folder) else file
-        prefix = f"{inside.with_suffix('').as_posix()}/"
-        found.append(RowFile(file, container(file), prefix))
-    return found
+    named = zip(files, names_of(files), strict=True)
+    return [RowFile(file, container(file), f"{name}/") for file, name in named]
+
+
+def names_of(files: list[Path]) -> list[str]:
+    """A name for each of several files: its path below the folder they share, without ending."""
+    shared = os.path.commonpath([file.parent for file in files])
+    return [file.relative_to(shared).with_suffix("").as_posix() for file in files]
 
 
 def saved_files(folder: Path) -> list[Path]:
@@ -166,8 +173,15 @@ def _beside(note: Path, name: Any) -> Path:
 
 def source_of(path: Path) -> str:
     """The name of a data set given as a file, a folder or a pattern."""
-    is_pattern = not path.exists() and any(sign in str(path) for sign in "*?[{")
-    return source_name(path.parent if is_pattern else path)
+    if not path.exists():
+        while is_pattern(path):  # the folder that it starts from
+            path = path.parent
+    return source_name(path)
+
+
+def is_pattern(path: Path) -> bool:
+    """Whether a path that does not exist stands for several."""
+    return any(sign in str(path) for sign in "*?[{")
 
 
 def layout_of(path: Path, files: list[RowFile]) -> str:

@@ -21,7 +21,7 @@ from data_packing.formats.containers import container
 from data_packing.formats.conversation import listed
 from data_packing.formats.layouts import CAPTIONS, LAYOUTS, layouts_of
 from data_packing.formats.media import Media
-from data_packing.formats.table import source_of
+from data_packing.formats.table import names_of, source_of
 from data_packing.formats.tars import Member, members
 from data_packing.ledger import Refusal
 from data_packing.shards import expand
@@ -60,15 +60,15 @@ def read_webdataset(path: Path, options: Options = DEFAULT) -> Iterator[Document
     except ValueError as error:
         raise ValueError(f"webdataset: {error}") from error
     source, seen = source_of(path), set[str]()
-    for tar in tars:
-        yield from _read_tar(tar, source, options, seen)
+    for tar, name in zip(tars, names_of(tars), strict=True):
+        yield from _read_tar(tar, name, source, options, seen)
 
 
 def _read_tar(
-    tar: Path, source: str, options: Options, seen: set[str]
+    tar: Path, tar_name: str, source: str, options: Options, seen: set[str]
 ) -> Iterator[Document | Refusal]:
     for name, group in groupby(members(tar), key=_group_name):
-        key = f"{tar.stem}/{name}"
+        key = f"{tar_name}/{name}"
         if key in seen:
             reason = "these members do not follow the others of their name in the tar"
             yield Refusal(source, f"{key} (again)", reason)

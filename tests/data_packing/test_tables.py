@@ -146,6 +146,8 @@ def test_folders_and_patterns_of_parquet(tmp_path: Path) -> None:
     for number in range(2):
         write_parquet(tmp_path / f"train-{number}.parquet", [finevision(), finevision()])
     keys = [f"train-{file}/record {row}" for file in range(2) for row in (1, 2)]
+    (tmp_path / "._train-0.parquet").write_bytes(b"of a Mac")
+    (tmp_path / "dataset_infos.json").write_text("{}")
     for path in (tmp_path, tmp_path / "train-*.parquet", tmp_path / "train-{0,1}.parquet"):
         assert detect(path) == "finevision"
         documents, _ = gather(path)

@@ -207,6 +207,12 @@ def test_many_tars_by_folder_and_pattern(tmp_path: Path) -> None:
         assert list(documents) == keys
         assert not refused
         assert {document.source for document in documents.values()} == {"cc"}
+    for part in ("a", "b"):
+        (folder / part).mkdir()
+        write_tar(folder / part / "0.tar", {"x.png": png(), "x.txt": b"a bee"})
+    documents, refused = gather(folder / "*" / "0.tar")
+    assert (list(documents), refused) == (["a/0/x", "b/0/x"], {})
+    assert {document.source for document in documents.values()} == {"cc"}
     with pytest.raises(ValueError, match="no shard matches .*003.tar"):
         gather(folder / "{000..003}.tar", "webdataset")
     (folder / "text.tar").write_text("hello")
