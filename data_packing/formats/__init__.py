@@ -11,6 +11,7 @@ captions.py, webdataset.py and llamafactory.py are formats of their own.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterator
 from functools import partial
@@ -64,4 +65,17 @@ def read(
         close = difflib.get_close_matches(format, READERS, n=1, cutoff=0.5)
         guess = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"unknown format {format!r}; {guess}Valid: {', '.join(sorted(READERS))}")
-    return READERS[format](path, options)
+    return _explained(path, format, options)
+
+
+def _explained(path: Path, format: str, options: Options) -> Iterator[Document | Refusal]:
+    """Read, and where that is impossible say which format it looks like."""
+    try:
+        yield from READERS[format](path, options)
+    except ValueError as error:
+        found = format
+        with contextlib.suppress(ValueError, OSError):
+            found = detect(path)
+        if found == format or "it looks like" in str(error):
+            raise
+        raise ValueError(f"{error}; it looks like {found}") from error

@@ -83,7 +83,7 @@ def _json_kind(path: Path, head: bytes) -> Container:
         if any(isinstance(_parsed(line), dict) for line in islice(file, LINES)):
             return "jsonl"
     seen = shown(head[:40].decode("utf-8-sig", "backslashreplace"))
-    raise ValueError(f"{path} is not JSON, JSON lines, parquet, Arrow or tar; it starts {seen!r}")
+    raise ValueError(f"{path} is not JSON, JSON lines, parquet, Arrow or tar; it starts '{seen}'")
 
 
 def _is_lines(head: bytes) -> bool:

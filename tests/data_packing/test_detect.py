@@ -108,6 +108,12 @@ def test_folders(tmp_path: Path) -> None:
         parquet.parent: "finevision",
     }
     assert {path: detect(path) for path in expected} == expected
+    for path, wrong in ((tars, "llava"), (llava / "talk.json", "captions"), (clips, "webdataset")):
+        name = expected.get(path, "llava")
+        with pytest.raises(ValueError, match=f"^{wrong}: .*{path.name}.*; it looks like {name}$"):
+            list(read(path, wrong))
+    with pytest.raises(ValueError, match="^webdataset: .*talk.json is a json file, not a tar; it"):
+        list(read(llava / "talk.json", "webdataset"))
     assert list(gather(clips)[0]) == ["a.mp4"]
     assert list(gather(llava)[0]) == ["1"]
 
