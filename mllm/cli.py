@@ -78,20 +78,42 @@ def chat(
 @data.command()
 def shard(
     source: Annotated[Path, typer.Argument(help="A folder or a file of documents.")],
-    out: Annotated[Path, typer.Argument(help="The folder for the shards.")],
-    format: Annotated[str, typer.Option(help="captions, interleaved or llava.")],
+    out: Annotated[str, typer.Argument(help="The folder for the shards, or a URL (s3://…).")],
+    format: Annotated[
+        str | None, typer.Option(help="How it is written (docs/formats.md); default: detected.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The shards' name; default: OUT's.")] = None,
     documents_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
+    images: Annotated[
+        Path | None, typer.Option(help="Where paths in records start; default: at their file.")
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Images that one clip becomes.")] = 8,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
 ) -> None:
     """Turn documents into shards that training reads."""
-    from data_packing.formats import READERS
-    from data_packing.sharding import write_shards
-    from mllm.recipe_yaml import nearest
+    from functools import partial
 
-    if format not in READERS:
-        raise ValueError(f"unknown format {format!r}{nearest(format, READERS)}")
-    name = name or re.sub(r"[^A-Za-z0-9_-]+", "-", out.name).strip("-_") or "data"
-    report = write_shards(READERS[format](source), out, name, documents_per_shard)
+    from data_packing.formats import Options, detect, drafts
+    from data_packing.sharding import identity_of
+    from data_packing.sharding import shard as write
+
+    if format is None:
+        format = detect(source)
+        typer.echo(f"{source} is read as {format}; --format names another")
+    options = Options(images, frames)
+    name = (
+        name
+        or re.sub(r"[^A-Za-z0-9_-]+", "-", out.rstrip("/").rpartition("/")[2]).strip("-_")
+        or "data"
+    )
+    made_from = {"format": format, "options": options, "files": identity_of(source)}
+    with counting(f"Sharding {source}") as tell:
+        report = write(
+            partial(drafts, source, format, options),
+            made_from,
+            *(out, name, documents_per_shard, workers),
+            tell,
+        )
     typer.echo(
         f"{report.documents:,} documents with {report.images:,} images in {len(report.paths)} "
         f"shards ({report.bytes / 2**20:,.1f} MiB) in {out}; {len(report.refused):,} refused"

@@ -105,6 +105,28 @@ def test_documents_become_shards(tmp_path: Path) -> None:
     assert [p.name for p in sorted(out.glob("*.tar"))] == ["shards-000000.tar"]
 
 
+def test_the_format_is_found_and_said(tmp_path: Path) -> None:
+    source, out = pictures(tmp_path), tmp_path / "shards"
+    result = RUNNER.invoke(cli.app, ["data", "shard", str(source), str(out)])
+    assert result.exit_code == 0, result.output
+    assert f"{source} is read as captions" in result.output
+    assert "2 documents with 2 images" in result.output
+    file = tmp_path / "talk.jsonl"
+    file.write_text('{"image": "pictures/cat.png", "caption": "a cat"}\n{"image": "no.png"}\n')
+    done = command_line("data", "shard", str(file), str(out))
+    assert done.returncode == 0, done.stderr
+    assert f"{file} is read as columns" in done.stdout
+    assert "line 2: no caption" in done.stdout
+    for arguments, reason in (
+        (["--format", "mmc4"], "it looks like columns"),
+        (["--format", "columns", "--images", str(out)], "no usable document"),
+    ):
+        done = command_line("data", "shard", str(file), str(out), *arguments)
+        assert done.returncode == 2
+        assert reason in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_an_unknown_format_names_the_nearest(tmp_path: Path) -> None:
     result = RUNNER.invoke(
         cli.app, ["data", "shard", str(tmp_path), str(tmp_path), "--format", "caption"]

@@ -186,12 +186,15 @@ class _Preparation:
             counts: dict[str, Any] = {}
             for number, (name, (reader, path)) in enumerate(readers.items()):
                 advance(number, len(readers))
-                documents = formats.READERS[reader](self.root / path)
+                documents = formats.read(self.root / path, reader)
                 counts[name] = _report(sharding.write_shards(documents, folder, name))
             return counts
 
         self._phase(
-            "shards", "Writing shards", fingerprint(sharding, shard_file, sorted(readers), made_from), build
+            "shards",
+            "Writing shards",
+            fingerprint(sharding, shard_file, sorted(readers), made_from),
+            build,
         )
 
 

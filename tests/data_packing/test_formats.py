@@ -5,19 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from format_toys import clip
 from hypothesis import given
 from hypothesis import strategies as st
 from packing_toys import png
 from test_images import bomb
 
+from data_packing import formats
 from data_packing.document import Document, Image, Text
-from data_packing.formats import READERS
 from data_packing.formats.common import divide
 from data_packing.ledger import Refusal
 
 
 def read(kind: str, path: Path) -> tuple[dict[str, Document], dict[str, str]]:
-    items = list(READERS[kind](path))
+    items = list(formats.read(path, kind))
     documents = {item.key: item for item in items if isinstance(item, Document)}
     refused = {item.key: item.reason for item in items if isinstance(item, Refusal)}
     assert len(documents) + len(refused) == len(items)
@@ -47,11 +48,27 @@ def test_captions_are_read_in_order_and_bad_ones_named(tmp_path: Path) -> None:
         "page.txt": b"not an image",
         "alone.txt": b"no image",
         "readme.md": b"ignored",
+        "shout.JPG": png(seed=3),
+        "shout.TXT": b"LOUD",
+        "twice.png": png(),
+        "twice.txt": b"first",
+        "twice.TXT": b"second",
+        "clip.MP4": clip(2),
+        "clip.txt": b"grey",
+        "broken.webm": b"\x1a\x45\xdf\xa3",
+        "broken.txt": b"no clip",
+        "nothing.mkv": b"",
+        "nothing.txt": b"nothing",
     }
     for name, data in files.items():
         (folder / name).write_bytes(data)
+    (folder / "linked.png").write_bytes(png())
+    (folder / "linked.txt").symlink_to("/etc/hostname")
     documents, refused = read("captions", folder)
-    assert list(documents) == ["b.png", "deep/a.PNG"]
+    assert list(documents) == ["b.png", "clip.MP4", "deep/a.PNG", "shout.JPG", "twice.png"]
+    assert [type(part) for part in documents["clip.MP4"].parts] == [Image, Image, Text]
+    assert documents["shout.JPG"].parts[1] == Text("LOUD")
+    assert documents["twice.png"].parts[1] == Text("first")
     assert documents["b.png"].parts[1] == Text("a bee")
     assert documents["deep/a.PNG"].parts[1] == Text("ein Käfer")
     assert documents["b.png"].source == "stamps"
@@ -64,6 +81,10 @@ def test_captions_are_read_in_order_and_bad_ones_named(tmp_path: Path) -> None:
         "bomb.png": "above the limit",
         "page.png": "not an image of a known format",
         "alone.txt": "a caption without an image",
+        "twice.TXT": "a second caption beside twice.txt",
+        "broken.webm": "video broken.webm: not a video that can be read",
+        "nothing.mkv": "video nothing.mkv: empty video file",
+        "linked.png": "caption linked.txt lies outside",
     }
     assert refused.keys() == reasons.keys()
     for key, reason in reasons.items():
@@ -105,7 +126,7 @@ def test_interleaved_pages(tmp_path: Path) -> None:
     ]
     (tmp_path / "pages.jsonl").write_bytes(b"\n".join(lines))
     documents, refused = read("interleaved", tmp_path / "pages.jsonl")
-    assert list(documents) == ["good"]
+    assert list(documents) == ["good", "line 17"]
     kinds = [type(part) for part in documents["good"].parts]
     assert kinds == [Text, Image, Text]
     reasons = {
@@ -123,7 +144,6 @@ def test_interleaved_pages(tmp_path: Path) -> None:
         "nul": "null",
         "nothing": "the page is empty",
         "lists": "must both be lists",
-        "line 17": 'no "key"',
     }
     assert refused.keys() == reasons.keys()
     for key, reason in reasons.items():
@@ -182,7 +202,7 @@ def test_llava_conversations(tmp_path: Path) -> None:
     ]
     (tmp_path / "talk.json").write_text(json.dumps(records))
     documents, refused = read("llava", tmp_path / "talk.json")
-    assert list(documents) == ["good", "7", "text"]
+    assert list(documents) == ["good", "7", "text", "record 14"]
     good = documents["good"].parts
     assert [part.role for part in good] == ["system", "user", "user", "assistant"]
     assert isinstance(good[1], Image)
@@ -201,7 +221,6 @@ def test_llava_conversations(tmp_path: Path) -> None:
         "in answer": "turn 2: <image> in a turn of the assistant",
         "no turns": 'no "conversations"',
         "odd turn": 'turn 1 has no "value"',
-        "record 14": 'no "id"',
         "record 15": "must be an object",
     }
     assert refused.keys() == reasons.keys()
@@ -212,7 +231,7 @@ def test_llava_conversations(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b'{"a": 1}', "holds dict"),
+        (b'{"a": 1}', 'the columns "a", where "conversations" is needed'),
         (b"[", "not JSON"),
         (b'["\xff"]', "not UTF-8"),
         (b"", "not JSON"),

@@ -104,11 +104,11 @@ def test_no_held_out_caption_reaches_a_training_shard(tmp_path: Path) -> None:
 
 def texts_of_shards(folders: list[Path], place: Path) -> list[str]:
     """Every text that training would see."""
-    from data_packing.formats import READERS
+    from data_packing.formats import read
 
-    sources = [(READERS["captions"](folder / "captions"), folder.name) for folder in folders]
+    sources = [(read(folder / "captions", "captions"), folder.name) for folder in folders]
     conversations = place / "instruct" / "conversations.json"
-    sources.append((READERS["llava"](conversations), "instruct"))
+    sources.append((read(conversations, "llava"), "instruct"))
     said = []
     for documents, name in sources:
         for shard in write_shards(documents, place / "shards", name).paths:
