@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from data_packing.files import explain
+from mllm.data_cli import data
 from mllm.training.launch import gpu_count
 from mllm.training.progress import complain
 from mllm.training.run_folder import NoSpace
@@ -22,10 +22,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data = typer.Typer(help="Prepare data.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
-SHOWN_REFUSALS = 10
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, or a folder of recipes.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe to change.")
@@ -73,33 +71,6 @@ def chat(
     from mllm.inference.chat import chat as talk
 
     talk(folder, image or [], question, max_new_tokens, temperature, device)
-
-
-@data.command()
-def shard(
-    source: Annotated[Path, typer.Argument(help="A folder or a file of documents.")],
-    out: Annotated[Path, typer.Argument(help="The folder for the shards.")],
-    format: Annotated[str, typer.Option(help="captions, interleaved or llava.")],
-    name: Annotated[str | None, typer.Option(help="The shards' name; default: OUT's.")] = None,
-    documents_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
-) -> None:
-    """Turn documents into shards that training reads."""
-    from data_packing.formats import READERS
-    from data_packing.shards import write_shards
-    from mllm.recipe_yaml import nearest
-
-    if format not in READERS:
-        raise ValueError(f"unknown format {format!r}{nearest(format, READERS)}")
-    name = name or re.sub(r"[^A-Za-z0-9_-]+", "-", out.name).strip("-_") or "data"
-    report = write_shards(READERS[format](source), out, name, documents_per_shard)
-    typer.echo(
-        f"{report.documents:,} documents with {report.images:,} images in {len(report.paths)} "
-        f"shards ({report.bytes / 2**20:,.1f} MiB) in {out}; {len(report.refused):,} refused"
-    )
-    for refusal in report.refused[:SHOWN_REFUSALS]:
-        typer.echo(f"  {refusal.key}: {refusal.reason}")
-    if len(report.refused) > SHOWN_REFUSALS:
-        typer.echo(f"  … and {len(report.refused) - SHOWN_REFUSALS:,} more")
 
 
 def quiet() -> None:
