@@ -112,15 +112,49 @@ def shard(
         typer.echo(f"  … and {len(report.refused) - SHOWN_REFUSALS:,} more")
 
 
+@data.command()
+def preview(
+    recipe: Annotated[Path, typer.Argument(help="The recipe of one stage.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe to change."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("preview.html"),
+    packs: Annotated[int, typer.Option(min=1, help="How many packs to show.")] = 16,
+    step: Annotated[int, typer.Option(min=1, help="The first step to show.")] = 1,
+) -> None:
+    """Write one HTML page of what the model will see: packs, tokens, what is learned, images."""
+    from mllm.recipe import load
+
+    if recipe.is_dir():
+        raise ValueError(f"{recipe} is a folder of stages: give the recipe of one")
+    load(recipe, overrides or [])  # a mistake is refused before torch is loaded
+    if not out.parent.is_dir() or out.is_dir():
+        raise ValueError(f"--out {out}: give a file in a folder that is there")
+    from mllm.cli import quiet
+
+    quiet()
+    from mllm.training.preview import preview as write
+
+    console = Console(stderr=True)
+
+    def say(phase: str) -> None:
+        console.print(f"{phase} …", markup=False, highlight=False)
+
+    seen = write(recipe, overrides or [], out, packs, step, say)
+    typer.echo(f"{len(seen.packs):,} packs of {seen.facts['packs']:,} in {out}")
+
+
 def _rules(folder: Path | None) -> Rules | None:
     """What the model of a folder says of documents."""
     if folder is None:
         return None
     from data_packing.scan import Rules
-    from mllm.inference.quiet import quiet
-    from mllm.models.processor import Processor
+    from mllm.cli import quiet
 
     quiet()
+    from mllm.models.processor import Processor
+
     processor = Processor.from_pretrained(folder)
     return Rules(processor.cost, processor.image_cost, processor.template.special_token)
 
