@@ -264,7 +264,7 @@ def _left_out(ledger: Ledger) -> str:
         '<h2 id="left-out">What was cut or refused</h2>'
         '<p class="note">Of the whole run, before images are decoded. A document that is split is '
         "used in slices; one not reached is usable, and the run ends before it.</p>"
-        f'<div class="scroll"><table><thead><tr><th>source</th>{head}</tr></thead>'
+        f'<div class="scroll" tabindex="0"><table><thead><tr><th>source</th>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
         + _reasons("Refused", ledger.refused)
         + _reasons("Split", ledger.split)
@@ -285,8 +285,8 @@ def _reasons(title: str, items: Sequence[Refusal]) -> str:
     )
     return (
         f"<details><summary>{title}: {len(items):,}</summary>"
-        '<div class="scroll"><table class="reasons"><thead><tr><th>source</th><th>key</th>'
-        f"<th>reason</th></tr></thead><tbody>{rows}</tbody></table></div>{rest}</details>"
+        '<div class="scroll" tabindex="0"><table class="reasons"><thead><tr><th>source</th>'
+        f"<th>key</th><th>reason</th></tr></thead><tbody>{rows}</tbody></table></div>{rest}</details>"
     )
 
 
