@@ -130,8 +130,21 @@ def test_a_cache_counts_only_where_it_fits_every_shard(folder: Path) -> None:
         + len("Привет")
         + 2
     )
-    write_shards(captions(3, start=50), folder, "other")  # the cache of another shard's bytes
     next(folder.glob("toys-000000.tokens-*")).write_bytes(b"damaged")
+    assert not any("tokens" in key for key in survey({"toys": paths})["toys"].spreads())
+
+
+def test_a_cache_of_other_bytes_and_what_it_refused_are_not_counted(tmp_path: Path) -> None:
+    paths = write_shards(captions(3), tmp_path, "toys").paths
+    build_index(paths, choosy, "toy")
+    (cache,) = tmp_path.glob("toys-000000.tokens-*")
+    (count,) = (
+        s.count for name, s in survey({"toys": paths})["toys"].spreads().items() if "tokens" in name
+    )
+    assert count == 2  # without k1
+    old = cache.read_bytes()
+    write_shards(captions(3, start=10), tmp_path, "toys")
+    cache.write_bytes(old)
     assert not any("tokens" in key for key in survey({"toys": paths})["toys"].spreads())
 
 

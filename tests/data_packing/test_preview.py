@@ -68,7 +68,8 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
     monkeypatch.setattr(plan_module, "BLOCK", 30)
     broken = Document((Image(png(16, 16)[:-60], 16, 16), Text("a" * 9)), "toys", "broken")
     pages = [page([50] * 4, f"page{number}", True) for number in range(3)]
-    return index_of([*captions(30), *pages, page([300], "large"), broken], tmp_path)
+    notes = [Document((Text("z" * 9), image()), "toys", f"note{number}") for number in range(9)]
+    return index_of([*captions(30), *pages, *notes, page([300], "large"), broken], tmp_path)
 
 
 def look_at(index: Index, plan: Plan | None = None, **options: Any) -> Preview:
