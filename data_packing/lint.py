@@ -10,6 +10,7 @@ import hashlib
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -125,7 +126,9 @@ def lint(
     report, shards = Report(), [Chunk(name, path) for name in sources for path in sources[name]]
     chunks: list[Chunk] = []
     keys: dict[str, dict[str, Path]] = {}
-    for shard, (defects, own) in scan(check_shard, shards, workers):
+    with ThreadPoolExecutor(max(1, workers)) as pool:  # hashing leaves the interpreter free
+        checked = list(pool.map(check_shard, shards))
+    for shard, (defects, own) in zip(shards, checked, strict=True):
         report.shards += 1
         report.defects += [Defect(k, shard.source, str(shard.shard), "", d) for k, d in defects]
         report.defects += _repeated(shard, own, keys.setdefault(shard.source, {}))

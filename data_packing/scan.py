@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,9 @@ from data_packing.slices import ImageCost
 
 CHUNK = 64
 """Documents that a worker looks at in one go."""
+
+MUCH = 256 * 2**20
+"""Bytes from which starting processes takes less time than it saves."""
 
 T = TypeVar("T")
 
@@ -94,9 +97,12 @@ def cached_index(shard: Path) -> dict[str, NDArray[Any]]:
     return load_index(shard)
 
 
-def processors() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0))
+def processes(sources: dict[str, list[Path]], asked: int | None) -> int:
+    """How many to work in: as asked; else one for little data, and as many as it may for more."""
+    if asked is not None:
+        return asked
+    size = sum(path.stat().st_size for paths in sources.values() for path in paths)
+    return len(os.sched_getaffinity(0)) if size >= MUCH else 1
 
 
 def scan(
@@ -115,8 +121,9 @@ def scan(
     if workers <= 1 or len(chunks) <= 1:
         yield from ((chunk, work(chunk)) for chunk in chunks)
         return
+    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
     pool = ProcessPoolExecutor(
-        min(workers, len(chunks)), get_context("spawn"), initializer=_begin, initargs=(work,)
+        min(workers, len(chunks)), context, initializer=_begin, initargs=(work,)
     )
     try:
         yield from zip(chunks, pool.map(_run, chunks), strict=True)

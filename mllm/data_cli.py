@@ -25,7 +25,9 @@ Shards = Annotated[
 ModelFolder = Annotated[
     Path | None, typer.Option(help="A folder with a processor, such as a stage's.")
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: all processors.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes; default: one, for much data all processors.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="For scripts.")]
 
 
@@ -35,13 +37,13 @@ def info(
 ) -> None:
     """Say what lies in shards: documents, sizes, formats, scripts, refused records, tokens."""
     from data_packing.info import survey, together
-    from data_packing.scan import find_sources, processors
+    from data_packing.scan import find_sources, processes
     from data_packing.tables import info_tables
 
     sources = find_sources(shards)
     rules = _rules(model)
     with _progress() as advance:
-        facts = survey(sources, rules, workers or processors(), advance)
+        facts = survey(sources, rules, processes(sources, workers), advance)
     if as_json:
         values = {name: each.to_json() for name, each in facts.items()}
         typer.echo(json.dumps({"sources": values, "all": together(facts).to_json()}))
@@ -61,7 +63,7 @@ def lint(
     """Find every defect of shards. Exit status: 0 clean, 1 defects, 2 wrong use."""
     from data_packing.lint import lint as look
     from data_packing.lint import summary
-    from data_packing.scan import find_sources, processors
+    from data_packing.scan import find_sources, processes
     from data_packing.tables import lint_tables, verdict
 
     if tokens is not None and model is None:
@@ -70,7 +72,11 @@ def lint(
     rules = _rules(model)
     with _progress() as advance:
         report = look(
-            sources, rules=rules, tokens=tokens, workers=workers or processors(), advance=advance
+            sources,
+            rules=rules,
+            tokens=tokens,
+            workers=processes(sources, workers),
+            advance=advance,
         )
     if as_json:
         for defect in report.defects:

@@ -9,7 +9,7 @@ from packing_toys import captions, cost, index_of
 
 from data_packing import scan as scan_module
 from data_packing.document import Document, DocumentError
-from data_packing.scan import Chunk, divided, find_sources, read_chunk, scan
+from data_packing.scan import Chunk, divided, find_sources, processes, read_chunk, scan
 from data_packing.shards import write_shards
 
 
@@ -62,3 +62,13 @@ def test_a_worker_that_is_killed_is_one_message(tmp_path: Path) -> None:
     path = write_shards(captions(2), tmp_path, "s").paths[0]
     with pytest.raises(ValueError, match="a worker was killed"):
         list(scan(die, [Chunk("s", path), Chunk("s", path)], 2))
+
+
+def test_processes_are_started_for_much_data_or_when_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = {"s": write_shards(captions(2), tmp_path, "s").paths}
+    assert processes(sources, None) == 1
+    assert processes(sources, 3) == 3
+    monkeypatch.setattr(scan_module, "MUCH", 100)
+    assert processes(sources, None) == len(os.sched_getaffinity(0))
