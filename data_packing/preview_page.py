@@ -291,7 +291,7 @@ def _reasons(title: str, items: Sequence[Refusal]) -> str:
 
 
 def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.0f} %" if whole else "–"
+    return f"{100 * part / whole:.0f}\N{NO-BREAK SPACE}%" if whole else "–"
 
 
 def _plural(count: int, one: str, many: str = "") -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
 
+from data_packing.document import Document, Text
+from data_packing.shards import write_shards
+from mllm import cli
 from mllm.models.template import Template
 from mllm.recipe import load
 from mllm.training import build
@@ -107,3 +112,38 @@ def test_a_stage_starts_from_a_saved_processor_without_its_model(
         lambda _: None,
     )
     assert [pack.step for pack in seen.packs] == [2, 2, 2]
+
+
+def test_the_commands_take_the_folder_of_a_model(home: Path, tmp_path: Path) -> None:
+    recipe = load(tiny.write_recipe(tmp_path / "1.yaml", tiny.recipe(home, tmp_path / "out")))
+    model, processor, _ = build.model(recipe.model, recipe, torch.float32)
+    processor.save_pretrained(tmp_path / "saved")
+    model.config.save_pretrained(tmp_path / "saved")
+    spoken = Document((Text("a <e> b"),), "odd", "spoken")
+    write_shards([spoken, *tiny.captions(200)], tmp_path, "odd")
+
+    def data(*arguments: object) -> Result:
+        return CliRunner().invoke(cli.app, ["data", *map(str, arguments)])
+
+    options = ("--model", tmp_path / "saved", "--workers", 2, "--json")
+    linted = data("lint", tmp_path / "odd*.tar", "--tokens", 24, *options)
+    kinds = json.loads(linted.stdout.splitlines()[-1])["kinds"]
+    assert linted.exit_code == 1
+    assert kinds["special token in text"] == 1
+    long = sum(len(f"{d.parts[1].text}") + 4 + 1 > 24 for d in tiny.captions(200))  # type: ignore[union-attr]
+    assert kinds["piece above a pack"] == long > 0
+    counted = json.loads(data("info", tmp_path / "odd*.tar", *options).stdout)["all"]
+    assert counted["refused"] == {"by the model: a text contains the special token …": 1}
+    assert counted["spreads"]["tokens with images"]["least"] == len("red square ") + 1 + 4
+
+
+def test_the_preview_command_writes_where_it_is_told(home: Path, tmp_path: Path) -> None:
+    file = tiny.write_recipe(tmp_path / "1.yaml", tiny.recipe(home, tmp_path / "out"))
+    out = tmp_path / "page.html"
+    arguments = ["data", "preview", str(file), "run.seed=4", "--packs", "3", "--out"]
+    done = CliRunner().invoke(cli.app, [*arguments, str(out)])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("3 packs of ")
+    assert out.read_text().count('class="row"') == 3
+    nowhere = CliRunner().invoke(cli.app, [*arguments, str(tmp_path / "none" / "page.html")])
+    assert "a folder that is there" in str(nowhere.exception)
