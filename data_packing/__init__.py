@@ -3,6 +3,7 @@
 Reading order: document.py, sample.py, shards.py, index.py, packing.py, plan.py, pack.py, loader.py.
 Nothing here knows the model. It is handed `cost(document)` for the index and `encode(document)`
 for the loader. Only pack.py and loader.py import torch; everything that plans runs without it.
+For people who look at data: info.py, lint.py and preview.py.
 """
 
 from __future__ import annotations

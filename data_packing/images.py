@@ -46,6 +46,10 @@ class DocumentError(ValueError):
     """A document that cannot be used; the message is the reason, written for a person."""
 
 
+class TooManyPixels(DocumentError):
+    """An image above the limit of pixels; nothing of it was decoded."""
+
+
 def size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Return (height, width) as a person sees the image (after EXIF rotation), from its header.
 
@@ -55,6 +59,16 @@ def size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     with _opened(data, max_pixels) as image:
         width, height = image.size
         return (width, height) if _orientation(image) in _ROTATED else (height, width)
+
+
+def kind(data: bytes, max_pixels: int = MAX_PIXELS) -> str:
+    """Return the name of an image's format (JPEG, PNG, …), from its header.
+
+    Raises:
+        DocumentError: as `size`.
+    """
+    with _opened(data, max_pixels) as image:
+        return str(image.format)
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
@@ -117,7 +131,7 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[PillowImage.Image]:
             warnings.simplefilter("ignore")  # the size is checked below, with a reason
             image = PillowImage.open(io.BytesIO(data), formats=FORMATS)
     except PillowImage.DecompressionBombError as error:
-        raise DocumentError(
+        raise TooManyPixels(
             f"it claims to be far above the limit of {max_pixels:,} pixels"
         ) from error
     except UnidentifiedImageError as error:
@@ -131,7 +145,7 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[PillowImage.Image]:
     width, height = image.size
     if width * height > max_pixels:
         image.close()
-        raise DocumentError(
+        raise TooManyPixels(
             f"{height:,}x{width:,} is {height * width:,} pixels, above the limit of {max_pixels:,}"
         )
     if width < 1 or height < 1:

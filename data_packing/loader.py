@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -14,16 +14,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data_packing.document import Document, DocumentError
+from data_packing.document import DocumentError
+from data_packing.encoding import Encode, encode_entry
 from data_packing.files import OpenFiles
 from data_packing.index import Index, Place
 from data_packing.ledger import Refusal
 from data_packing.pack import TENSORS, Pack, collate
 from data_packing.plan import Cursor, Entry, Plan, PlannedPack, PlannedStep, micro_packs
-from data_packing.sample import Sample
 from data_packing.shards import parse_span
-
-Encode = Callable[[Document], Sample]
 
 _SMALL_SHARED_MEMORY = 512 * 1024 * 1024
 
@@ -154,7 +152,8 @@ class _Reader(Dataset[Any]):
         for entry, place in job.entries:
             source = self.sources[entry.source]
             try:
-                samples.append(self._sample(entry, place))
+                span = self.files.read(place.path, place.offset, place.size)
+                samples.append(encode_entry(parse_span(span), entry, self.encode)[1])
             except DocumentError as error:
                 first = None if entry.whole else entry.start_piece
                 refused.append(Refusal(source, place.key(), str(error), first))
@@ -164,18 +163,6 @@ class _Reader(Dataset[Any]):
         pack = collate(samples, job.number, self.across_documents)
         pack.refused = refused
         return pack
-
-    def _sample(self, entry: Entry, place: Place) -> Sample:
-        document = parse_span(self.files.read(place.path, place.offset, place.size))
-        if not entry.whole:
-            document = document.select(entry.start_piece, entry.stop_piece)
-        sample = self.encode(document)
-        if len(sample.input_ids) != entry.tokens:
-            raise DocumentError(
-                f"encoded to {len(sample.input_ids)} tokens, the plan says {entry.tokens}: the "
-                "index was made with other settings, or the processor counts wrongly"
-            )
-        return sample
 
 
 def _little_shared_memory() -> bool:

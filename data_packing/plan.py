@@ -257,15 +257,22 @@ class Plan:
                 number, offset = number + 1, 0
             yield PlannedStep(step - 1, packs, Cursor(step, number, offset))
 
+    def cursor(self, step: int) -> Cursor:
+        """Where a step (from 0) of the run starts.
+
+        Raises:
+            ValueError: the run has no such step.
+        """
+        survey = self._survey()
+        if not 0 <= step < survey.steps:
+            raise ValueError(f"step {step} of a plan of {survey.steps} steps, counted from 0")
+        block = int(np.searchsorted(survey.first_step, step, side="right")) - 1
+        return Cursor(step, block, (step - survey.first_step[block]) * self.packs_per_step)
+
     def _check(self, cursor: Cursor, survey: _Survey) -> None:
         if cursor.step == survey.steps:
             return
-        at = Cursor(0)
-        if cursor.step < survey.steps:
-            block = int(np.searchsorted(survey.first_step, cursor.step, side="right")) - 1
-            inside = cursor.step - survey.first_step[block]
-            at = Cursor(cursor.step, block, inside * self.packs_per_step)
-        if cursor != at:
+        if cursor.step > survey.steps or cursor != self.cursor(cursor.step):
             raise ValueError(
                 f"{cursor} is no place in this plan of {survey.steps} steps: it belongs to a plan "
                 "with other data or settings"

@@ -124,7 +124,12 @@ def shard(
         draft.mkdir(parents=True, exist_ok=True)
         with _claimed(draft):
             _keep_only_if_same(draft, identity)
-            _all_shares(read, draft, name, documents_per_shard, workers, tell)
+            try:
+                _all_shares(read, draft, name, documents_per_shard, workers, tell)
+            except BaseException:
+                if not any(map(_is_whole, draft.glob("*.tar"))):
+                    shutil.rmtree(draft, ignore_errors=True)
+                raise
             try:
                 return _finish(draft, folder, name)
             finally:
@@ -145,7 +150,9 @@ def _named(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.errno is None:
+            raise  # our own
+        if error.filename is None or str(error.filename).startswith(f"{folder}/."):
             error.filename = str(folder)
         raise
 

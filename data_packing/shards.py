@@ -42,11 +42,31 @@ def read_index(shard: str | Path) -> dict[str, NDArray[Any]]:
     """Read the index of a shard and check it against the tar file.
 
     Returns:
+        As `load_index`.
+
+    Raises:
+        ValueError: the shard or its index is missing, damaged, or they disagree.
+    """
+    shard = place(shard)
+    arrays = load_index(shard)
+    actual, tar_size = shard.stat().st_size, int(arrays["tar_size"])
+    if actual != tar_size:
+        raise ValueError(
+            f"{shard} has {actual:,} bytes, its index says {tar_size:,}: the file is "
+            f"{'truncated' if actual < tar_size else 'another one'}. Write the shards again"
+        )
+    return arrays
+
+
+def load_index(shard: str | Path) -> dict[str, NDArray[Any]]:
+    """Read the index of a shard, whatever has become of the tar file.
+
+    Returns:
         offset, size int64 [N] of each document; image_count int32 [N]; height, width int32 [I];
         keys and refused_* as `pack_strings` stores them; tar_size, sha256.
 
     Raises:
-        ValueError: the shard or its index is missing, damaged, or they disagree.
+        ValueError: the shard or its index is missing, or the index is damaged.
     """
     shard = place(shard)
     if not shard.is_file():
@@ -64,12 +84,6 @@ def read_index(shard: str | Path) -> dict[str, NDArray[Any]]:
         raise ValueError(
             f"{index_path(shard)} is not an index of version {VERSION}"
             f"{' (lacks ' + ', '.join(missing) + ')' if missing else ''}. Write the shards again"
-        )
-    actual, tar_size = shard.stat().st_size, int(arrays["tar_size"])
-    if actual != tar_size:
-        raise ValueError(
-            f"{shard} has {actual:,} bytes, its index says {tar_size:,}: the file is "
-            f"{'truncated' if actual < tar_size else 'another one'}. Write the shards again"
         )
     return arrays
 

@@ -63,7 +63,7 @@ def cut(index: Index, image_cost: ImageCost, tokens: int, patches: int) -> Slice
     split_documents: list[int] = []
     for document in np.flatnonzero(present & ~fits).tolist():
         low, high = int(start[document]), int(start[document + 1])
-        own, lost = _cut_one(
+        own, lost = cut_one(
             piece_tokens[low:high].tolist(),
             piece_patches[low:high].tolist(),
             int(index.overhead[document]),
@@ -116,7 +116,7 @@ def piece_costs(index: Index, image_cost: ImageCost) -> tuple[NDArray[np.int64],
     )
 
 
-def _cut_one(
+def cut_one(
     piece_tokens: list[int],
     piece_patches: list[int],
     overhead: int,

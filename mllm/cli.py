@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from data_packing.files import explain
+from mllm.data_cli import data
 from mllm.training.launch import gpu_count
 from mllm.training.progress import complain
 from mllm.training.run_folder import NoSpace
@@ -22,10 +22,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data = typer.Typer(help="Prepare data.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
-SHOWN_REFUSALS = 10
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, or a folder of recipes.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe to change.")
@@ -73,55 +71,6 @@ def chat(
     from mllm.inference.chat import chat as talk
 
     talk(folder, image or [], question, max_new_tokens, temperature, device)
-
-
-@data.command()
-def shard(
-    source: Annotated[Path, typer.Argument(help="A folder or a file of documents.")],
-    out: Annotated[str, typer.Argument(help="The folder for the shards, or a URL (s3://…).")],
-    format: Annotated[
-        str | None, typer.Option(help="How it is written (docs/formats.md); default: detected.")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="The shards' name; default: OUT's.")] = None,
-    documents_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
-    images: Annotated[
-        Path | None, typer.Option(help="Where paths in records start; default: at their file.")
-    ] = None,
-    frames: Annotated[int, typer.Option(min=1, help="Images that one clip becomes.")] = 8,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-) -> None:
-    """Turn documents into shards that training reads."""
-    from functools import partial
-
-    from data_packing.formats import Options, detect, drafts
-    from data_packing.sharding import identity_of
-    from data_packing.sharding import shard as write
-
-    if format is None:
-        format = detect(source)
-        typer.echo(f"{source} is read as {format}; --format names another")
-    options = Options(images, frames)
-    name = (
-        name
-        or re.sub(r"[^A-Za-z0-9_-]+", "-", out.rstrip("/").rpartition("/")[2]).strip("-_")
-        or "data"
-    )
-    made_from = {"format": format, "options": options, "files": identity_of(source)}
-    with counting(f"Sharding {source}") as tell:
-        report = write(
-            partial(drafts, source, format, options),
-            made_from,
-            *(out, name, documents_per_shard, workers),
-            tell,
-        )
-    typer.echo(
-        f"{report.documents:,} documents with {report.images:,} images in {len(report.paths)} "
-        f"shards ({report.bytes / 2**20:,.1f} MiB) in {out}; {len(report.refused):,} refused"
-    )
-    for refusal in report.refused[:SHOWN_REFUSALS]:
-        typer.echo(f"  {refusal.key}: {refusal.reason}")
-    if len(report.refused) > SHOWN_REFUSALS:
-        typer.echo(f"  … and {len(report.refused) - SHOWN_REFUSALS:,} more")
 
 
 def quiet() -> None:

@@ -136,6 +136,15 @@ class Template:
             counts, overhead = self._conversation_counts(document, pieces)
         return Cost(overhead, tuple(zip(counts, images, strict=True)))
 
+    def special_token(self, text: str) -> str | None:
+        """Return the first special token's string in a text, None where there is none."""
+        found = self._special.search(text)
+        return found.group() if found else None
+
+    def is_special(self, token: int) -> bool:
+        """Whether an id is a special token's: the template writes it, no text may."""
+        return token in self._special_ids
+
     # -- raw documents ---------------------------------------------------------------------------
 
     def _write_raw(self, document: Document) -> Written:
@@ -287,8 +296,8 @@ class Template:
             if isinstance(part, Image):
                 if part.role == "system":
                     raise DocumentError("an image in the system prompt")
-            elif found := self._special.search(part.text):
-                raise DocumentError(f"a text contains the special token {found.group()!r}")
+            elif found := self.special_token(part.text):
+                raise DocumentError(f"a text contains the special token {found!r}")
 
     def _check_placeholders(self, document: Document, ids: NDArray[np.int64]) -> None:
         found, wanted = int((ids == self.image_id).sum()), len(document.images)

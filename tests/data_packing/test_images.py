@@ -9,6 +9,7 @@ import pytest
 from packing_toys import encoded, png
 from PIL import Image as PillowImage
 
+from data_packing import images
 from data_packing.document import Image
 from data_packing.images import DocumentError, decode, decode_all, size
 
@@ -24,6 +25,7 @@ GRADIENT = np.stack(
 def test_every_format_gives_its_size_and_its_pixels(kind: str) -> None:
     data = encoded(PillowImage.fromarray(GRADIENT), kind)
     assert size(data) == (24, 16)
+    assert images.kind(data) == kind
     pixels = decode(data)
     assert pixels.shape == (24, 16, 3)
     assert pixels.dtype == np.uint8
