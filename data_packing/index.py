@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_packing.document import Document, DocumentError
+from data_packing.executors import HERE, Executor
 from data_packing.files import OpenFiles, load_arrays, pack_strings, save_arrays, unpack_strings
 from data_packing.ledger import Refusal
 from data_packing.sample import Cost
@@ -112,16 +111,16 @@ def build_index(
     paths: Sequence[str | Path],
     cost: Callable[[Document], Cost],
     fingerprint: str,
-    workers: int = 0,
+    executor: Executor = HERE,
     name: str | None = None,
 ) -> Index:
     """Index the shards of one source; token counts are cached beside each shard.
 
     Args:
         paths: the shards, in the order that fixes document numbers (`expand` sorts them).
-        cost: what a document costs; raises DocumentError to refuse it. Picklable if workers > 0.
+        cost: what a document costs; raises DocumentError to refuse it. Picklable.
         fingerprint: names what `cost` depends on (tokenizer, template); the cache is kept by it.
-        workers: processes that count tokens; 0 counts here.
+        executor: who counts tokens; several processes or machines share out the shards.
         name: of the source, in the ledger; from the first shard's file name when left out.
 
     Raises:
@@ -130,14 +129,22 @@ def build_index(
     shards = [place(path) for path in paths]
     if not shards:
         raise ValueError("no shards to index")
-    token = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
-    count = partial(_token_counts, cost=cost, token=token)
-    if workers > 0 and len(shards) > 1:
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            counted = list(pool.map(count, shards))
-    else:
-        counted = [count(shard) for shard in shards]
+    counted = list(count_tokens(shards, cost, fingerprint, executor))
     return _assemble(shards, counted, fingerprint, name or source_name(shards))
+
+
+def count_tokens(
+    shards: Sequence[Path],
+    cost: Callable[[Document], Cost],
+    fingerprint: str,
+    executor: Executor = HERE,
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """Yield the index of each shard with its token counts; arguments and errors as `build_index`.
+
+    What was counted is kept beside the shard, or on this machine if it lies elsewhere.
+    """
+    token = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+    return executor.each(partial(_token_counts, cost=cost, token=token), shards)
 
 
 def source_names(sources: Sequence[Sequence[Path]]) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_packing.document import Document, DocumentError, Image, Text
+from data_packing.executors import HERE, Executor
 from data_packing.files import load_arrays, unpack_strings
 from data_packing.images import kind
 from data_packing.scan import Chunk, Rules, divided, read_chunk, scan
@@ -139,7 +140,7 @@ class Facts:
 def survey(
     sources: dict[str, list[Path]],
     rules: Rules | None = None,
-    workers: int = 0,
+    executor: Executor = HERE,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Facts]:
     """Count what each source holds; every document is read, no image is decoded.
@@ -147,7 +148,7 @@ def survey(
     Args:
         sources: the shards of each source, as `find_sources` gives them.
         rules: what a model says, for token counts; without it caches beside the shards are used.
-        workers: processes.
+        executor: who looks.
         advance: told (documents done, documents in all).
 
     Raises:
@@ -162,7 +163,7 @@ def survey(
             chunks += divided(name, path, len(index["offset"]))
     total, done = sum(chunk.stop - chunk.start for chunk in chunks), 0
     advance(0, total)
-    for chunk, counted in scan(partial(count_chunk, rules=rules), chunks, workers):
+    for chunk, counted in scan(partial(count_chunk, rules=rules), chunks, executor):
         facts[chunk.source].add(counted)
         done += chunk.stop - chunk.start
         advance(done, total)

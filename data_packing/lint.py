@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_packing.document import Document, DocumentError, Image, Text
+from data_packing.executors import HERE, Executor
 from data_packing.files import unpack_strings
 from data_packing.images import TooManyPixels, decode
 from data_packing.scan import Chunk, Rules, cached_index, divided, read_chunk, scan
@@ -106,7 +107,7 @@ def lint(
     *,
     rules: Rules | None = None,
     tokens: int | None = None,
-    workers: int = 0,
+    executor: Executor = HERE,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Look at every document.
@@ -115,7 +116,7 @@ def lint(
         sources: the shards of each source, as `find_sources` gives them.
         rules: what a model says; without it texts are not searched for special tokens.
         tokens: what a pack holds; needs `rules`.
-        workers: processes.
+        executor: who looks.
         advance: told (documents done, documents in all).
 
     Raises:
@@ -126,7 +127,9 @@ def lint(
     report, shards = Report(), [Chunk(name, path) for name in sources for path in sources[name]]
     chunks: list[Chunk] = []
     keys: dict[str, dict[str, Path]] = {}
-    with ThreadPoolExecutor(max(1, workers)) as pool:  # hashing leaves the interpreter free
+    with ThreadPoolExecutor(
+        max(1, executor.workers)
+    ) as pool:  # hashing leaves the interpreter free
         checked = list(pool.map(check_shard, shards))
     for shard, (defects, own) in zip(shards, checked, strict=True):
         report.shards += 1
@@ -136,7 +139,7 @@ def lint(
     total, first = sum(chunk.stop - chunk.start for chunk in chunks), dict[bytes, str]()
     advance(0, total)
     work = partial(check_chunk, rules=rules, tokens=tokens)
-    for chunk, seen in scan(work, chunks, workers):
+    for chunk, seen in scan(work, chunks, executor):
         names = unpack_strings(cached_index(chunk.shard), "keys")
         for row, images, digest, found in seen:
             report.documents += 1

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
 from data_packing.document import Document, DocumentError
+from data_packing.executors import Executor
 from data_packing.files import OpenFiles
 from data_packing.index import source_name, source_names
 from data_packing.sample import Cost
@@ -107,45 +104,16 @@ def processes(sources: dict[str, list[Path]], asked: int | None) -> int:
 
 
 def scan(
-    work: Callable[[Chunk], T], chunks: Sequence[Chunk], workers: int
+    work: Callable[[Chunk], T], chunks: Sequence[Chunk], executor: Executor
 ) -> Iterator[tuple[Chunk, T]]:
     """Do the same for every chunk, in order; the results come as they are ready.
 
     Args:
         work: picklable, with what it needs.
-        workers: processes; 0 or 1 works in this one.
+        executor: who does it.
 
     Raises:
         ValueError: a worker was killed.
     """
     cached_index.cache_clear()
-    if workers <= 1 or len(chunks) <= 1:
-        yield from ((chunk, work(chunk)) for chunk in chunks)
-        return
-    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
-    pool = ProcessPoolExecutor(
-        min(workers, len(chunks)), context, initializer=_begin, initargs=(work,)
-    )
-    try:
-        yield from zip(chunks, pool.map(_run, chunks), strict=True)
-    except BrokenProcessPool:
-        raise ValueError(
-            "a worker was killed, most likely for want of memory; try fewer --workers"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-_work: Callable[[Chunk], Any] | None = None
-
-
-def _begin(work: Callable[[Chunk], Any]) -> None:
-    """Keep the work in the worker: sent once, not with every chunk."""
-    global _work
-    _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
-
-
-def _run(chunk: Chunk) -> Any:
-    assert _work is not None
-    return _work(chunk)
+    yield from zip(chunks, executor.each(work, chunks), strict=True)

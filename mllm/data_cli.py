@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from data_packing.executors import Executor
     from data_packing.scan import Rules
 
 data = typer.Typer(help="Prepare data, and look at it.", no_args_is_help=True)
@@ -30,6 +31,7 @@ Workers = Annotated[
     int | None, typer.Option(min=1, help="Processes; default: one, for much data all processors.")
 ]
 AllowHttp = Annotated[bool, typer.Option("--allow-http", help="Read from http:// and https://.")]
+Passes = Annotated[str, typer.Option("--executor", help="local, or ray: a cluster.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For scripts.")]
 
 
@@ -38,18 +40,19 @@ def info(
     shards: Shards,
     model: ModelFolder = None,
     workers: Workers = None,
+    executor: Passes = "local",
     allow_http: AllowHttp = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what lies in shards: documents, sizes, formats, scripts, refused records, tokens."""
     from data_packing.info import survey, together
-    from data_packing.scan import find_sources, processes
+    from data_packing.scan import find_sources
     from data_packing.tables import info_tables
 
     sources = find_sources(shards, allow_http)
     rules = _rules(model)
     with _progress() as advance:
-        facts = survey(sources, rules, processes(sources, workers), advance)
+        facts = survey(sources, rules, _executor(executor, sources, workers), advance)
     if as_json:
         values = {name: each.to_json() for name, each in facts.items()}
         typer.echo(json.dumps({"sources": values, "all": together(facts).to_json()}))
@@ -64,13 +67,14 @@ def lint(
     tokens: Annotated[int | None, typer.Option(min=1, help="What a pack holds.")] = None,
     strict: Annotated[bool, typer.Option(help="Warnings fail too.")] = False,
     workers: Workers = None,
+    executor: Passes = "local",
     allow_http: AllowHttp = False,
     as_json: AsJson = False,
 ) -> None:
     """Find every defect of shards. Exit status: 0 clean, 1 defects, 2 wrong use."""
     from data_packing.lint import lint as look
     from data_packing.lint import summary
-    from data_packing.scan import find_sources, processes
+    from data_packing.scan import find_sources
     from data_packing.tables import lint_tables, verdict
 
     if tokens is not None and model is None:
@@ -82,7 +86,7 @@ def lint(
             sources,
             rules=rules,
             tokens=tokens,
-            workers=processes(sources, workers),
+            executor=_executor(executor, sources, workers),
             advance=advance,
         )
     if as_json:
@@ -144,6 +148,37 @@ def shard(
 
 
 @data.command()
+def index(
+    shards: Shards,
+    model: Annotated[Path, typer.Option(help="A folder with a processor, such as a stage's.")],
+    workers: Workers = None,
+    executor: Passes = "local",
+    allow_http: AllowHttp = False,
+) -> None:
+    """Count the tokens of shards beforehand; training finds the counts beside them.
+
+    Several machines may each take some of the shards.
+    """
+    from data_packing.index import count_tokens
+    from data_packing.scan import find_sources
+    from mllm.cli import quiet
+
+    sources = find_sources(shards, allow_http)
+    quiet()
+    from mllm.models.processor import Processor
+
+    processor = Processor.from_pretrained(model)
+    paths = [path for group in sources.values() for path in group]
+    with _progress() as advance:
+        done = 0
+        passes = _executor(executor, sources, workers)
+        for counts in count_tokens(paths, processor.cost, processor.text_fingerprint, passes):
+            done += len(counts["offset"])
+            advance(done, None)
+    typer.echo(f"{done:,} documents in {len(paths):,} shards are counted for {model}")
+
+
+@data.command()
 def preview(
     recipe: Annotated[Path, typer.Argument(help="The recipe of one stage.")],
     overrides: Annotated[
@@ -174,6 +209,14 @@ def preview(
 
     seen = write(recipe, overrides or [], out, packs, step, say)
     typer.echo(f"{len(seen.packs):,} packs of {seen.facts['packs']:,} in {out}")
+
+
+def _executor(name: str, sources: dict[str, list[Path]], workers: int | None) -> Executor:
+    """Who works: as asked, or as many local processes as the amount of data is worth."""
+    from data_packing.executors import Executor
+    from data_packing.scan import processes
+
+    return Executor(name, (workers or 0) if name == "ray" else processes(sources, workers))
 
 
 def _rules(folder: Path | None) -> Rules | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from data_packing.executors import Executor
 from data_packing.index import Index, build_index, source_names
 from data_packing.plan import Plan
 from mllm.recipe import ModelSection, Recipe
@@ -55,11 +56,11 @@ def indexes(
     recipe: Recipe, processor: Any, workers: int, phase: Callable[[str], None] = lambda _: None
 ) -> list[Index]:
     """Count the tokens of every document; the counts are kept beside the shards."""
-    found = []
+    found, executor = [], Executor("local", workers)
     sources = shards(recipe)
     for paths, name in zip(sources, source_names(sources), strict=True):
         phase(f"counting tokens of {name}")
-        found.append(build_index(paths, processor.cost, processor.text_fingerprint, workers, name))
+        found.append(build_index(paths, processor.cost, processor.text_fingerprint, executor, name))
     return found
 
 

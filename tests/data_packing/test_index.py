@@ -7,6 +7,7 @@ import pytest
 from packing_toys import captions, cost, index_of, page
 
 from data_packing.document import Document, DocumentError, Text
+from data_packing.executors import Executor
 from data_packing.index import build_index
 from data_packing.ledger import Refusal
 from data_packing.sample import Cost
@@ -96,7 +97,7 @@ def test_a_cache_of_other_shards_or_a_damaged_one_is_not_used(tmp_path: Path) ->
 
 def test_workers_count_the_same(tmp_path: Path) -> None:
     paths = write_shards(captions(6), tmp_path, "toys", 2).paths
-    with_workers = build_index(paths, cost, "f", workers=2)
+    with_workers = build_index(paths, cost, "f", Executor("local", 2))
     for cache in tmp_path.glob("*.tokens-*"):
         cache.unlink()
     assert build_index(paths, cost, "f").fingerprint == with_workers.fingerprint

@@ -11,6 +11,7 @@ from PIL import Image as PillowImage
 from rich.console import Console
 
 from data_packing.document import Document, DocumentError, Image, Text
+from data_packing.executors import Executor
 from data_packing.index import build_index
 from data_packing.info import (
     CHARACTERS,
@@ -162,7 +163,9 @@ def test_workers_count_the_same(tmp_path: Path) -> None:
     write_shards(captions(150), tmp_path, "toys", 100)
     sources = find_sources([str(tmp_path)])
     rules = Rules(choosy, image_cost, no_special)
-    alone, many = (survey(sources, rules, workers)["toys"].to_json() for workers in (0, 2))
+    alone, many = (
+        survey(sources, rules, Executor("local", workers))["toys"].to_json() for workers in (0, 2)
+    )
     assert alone == many
     assert json.loads(json.dumps(alone))["documents"] == 150
 

@@ -14,6 +14,7 @@ from PIL import Image as PillowImage
 from rich.console import Console
 
 from data_packing.document import Document, DocumentError, Image, Text
+from data_packing.executors import Executor
 from data_packing.lint import ERRORS, WARNINGS, Report, content_hash, lint, summary
 from data_packing.sample import Cost
 from data_packing.scan import Rules, find_sources
@@ -237,7 +238,7 @@ def test_workers_find_the_same_and_say_how_far_they_are(tmp_path: Path) -> None:
             find_sources([str(tmp_path)]),
             rules=RULES,
             tokens=50,
-            workers=workers,
+            executor=Executor("local", workers),
             advance=lambda done, total: told.append((done, total)),
         )
         for workers in (0, 2)

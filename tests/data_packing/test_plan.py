@@ -283,7 +283,9 @@ def test_sources_of_one_name_are_told_apart_by_folder(tmp_path: Path) -> None:
     assert names == ["a/captions", "b/captions"]
     assert source_names([shards[0], shards[0]]) == ["captions", "captions (2)"]
     assert source_names(shards[:1]) == ["captions"]
-    indexes = [build_index(p, cost, "toys", 0, name) for p, name in zip(shards, names, strict=True)]
+    indexes = [
+        build_index(p, cost, "toys", name=name) for p, name in zip(shards, names, strict=True)
+    ]
     ledger = plan_of(indexes).ledger
     for name in names:
         counts = ledger.counts[name]

@@ -9,6 +9,7 @@ from packing_toys import captions, cost, index_of
 
 from data_packing import scan as scan_module
 from data_packing.document import Document, DocumentError
+from data_packing.executors import Executor
 from data_packing.scan import Chunk, divided, find_sources, processes, read_chunk, scan
 from data_packing.sharding import write_shards
 
@@ -43,7 +44,7 @@ def test_every_document_is_seen_once_in_order(
     path = write_shards(captions(8), tmp_path, "s").paths[0]
     chunks = divided("s", path, 8)
     assert [(chunk.start, chunk.stop) for chunk in chunks] == [(0, 3), (3, 6), (6, 8)]
-    found = [key for _, own in scan(keys, chunks, workers) for key in own]
+    found = [key for _, own in scan(keys, chunks, Executor("local", workers)) for key in own]
     assert found == [f"k{number}" for number in range(8)]
 
 
@@ -61,7 +62,7 @@ def test_a_document_that_cannot_be_read_is_told_and_the_next_one_read(tmp_path: 
 def test_a_worker_that_is_killed_is_one_message(tmp_path: Path) -> None:
     path = write_shards(captions(2), tmp_path, "s").paths[0]
     with pytest.raises(ValueError, match="a worker was killed"):
-        list(scan(die, [Chunk("s", path), Chunk("s", path)], 2))
+        list(scan(die, [Chunk("s", path), Chunk("s", path)], Executor("local", 2)))
 
 
 def test_processes_are_started_for_much_data_or_when_asked_for(
