@@ -33,6 +33,9 @@ def ensure(tell: Callable[[str], None]) -> None:
 
     home = folder()
     os.environ[EXTENSIONS] = str(home.parent)
+    # Another ninja does not know what this one built and builds it again: take this environment's.
+    here = os.path.dirname(sys.executable)
+    os.environ["PATH"] = os.pathsep.join([here, os.environ.get("PATH", os.defpath)])
     home.mkdir(parents=True, exist_ok=True)
     with (home.parent / f".{NAME}.building").open("w") as lock:
         if not compiled():
