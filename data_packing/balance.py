@@ -9,7 +9,7 @@ learns from the same packs in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,3 +107,19 @@ def deal(packs: int, rank: int, world: int) -> list[int | None]:
         at = start + (world - 1 - rank if turn % 2 else rank)
         own.append(at if at < packs else None)
     return own
+
+
+def straggler(steps: Iterable[NDArray[np.float64]], world: int) -> float:
+    """The time of the slowest rank over the mean, where ranks wait for each micro-step's slowest.
+
+    Args:
+        steps: the costs of each step's packs, in the order of the step.
+        world: ranks; one without a pack waits and does nothing.
+    """
+    slowest = work = 0.0
+    for costs in steps:
+        dealt = (deal(len(costs), rank, world) for rank in range(world))
+        own = np.array([[0.0 if at is None else costs[at] for at in turns] for turns in dealt])
+        slowest += float(own.max(axis=0).sum())
+        work += float(own.sum()) / world
+    return slowest / work

@@ -105,6 +105,11 @@ class PlannedStep:
     packs: tuple[PlannedPack, ...]
     after: Cursor
 
+    def costs(self, cost: PackCost) -> NDArray[np.float64]:
+        """What each pack costs."""
+        held = np.array([(pack.tokens, pack.pairs, pack.patches) for pack in self.packs])
+        return cost.of(*held.T)
+
 
 @dataclass(slots=True)
 class _Block:
