@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from datetime import date
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -181,18 +180,29 @@ class Row:
 
 
 HEADERS = (
-    "lengths", "tokens", "model", "ranks", "dealing", "max/mean", "with rests", "steps differ", "bar"
-)  # fmt: skip
+    "lengths",
+    "tokens",
+    "model",
+    "ranks",
+    "dealing",
+    "max/mean",
+    "with rests",
+    "steps differ",
+    "bar",
+)
 
 
-def row(steps: list[NDArray[np.float64]], world: int, *place: Any) -> Row:
+def row(
+    steps: list[NDArray[np.float64]], name: str, capacity: int, model: str, world: int, dealing: str
+) -> Row:
     """Measure the steps of one way of dealing. Full steps have a pack for every rank."""
     full = [costs for costs in steps if len(costs) == world]
     if not full:
         raise ValueError(f"too few documents for one step of {world} packs")
     means = np.array([costs.mean() for costs in full])
     spread = float(means.std() / means.mean())
-    return Row(*place, straggler(full, world), straggler(steps, world), spread)
+    ratios = straggler(full, world), straggler(steps, world)
+    return Row(name, capacity, model, world, dealing, *ratios, spread)
 
 
 def measure(count: int, ranks: Sequence[int], seed: int) -> Iterator[Row]:
@@ -207,7 +217,7 @@ def measure(count: int, ranks: Sequence[int], seed: int) -> Iterator[Row]:
             tokens, pairs, patches = packed(name, count, capacity, seed, rule)
             steps[dealing] = at_random(cost.of(tokens, pairs, patches), world)
         for dealing, dealt in steps.items():
-            yield row(dealt, world, name, capacity, model, world, dealing)
+            yield row(dealt, name, capacity, model, world, dealing)
 
 
 def as_markdown(rows: Sequence[Row], command: str) -> str:
@@ -223,8 +233,9 @@ def as_markdown(rows: Sequence[Row], command: str) -> str:
         "`max/mean`: the sum of the slowest rank's cost over the sum of the mean, one pack per "
         "rank and step, over full steps. `with rests`: the same over all steps; the packs left "
         "over at the end of a block of 65,536 documents make a short step in which some ranks "
-        "have nothing (the random rows have one such step in all). `steps differ`: standard deviation of the steps' "
-        "mean cost, the price of sorting: what one step learns from is more alike.",
+        "have nothing (the random rows have one such step in all). `steps differ`: standard "
+        "deviation of the steps' mean cost, the price of sorting: what one step learns from is "
+        "more alike.",
         "",
         "Cost of a pack: tokens x weights + pairs x layers x width of attention + patches x the "
         "encoder's multiply-adds, three passes each. 7B and 1.5B are Qwen2.5's shapes, with a "

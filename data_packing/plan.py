@@ -287,7 +287,8 @@ class Plan:
 
     def _block(self, number: int) -> _Block:
         """Pack one block of the stream; the last one asked for is kept."""
-        if self._last_block is None or self._last_block[0] != number:
+        last = self._last_block
+        if last is None or last[0] != number:
             start, stop = number * BLOCK, (number + 1) * BLOCK
             if self.epochs is not None:
                 stop = min(stop, self.mixture.start(self.epochs))
@@ -309,8 +310,8 @@ class Plan:
                 costs = self.balance.of(*contents(packs, tokens, patches, self.across_documents))
                 order = balanced(costs, self.packs_per_step, self.seed, 3, number)
                 packs = [packs[at] for at in order.tolist()]
-            self._last_block = number, _Block(source, unit, tokens, packs)
-        return self._last_block[1]
+            last = self._last_block = number, _Block(source, unit, tokens, packs)
+        return last[1]
 
     def _planned(self, block: _Block, at: int, number: int) -> PlannedPack:
         entries, patches = [], 0

@@ -257,7 +257,7 @@ class Worker:
             world=dist.get_world_size(),
             workers=recipe.data.workers,
             cursor=Cursor.from_json(state.cursor),
-            prefetch=2,
+            image_bytes=processor.image_bytes,
         )
 
         def save(now: checkpoint.State) -> None:

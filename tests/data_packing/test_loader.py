@@ -105,7 +105,7 @@ def test_workers_change_nothing(
     data: tuple[Plan, Index], inline: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader_module, "_little_shared_memory", lambda: inline)
-    assert same(load(*data), load(*data, workers=2, prefetch=3))
+    assert same(load(*data), load(*data, workers=2, prefetch=3000))
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
