@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, fields
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data_packing.document import Document, DocumentError
 from data_packing.files import OpenFiles
 from data_packing.index import Index, Place
 from data_packing.ledger import Refusal
-from data_packing.pack import TENSORS, Pack, collate
+from data_packing.pack import TENSORS, Empty, Pack, collate, plain
 from data_packing.plan import Cursor, Entry, Plan, PlannedPack, PlannedStep, micro_packs
 from data_packing.sample import Sample
 from data_packing.shards import parse_span
+from data_packing.shared import AVAILABLE, Block
 from data_packing.workers import Workers
 
 Encode = Callable[[Document], Sample]
@@ -33,8 +35,7 @@ PREFETCH = 256 * 1024 * 1024
 
 _LEAST = 256 * 1024  # what a pack counts for at least: its objects and its way here cost too
 _TOKEN_BYTES = 24  # id, label and position
-_SHARED_FROM = 1024 * 1024  # smaller pixels go through the pipe: a shared file costs more
-_SMALL_SHARED_MEMORY = 512 * 1024 * 1024
+_SHARED_FROM = 1024 * 1024  # smaller pixels go through the socket: shared memory costs more
 _SLOW = 0.002  # seconds of one read after which the others of a pack go side by side
 _READS = 32
 
@@ -106,7 +107,6 @@ class Loader:
             finally:
                 self.reader.close()
             return
-        self.reader.inline = _little_shared_memory()
         workers = Workers(self.reader, self.workers, __name__)
         try:
             with closing(workers.answers(lambda: self._jobs(ahead), self.prefetch)) as answers:
@@ -152,7 +152,7 @@ class _Reader:
         self, sources: list[str], encode: Encode, across_documents: bool, files: OpenFiles
     ) -> None:
         self.sources, self.encode, self.files = sources, encode, files
-        self.across_documents, self.inline = across_documents, False
+        self.across_documents, self.shared_from = across_documents, _SHARED_FROM
         self.threads: ThreadPoolExecutor | None = None
 
     def fetch(self, job: _Job | None) -> list[bytes | OSError]:
@@ -168,10 +168,21 @@ class _Reader:
         return found
 
     def make(self, job: _Job | None, fetched: list[bytes | OSError]) -> dict[str, Any]:
-        """The pack, ready for the way to another process."""
-        return _inline(self.pack(job, fetched), self.inline)
+        """The pack with arrays for tensors, and a block for the pixels if they are many."""
+        blocks: list[Block] = []
 
-    def pack(self, job: _Job | None, fetched: list[bytes | OSError]) -> Pack:
+        def empty(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+            if not AVAILABLE or prod(shape) < self.shared_from:
+                return plain(shape)
+            blocks.append(Block(shape))
+            return blocks[0].array
+
+        pack = self.pack(job, fetched, empty)
+        values = {field.name: getattr(pack, field.name) for field in fields(pack)}
+        values |= {name: values[name].numpy() for name in TENSORS}
+        return values | {"pixels": blocks[0] if blocks else values["pixels"]}
+
+    def pack(self, job: _Job | None, fetched: list[bytes | OSError], empty: Empty = plain) -> Pack:
         """The pack that was planned, without what cannot be decoded or encoded."""
         if job is None:
             return Pack.empty()
@@ -186,7 +197,7 @@ class _Reader:
             except Exception as error:
                 name = f"document {place.key()!r} of {source!r} (pack {job.number})"
                 raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
-        pack = collate(samples, job.number, self.across_documents)
+        pack = collate(samples, job.number, self.across_documents, empty)
         pack.refused = refused
         return pack
 
@@ -218,26 +229,8 @@ class _Reader:
         return sample
 
 
-def _little_shared_memory() -> bool:
-    """Whether /dev/shm is too small to pass tensors through (64 MB in a default container)."""
-    try:
-        return shutil.disk_usage("/dev/shm").free < _SMALL_SHARED_MEMORY
-    except OSError:
-        return False
-
-
-def _inline(pack: Pack, inline: bool) -> dict[str, Any]:
-    """The pack with arrays for tensors, which go through the pipe; many pixels stay a tensor,
-    which goes through shared memory."""
-    values = {field.name: getattr(pack, field.name) for field in fields(pack)}
-    small = inline or pack.pixels.numel() < _SHARED_FROM
-    names = TENSORS if small else [name for name in TENSORS if name != "pixels"]
-    return values | {name: values[name].numpy() for name in names}
-
-
 def _outline(values: dict[str, Any]) -> Pack:
-    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-    tensors = {
-        name: torch.from_numpy(np.require(a, requirements="W")) for name, a in arrays.items()
-    }
+    """A pack from what `make` made."""
+    arrays = {name: np.require(values[name], requirements="W") for name in TENSORS}
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return Pack(**(values | tensors))

@@ -16,11 +16,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
+from pickle import PicklingError
 from queue import Queue, SimpleQueue
 from threading import Lock, Thread
 from typing import Any, Protocol
 
 import torch
+
+from data_packing.shared import receive, send
 
 _END = "end"
 _FAILED = "failed"
@@ -34,7 +37,7 @@ class Task(Protocol):
         """Get what the job needs from disk; runs beside `make`, in a thread of its own."""
 
     def make(self, job: Any, fetched: Any) -> Any:
-        """Make the answer, which is pickled; tensors in it go through shared memory."""
+        """Make the answer, which is pickled; a `Block` in it arrives as an array."""
 
 
 class WorkerError(RuntimeError):
@@ -60,7 +63,7 @@ class Workers:
     def answers(
         self, jobs: Callable[[], Iterator[tuple[Any, int]]], most: int
     ) -> Generator[Any, None, None]:
-        """The answers in the order of the jobs. When it is left before its end, only `close` is left.
+        """The answers in the order of the jobs. Left before its end, only `close` may follow.
 
         Args:
             jobs: makes (job, bytes of its answer); runs in a thread.
@@ -114,7 +117,7 @@ class _Worker:
     def receive(self) -> Any:
         """The next answer; the worker has sent it, or is dead."""
         try:
-            kind, answer = self.connection.recv()
+            kind, answer = receive(self.connection)
         except (EOFError, OSError) as error:
             self.process.join(5)
             status = self.process.exitcode
@@ -226,15 +229,16 @@ def _serve(connection: Connection, task: Task) -> None:
             except Exception as error:
                 fetched.put((job, None, _told(error)))
 
-    def send() -> None:
+    def give() -> None:
         while True:
             kind, answer = answers.get()
             try:
-                connection.send((kind, answer))
-            except (TypeError, AttributeError) as error:  # it cannot be pickled
-                connection.send((_FAILED, _told(error)))
+                send(connection, (kind, answer))
+            except (TypeError, AttributeError, PicklingError) as error:
+                send(connection, (_FAILED, _told(error)))
+            del answer
 
-    for part in (take, fetch, send):
+    for part in (take, fetch, give):
         Thread(target=_until_the_end, args=(part,), daemon=True).start()
     while True:
         job, data, failure = fetched.get()

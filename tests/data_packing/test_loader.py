@@ -100,11 +100,11 @@ def test_packs_hold_what_the_plan_says(data: tuple[Plan, Index]) -> None:
             assert pack.refused == []
 
 
-@pytest.mark.parametrize("inline", [False, True])
+@pytest.mark.parametrize("shared_from", [1, 2**20])
 def test_workers_change_nothing(
-    data: tuple[Plan, Index], inline: bool, monkeypatch: pytest.MonkeyPatch
+    data: tuple[Plan, Index], shared_from: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader_module, "_little_shared_memory", lambda: inline)
+    monkeypatch.setattr(loader_module, "_SHARED_FROM", shared_from)
     assert same(load(*data), load(*data, workers=2, prefetch=3000))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_packing.shared import Block
 from data_packing.workers import WorkerError, Workers
 
 Jobs = Callable[[], Iterator[tuple[Any, int]]]
@@ -33,7 +34,9 @@ class Toy:
         if job == "function":
             return lambda: 0
         if job == "large":
-            return torch.arange(3_000_000), np.arange(100_000)
+            block = Block((1000, 3000))
+            block.array[:] = np.arange(3000) % 251
+            return block, np.arange(100_000)
         if job == "who":
             return os.getpid(), torch.get_num_threads()
         return fetched
@@ -90,9 +93,14 @@ def test_a_job_larger_than_allowed_is_done_alone(workers: Workers) -> None:
 
 
 def test_large_answers_arrive_whole(workers: Workers) -> None:
-    for tensor, array in workers.answers(jobs(["large"] * 6), 3):
-        assert torch.equal(tensor, torch.arange(3_000_000))
+    before = len(os.listdir("/proc/self/fd"))
+    for shared, array in list(workers.answers(jobs(["large"] * 6), 3)):
+        assert (shared == np.arange(3000) % 251).all()
+        assert shared.shape == (1000, 3000)
+        shared[0, 0] = 7
         assert np.array_equal(array, np.arange(100_000))
+    del shared
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize(
