@@ -41,7 +41,7 @@ from data_packing.loader import Loader
 from data_packing.plan import Plan
 from data_packing.sample import Cost, Sample
 from data_packing.shards import parse_span, write_shards
-from data_packing.workers import Workers
+from data_packing.workers import Memory, Workers
 
 SIDE, CAPTION, BATCH = 384, 60, 32
 IMAGE_TOKENS = 68
@@ -136,14 +136,14 @@ class Bytes:
     def __init__(self, loader: Loader) -> None:
         self.reader = loader.reader
 
-    def fetch(self, job: Any) -> Any:
+    def fetch(self, work: Any) -> Any:
         """The bytes of the documents of a pack."""
-        return self.reader.fetch(job)
+        return self.reader.fetch(work)
 
-    def make(self, job: Any, fetched: Any) -> list[tuple[bytes, str]]:
+    def make(self, work: Any, fetched: Any, memory: Memory | None) -> tuple[Any, None]:
         """(JPEG, caption) of each."""
         documents = [parse_span(span) for span in fetched]
-        return [(one.images[0].data, one.parts[1].text) for one in documents]  # type: ignore[union-attr]
+        return [(one.images[0].data, one.parts[1]) for one in documents], None
 
 
 def loader_of(index: Index, workers: int, delay: float = 0.0, epochs: int = 1) -> Loader:
@@ -174,7 +174,7 @@ def ours_bytes(index: Index, pattern: str) -> Iterator[int]:
     loader = loader_of(index, 1)
     workers = Workers(Bytes(loader), 1, "data_packing.loader")
     try:
-        for batch in workers.answers(lambda: loader._jobs(deque()), loader.prefetch):
+        for batch, _ in workers.answers(lambda: loader._jobs(deque()), loader.prefetch):
             yield len(batch)
     finally:
         workers.close()

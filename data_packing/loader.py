@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from data_packing.document import Document, DocumentError
 from data_packing.files import OpenFiles
@@ -23,8 +22,7 @@ from data_packing.pack import TENSORS, Empty, Pack, collate, plain
 from data_packing.plan import Cursor, Entry, Plan, PlannedPack, PlannedStep, micro_packs
 from data_packing.sample import Sample
 from data_packing.shards import parse_span
-from data_packing.shared import AVAILABLE, Block
-from data_packing.workers import Workers
+from data_packing.workers import Job, Memory, Shape, Workers
 
 Encode = Callable[[Document], Sample]
 ImageBytes = Callable[[int, int], int]
@@ -102,32 +100,33 @@ class Loader:
         """This rank's packs in order; `ahead` gets the steps they belong to."""
         if self.workers == 0:
             try:
-                for job, _ in self._jobs(ahead):
-                    yield self.reader.pack(job, self.reader.fetch(job))
+                for job in self._jobs(ahead):
+                    yield self.reader.pack(job.work, self.reader.fetch(job.work))
             finally:
                 self.reader.close()
             return
         workers = Workers(self.reader, self.workers, __name__)
         try:
             with closing(workers.answers(lambda: self._jobs(ahead), self.prefetch)) as answers:
-                for values in answers:
-                    yield _outline(values)
+                for values, pixels in answers:
+                    yield _outline(values if pixels is None else values | {"pixels": pixels})
         finally:
             # A consumer that stops early must not leave workers to the garbage collector.
             workers.close()
 
-    def _jobs(self, ahead: deque[tuple[PlannedStep, int]]) -> Iterator[tuple[_Job | None, int]]:
+    def _jobs(self, ahead: deque[tuple[PlannedStep, int]]) -> Iterator[Job]:
         for step in self.plan.steps(self.cursor):
             own = micro_packs(step, self.rank, self.world)
             ahead.append((step, len(own)))
             for planned in own:
-                yield self._job(planned) if planned is not None else (None, 0)
+                yield self._job(planned) if planned is not None else Job(None, 0)
 
-    def _job(self, planned: PlannedPack) -> tuple[_Job, int]:
+    def _job(self, planned: PlannedPack) -> Job:
         places = [self.indexes[entry.source].place(entry.document) for entry in planned.entries]
-        size = _TOKEN_BYTES * planned.tokens + sum(map(self._pixel_bytes, planned.entries))
-        entries = tuple(zip(planned.entries, places, strict=True))
-        return _Job(planned.number, entries), max(_LEAST, size)
+        pixels = sum(map(self._pixel_bytes, planned.entries))
+        work = _Work(planned.number, tuple(zip(planned.entries, places, strict=True)))
+        size = max(_LEAST, _TOKEN_BYTES * planned.tokens + pixels)
+        return Job(work, size, pixels if pixels >= _SHARED_FROM else 0)
 
     def _pixel_bytes(self, entry: Entry) -> int:
         index = self.indexes[entry.source]
@@ -138,7 +137,7 @@ class Loader:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _Work:
     """A planned pack with the places of its documents: all that a worker needs to know."""
 
     number: int
@@ -152,13 +151,13 @@ class _Reader:
         self, sources: list[str], encode: Encode, across_documents: bool, files: OpenFiles
     ) -> None:
         self.sources, self.encode, self.files = sources, encode, files
-        self.across_documents, self.shared_from = across_documents, _SHARED_FROM
+        self.across_documents = across_documents
         self.threads: ThreadPoolExecutor | None = None
 
-    def fetch(self, job: _Job | None) -> list[bytes | OSError]:
+    def fetch(self, work: _Work | None) -> list[bytes | OSError]:
         """The bytes of the documents, or why they cannot be read."""
         found: list[bytes | OSError] = []
-        places = [] if job is None else [place for _, place in job.entries]
+        places = [] if work is None else [place for _, place in work.entries]
         while len(found) < len(places):
             started = time.perf_counter()
             found.append(self._span(places[len(found)]))
@@ -167,27 +166,31 @@ class _Reader:
                 found += self.threads.map(self._span, places[len(found) :])
         return found
 
-    def make(self, job: _Job | None, fetched: list[bytes | OSError]) -> dict[str, Any]:
-        """The pack with arrays for tensors, and a block for the pixels if they are many."""
-        blocks: list[Block] = []
+    def make(
+        self, work: _Work | None, fetched: list[bytes | OSError], memory: Memory | None
+    ) -> tuple[dict[str, Any], Shape | None]:
+        """The pack with arrays for tensors, its pixels in the memory if they fit."""
+        used: list[Shape] = []
 
-        def empty(shape: tuple[int, ...]) -> NDArray[np.uint8]:
-            if not AVAILABLE or prod(shape) < self.shared_from:
+        def empty(shape: Shape) -> Memory:
+            if memory is None or prod(shape) > len(memory):
                 return plain(shape)
-            blocks.append(Block(shape))
-            return blocks[0].array
+            used.append(shape)
+            return memory[: prod(shape)].reshape(shape)
 
-        pack = self.pack(job, fetched, empty)
+        pack = self.pack(work, fetched, empty)
         values = {field.name: getattr(pack, field.name) for field in fields(pack)}
         values |= {name: values[name].numpy() for name in TENSORS}
-        return values | {"pixels": blocks[0] if blocks else values["pixels"]}
+        return (values | {"pixels": None}, used[0]) if used else (values, None)
 
-    def pack(self, job: _Job | None, fetched: list[bytes | OSError], empty: Empty = plain) -> Pack:
+    def pack(
+        self, work: _Work | None, fetched: list[bytes | OSError], empty: Empty = plain
+    ) -> Pack:
         """The pack that was planned, without what cannot be decoded or encoded."""
-        if job is None:
+        if work is None:
             return Pack.empty()
         samples, refused = [], []
-        for (entry, place), span in zip(job.entries, fetched, strict=True):
+        for (entry, place), span in zip(work.entries, fetched, strict=True):
             source = self.sources[entry.source]
             try:
                 samples.append(self._sample(entry, span))
@@ -195,9 +198,9 @@ class _Reader:
                 first = None if entry.whole else entry.start_piece
                 refused.append(Refusal(source, place.key(), str(error), first))
             except Exception as error:
-                name = f"document {place.key()!r} of {source!r} (pack {job.number})"
+                name = f"document {place.key()!r} of {source!r} (pack {work.number})"
                 raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
-        pack = collate(samples, job.number, self.across_documents, empty)
+        pack = collate(samples, work.number, self.across_documents, empty)
         pack.refused = refused
         return pack
 

@@ -16,28 +16,54 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
+from multiprocessing.reduction import recv_handle, send_handle
 from pickle import PicklingError
 from queue import Queue, SimpleQueue
 from threading import Lock, Thread
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from data_packing.shared import receive, send
+from data_packing.shared import AVAILABLE, Block, Lender
 
 _END = "end"
 _FAILED = "failed"
 _ANSWER = "answer"
 
 
+Memory = NDArray[np.uint8]
+Shape = tuple[int, ...]
+
+
+class Job(NamedTuple):
+    """What a worker is asked.
+
+    Attributes:
+        work: goes to the task.
+        size: bytes of the answer, as far as they count.
+        shared: bytes of the one large array in it, which gets shared memory; 0 for none.
+    """
+
+    work: Any
+    size: int
+    shared: int = 0
+
+
 class Task(Protocol):
     """What workers do; it is pickled once for each of them."""
 
-    def fetch(self, job: Any) -> Any:
+    def fetch(self, work: Any) -> Any:
         """Get what the job needs from disk; runs beside `make`, in a thread of its own."""
 
-    def make(self, job: Any, fetched: Any) -> Any:
-        """Make the answer, which is pickled; a `Block` in it arrives as an array."""
+    def make(self, work: Any, fetched: Any, memory: Memory | None) -> tuple[Any, Shape | None]:
+        """Make the answer, which is pickled, and fill the shared memory of the job, if it has any.
+
+        Returns:
+            The answer; and the shape of the array at the start of the memory, None if it was not
+            used.
+        """
 
 
 class WorkerError(RuntimeError):
@@ -61,13 +87,16 @@ class Workers:
         self._workers = [_Worker(context, task) for _ in range(count)]
 
     def answers(
-        self, jobs: Callable[[], Iterator[tuple[Any, int]]], most: int
-    ) -> Generator[Any, None, None]:
+        self, jobs: Callable[[], Iterator[Job]], most: int
+    ) -> Generator[tuple[Any, Memory | None], None, None]:
         """The answers in the order of the jobs. Left before its end, only `close` may follow.
 
         Args:
-            jobs: makes (job, bytes of its answer); runs in a thread.
+            jobs: makes the jobs; runs in a thread.
             most: bytes of answers that are asked for or waiting; one is asked for in any case.
+
+        Yields:
+            The answer, and the array that the task made in shared memory.
 
         Raises:
             WorkerError: `fetch` or `make` failed, or a worker died.
@@ -114,10 +143,10 @@ class _Worker:
         other.close()
         self.held = 0
 
-    def receive(self) -> Any:
+    def receive(self) -> tuple[Any, Shape | None]:
         """The next answer; the worker has sent it, or is dead."""
         try:
-            kind, answer = receive(self.connection)
+            kind, answer, shape = self.connection.recv()
         except (EOFError, OSError) as error:
             self.process.join(5)
             status = self.process.exitcode
@@ -126,18 +155,19 @@ class _Worker:
             raise WorkerError(f"a loader worker {how}{hint}") from error
         if kind == _FAILED:
             raise WorkerError(answer)
-        return answer
+        return answer, shape
 
 
 class _Ahead:
     """The thread that asks ahead and receives."""
 
     def __init__(
-        self, workers: list[_Worker], jobs: Callable[[], Iterator[tuple[Any, int]]], most: int
+        self, workers: list[_Worker], jobs: Callable[[], Iterator[Job]], most: int
     ) -> None:
         self.workers, self.jobs, self.most = workers, jobs, most
         self.ready: SimpleQueue[tuple[str, Any, int]] = SimpleQueue()
-        self.waiting: deque[tuple[_Worker, int]] = deque()
+        self.waiting: deque[tuple[_Worker, int, Block | None]] = deque()
+        self.lender = Lender()
         self.held, self.stopped = 0, False
         self.lock = Lock()
         self.woken, self.wake = multiprocessing.Pipe(duplex=False)
@@ -160,6 +190,7 @@ class _Ahead:
         self.thread.join()
         self.wake.close()
         self.woken.close()
+        self.lender.close()
 
     def _run(self) -> None:
         try:
@@ -171,8 +202,8 @@ class _Ahead:
         jobs = self.jobs()
         following = next(jobs, None)
         while not self.stopped:
-            while following is not None and self._room(following[1]) and not self.stopped:
-                self._ask(*following)
+            while following is not None and self._room(following.size) and not self.stopped:
+                self._ask(following)
                 following = next(jobs, None)
             if following is None and not self.waiting:
                 self.ready.put((_END, None, 0))
@@ -183,14 +214,17 @@ class _Ahead:
         with self.lock:
             return self.held == 0 or self.held + size <= self.most
 
-    def _ask(self, job: Any, size: int) -> None:
+    def _ask(self, job: Job) -> None:
         worker = min(self.workers, key=lambda worker: worker.held)
         with self.lock:
-            self.held += size
-        worker.held += size
-        self.waiting.append((worker, size))
+            self.held += job.size
+        worker.held += job.size
+        block = self.lender.lend(job.shared) if job.shared and AVAILABLE else None
+        self.waiting.append((worker, job.size, block))
         try:
-            worker.connection.send(job)
+            worker.connection.send((job.work, 0 if block is None else block.size))
+            if block is not None:
+                send_handle(worker.connection, block.handle, worker.process.pid)
         except OSError:
             worker.receive()  # it is dead: says how
 
@@ -203,52 +237,67 @@ class _Ahead:
         if self.woken in ready:
             self.woken.recv_bytes()
         if len(ready) == 2 or self.woken not in ready:
-            worker, size = self.waiting.popleft()
-            answer = worker.receive()
+            worker, size, block = self.waiting.popleft()
+            answer, shape = worker.receive()
             worker.held -= size
-            self.ready.put((_ANSWER, answer, size))
+            self.ready.put((_ANSWER, (answer, self._array(block, shape)), size))
+
+    def _array(self, block: Block | None, shape: Shape | None) -> Memory | None:
+        if block is not None and shape is None:
+            self.lender.back(block)
+        return None if block is None or shape is None else self.lender.array(block, shape)
 
 
 def _serve(connection: Connection, task: Task) -> None:
     """The life of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains
     torch.set_num_threads(1)
-    jobs: SimpleQueue[Any] = SimpleQueue()
-    fetched: Queue[tuple[Any, Any, str]] = Queue(maxsize=1)
-    answers: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+    jobs: SimpleQueue[tuple[Any, Block | None]] = SimpleQueue()
+    fetched: Queue[tuple[Any, Block | None, Any, str]] = Queue(maxsize=1)
+    answers: SimpleQueue[tuple[str, Any, Shape | None]] = SimpleQueue()
 
     def take() -> None:
         while True:
-            jobs.put(connection.recv())
+            work, size = connection.recv()
+            block = Block(recv_handle(connection), size, fill=True) if size else None
+            jobs.put((work, block))
 
     def fetch() -> None:
         while True:
-            job = jobs.get()
+            work, block = jobs.get()
             try:
-                fetched.put((job, task.fetch(job), ""))
+                fetched.put((work, block, task.fetch(work), ""))
             except Exception as error:
-                fetched.put((job, None, _told(error)))
+                fetched.put((work, block, None, _told(error)))
 
     def give() -> None:
         while True:
-            kind, answer = answers.get()
+            kind, answer, shape = answers.get()
             try:
-                send(connection, (kind, answer))
+                connection.send((kind, answer, shape))
             except (TypeError, AttributeError, PicklingError) as error:
-                send(connection, (_FAILED, _told(error)))
-            del answer
+                connection.send((_FAILED, _told(error), None))
 
     for part in (take, fetch, give):
         Thread(target=_until_the_end, args=(part,), daemon=True).start()
     while True:
-        job, data, failure = fetched.get()
+        work, block, data, failure = fetched.get()
         if not failure:
             try:
-                answers.put((_ANSWER, task.make(job, data)))
+                answers.put((_ANSWER, *_made(task, work, data, block)))
                 continue
             except Exception as error:
                 failure = _told(error)
-        answers.put((_FAILED, failure))
+        answers.put((_FAILED, failure, None))
+
+
+def _made(task: Task, work: Any, data: Any, block: Block | None) -> tuple[Any, Shape | None]:
+    if block is None:
+        return task.make(work, data, None)
+    try:
+        return task.make(work, data, np.frombuffer(block.memory, dtype=np.uint8))
+    finally:
+        block.close()
 
 
 def _until_the_end(part: Callable[[], None]) -> None:
