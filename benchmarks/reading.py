@@ -143,7 +143,9 @@ class Bytes:
     def make(self, work: Any, fetched: Any, memory: Memory | None) -> tuple[Any, None]:
         """(JPEG, caption) of each."""
         documents = [parse_span(span) for span in fetched]
-        return [(one.images[0].data, one.parts[1]) for one in documents], None
+        texts = (part.text for one in documents for part in one.parts if isinstance(part, Text))
+        images = (one.images[0].data for one in documents)
+        return list(zip(images, texts, strict=True)), None
 
 
 def loader_of(index: Index, workers: int, delay: float = 0.0, epochs: int = 1) -> Loader:
@@ -174,7 +176,8 @@ def ours_bytes(index: Index, pattern: str) -> Iterator[int]:
     loader = loader_of(index, 1)
     workers = Workers(Bytes(loader), 1, "data_packing.loader")
     try:
-        for batch, _ in workers.answers(lambda: loader._jobs(deque()), loader.prefetch):
+        jobs = (job._replace(shared=0) for job in loader._jobs(deque()))
+        for batch, _ in workers.answers(lambda: jobs, loader.prefetch):
             yield len(batch)
     finally:
         workers.close()

@@ -28,17 +28,19 @@ from numpy.typing import NDArray
 
 from data_packing.document import Document, DocumentError, Image, Part, Text
 from data_packing.files import (
+    TAR_BLOCK,
     load_arrays,
     pack_strings,
     partial_path,
     save_arrays,
     sync_folder,
+    tar_member,
     unpack_strings,
 )
 from data_packing.ledger import Refusal
 
 VERSION = 1
-_BLOCK = 512
+
 _EXTENSIONS = (
     (b"\x89PNG", "png"),
     (b"\xff\xd8", "jpg"),
@@ -221,19 +223,19 @@ def parse_span(span: bytes) -> Document:
     at = 0
     try:
         while at < len(span):
-            header = tarfile.TarInfo.frombuf(span[at : at + _BLOCK], "utf-8", "strict")
-            at += _BLOCK
-            data = span[at : at + header.size]
-            if not header.isreg() or len(data) != header.size:
-                raise DocumentError(f"damaged shard: member {header.name!r} is cut short")
-            members[header.name.split(".", 1)[1]] = data
-            at += _padded(header.size)
+            name, size = tar_member(span[at : at + TAR_BLOCK])
+            at += TAR_BLOCK
+            data = span[at : at + size]
+            if len(data) != size:
+                raise DocumentError(f"damaged shard: member {name!r} is cut short")
+            members[name.split(".", 1)[1]] = data
+            at += _padded(size)
         record = json.loads(members["json"])
         parts = tuple(_part(entry, members) for entry in record["parts"])
         return Document(parts, record["source"], record["key"])
     except DocumentError:
         raise
-    except (tarfile.TarError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         raise DocumentError(f"damaged shard: {type(error).__name__}: {error}") from error
 
 
@@ -313,7 +315,7 @@ def _remove_old(folder: Path, name: str) -> None:
 
 
 def _padded(size: int) -> int:
-    return -(-size // _BLOCK) * _BLOCK
+    return -(-size // TAR_BLOCK) * TAR_BLOCK
 
 
 def _member_name(key: str) -> str:
@@ -392,7 +394,7 @@ class _ShardWriter:
 
     def close(self) -> tuple[Path, dict[str, Any]]:
         """Finish the tar file and return the arrays of its index, which the caller writes."""
-        self.out.write(bytes(2 * _BLOCK))
+        self.out.write(bytes(2 * TAR_BLOCK))
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()

@@ -8,12 +8,14 @@ receives, so that a step finds its answers there.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.reduction import recv_handle, send_handle
@@ -31,6 +33,7 @@ from data_packing.shared import AVAILABLE, Block, Lender
 _END = "end"
 _FAILED = "failed"
 _ANSWER = "answer"
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 Memory = NDArray[np.uint8]
@@ -252,6 +255,7 @@ def _serve(connection: Connection, task: Task) -> None:
     """The life of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains
     torch.set_num_threads(1)
+    _keep_freed_memory()
     jobs: SimpleQueue[tuple[Any, Block | None]] = SimpleQueue()
     fetched: Queue[tuple[Any, Block | None, Any, str]] = Queue(maxsize=1)
     answers: SimpleQueue[tuple[str, Any, Shape | None]] = SimpleQueue()
@@ -289,6 +293,14 @@ def _serve(connection: Connection, task: Task) -> None:
             except Exception as error:
                 failure = _told(error)
         answers.put((_FAILED, failure, None))
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed: images come and go, and fresh pages are slow."""
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, 32 * 1024 * 1024)
+        libc.mallopt(_TRIM_THRESHOLD, 256 * 1024 * 1024)
 
 
 def _made(task: Task, work: Any, data: Any, block: Block | None) -> tuple[Any, Shape | None]:
