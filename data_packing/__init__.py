@@ -1,9 +1,9 @@
 """From files to packs: reading, sharding, indexing, planning, packing and loading.
 
-Reading order: document.py, sample.py, shards.py, index.py, packing.py, balance.py, plan.py, pack.py,
-loader.py, workers.py.
-Nothing here knows the model. It is handed `cost(document)` for the index and `encode(document)`
-for the loader. Only pack.py, loader.py and workers.py import torch; everything that plans runs without it.
+Reading order: document.py, sample.py, shards.py, index.py, packing.py, balance.py, plan.py,
+pack.py, loader.py, workers.py. Nothing here knows the model. It is handed `cost(document)` for the
+index and `encode(document)` for the loader. Only pack.py, loader.py and workers.py import torch;
+everything that plans runs without it.
 """
 
 from __future__ import annotations

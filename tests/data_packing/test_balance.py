@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packing_toys import dealt_order
 
-from data_packing.balance import WINDOW, PackCost, balanced, contents, deal
+from data_packing.balance import WINDOW, PackCost, balanced, contents, deal, straggler
 
 costs_of_packs = st.lists(st.integers(0, 50), min_size=1, max_size=400)
 
@@ -77,6 +77,12 @@ def test_ranks_finish_together_in_every_micro_step_and_over_the_step() -> None:
     sums = own.sum(axis=1)
     in_turn = costs.reshape(8, 8).sum(axis=0)
     assert np.ptp(sums) < np.ptp(in_turn) / 4
+
+
+def test_the_straggler_is_the_slowest_of_every_micro_step_over_the_mean() -> None:
+    assert straggler([np.array([3.0, 1.0]), np.array([2.0, 2.0])], 2) == 5 / 4
+    assert straggler([np.array([4.0, 3.0, 2.0])], 2) == (4 + 2) / 4.5, "a rank without a pack waits"
+    assert straggler([np.array([4.0, 3.0, 2.0])], 1) == 1.0
 
 
 def test_no_such_rank_is_refused() -> None:
