@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_packing.balance import PackCost
 from mllm.recipe import load
@@ -32,6 +33,16 @@ def test_a_token_costs_two_passes_of_every_weight_and_a_third_where_it_learns(
     weights = 2 * LAYER + rows * 24
     assert token_cost(frozen.language_model) == 2 * weights
     assert token_cost(learning.language_model) == 3 * weights
+
+
+def test_rows_of_an_embedding_are_looked_up_and_cost_nothing() -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    costs = [
+        token_cost(LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=tied)))
+        for tied in (True, False)
+    ]
+    assert costs[0] == costs[1] == 3 * (4 * 8 * 8 + 3 * 8 * 12 + 50 * 8)
 
 
 def test_adapters_add_their_own_weights(home: Path, tmp_path: Path) -> None:
