@@ -1,9 +1,10 @@
 """From files to packs: reading, sharding, indexing, planning, packing and loading.
 
-Reading order: document.py, sample.py, shards.py, index.py, packing.py, plan.py, pack.py, loader.py.
-Nothing here knows the model. It is handed `cost(document)` for the index and `encode(document)`
-for the loader. Only pack.py and loader.py import torch; everything that plans runs without it.
-For people who look at data: info.py, lint.py and preview.py.
+Reading order: document.py, formats/, sample.py, shards.py, index.py, packing.py, balance.py,
+plan.py, pack.py, loader.py, workers.py. Nothing here knows the model. It is handed `cost(document)`
+for the index and `encode(document)` for the loader. Only pack.py, loader.py and workers.py import
+torch; everything that plans runs without it. For people who look at data: info.py, lint.py and
+preview.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from data_packing.balance import PackCost
     from data_packing.document import Document, Image, Text
     from data_packing.images import DocumentError
     from data_packing.index import Index, build_index
@@ -34,6 +36,7 @@ _HOMES = {
     "Ledger": "ledger",
     "Loader": "loader",
     "Pack": "pack",
+    "PackCost": "balance",
     "Plan": "plan",
     "Refusal": "ledger",
     "Sample": "sample",
@@ -55,6 +58,7 @@ __all__ = [
     "Ledger",
     "Loader",
     "Pack",
+    "PackCost",
     "Plan",
     "Refusal",
     "Sample",

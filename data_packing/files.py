@@ -9,7 +9,9 @@ import secrets
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO, Self
 
 import numpy as np
@@ -110,28 +112,76 @@ def unpack_strings(arrays: dict[str, NDArray[Any]], name: str) -> list[str]:
     return [data[start:end].decode("utf-8") for start, end in zip(starts, ends, strict=True)]
 
 
+TAR_BLOCK = 512
+
+
+def tar_member(header: bytes) -> tuple[str, int]:
+    """Name and size of a plain file from its header in a tar file, faster than `tarfile`.
+
+    Raises:
+        ValueError: it is something else, or damaged.
+    """
+    field = header[148:156]
+    if len(header) != TAR_BLOCK or sum(header) - sum(field) + 8 * 32 != int(
+        field.rstrip(b"\0 "), 8
+    ):
+        raise ValueError("wrong checksum of a header")
+    if header[156:157] not in (b"0", b"\0") or header[345:346] != b"\0":
+        raise ValueError("a member that is no plain file")
+    return header[:100].rstrip(b"\0").decode("utf-8"), int(header[124:136].rstrip(b"\0 "), 8)
+
+
+@dataclass(slots=True)
+class _OpenFile:
+    handle: int
+    readers: int = 0
+
+
 class OpenFiles:
-    """Files kept open for reading at any place; the oldest is closed when there are many."""
+    """Files kept open for reading at any place, by any number of threads.
+
+    The oldest that nobody reads from is closed when there are many.
+    """
 
     def __init__(self, most: int = 64) -> None:
         self.most = most
-        self._open: dict[Path, int] = {}
+        self._open: dict[Path, _OpenFile] = {}
+        self._lock = Lock()
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
         """Read `size` bytes from `offset`; fewer where the file ends before."""
         if is_remote(path):
             return storage.read(path, offset, size)
-        if path not in self._open:
-            if len(self._open) >= self.most:
-                os.close(self._open.pop(next(iter(self._open))))
-            self._open[path] = os.open(path, os.O_RDONLY)
-        return os.pread(self._open[path], size, offset)
+        file = self._take(path)
+        try:
+            return os.pread(file.handle, size, offset)
+        finally:
+            with self._lock:
+                file.readers -= 1
 
     def close(self) -> None:
         """Close them all; reading opens them again."""
-        for file in self._open.values():
-            os.close(file)
-        self._open.clear()
+        with self._lock:
+            for file in self._open.values():
+                os.close(file.handle)
+            self._open.clear()
+
+    def _take(self, path: Path) -> _OpenFile:
+        with self._lock:
+            if path in self._open:
+                self._open[path].readers += 1
+                return self._open[path]
+        handle = os.open(path, os.O_RDONLY)  # slow on some disks: others may read meanwhile
+        with self._lock:
+            if path in self._open:
+                os.close(handle)
+            else:
+                idle = [old for old, file in self._open.items() if not file.readers]
+                for old in idle[: max(0, len(self._open) + 1 - self.most)]:
+                    os.close(self._open.pop(old).handle)
+                self._open[path] = _OpenFile(handle)
+            self._open[path].readers += 1
+            return self._open[path]
 
     def __enter__(self) -> Self:
         return self
@@ -140,4 +190,7 @@ class OpenFiles:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"most": self.most, "_open": {}}
+        return {"most": self.most}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["most"])  # type: ignore[misc]

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import shutil
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, fields
-from multiprocessing.context import BaseContext
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from data_packing.document import DocumentError
 from data_packing.encoding import Encode, encode_entry
 from data_packing.files import OpenFiles
 from data_packing.index import Index, Place
 from data_packing.ledger import Refusal
-from data_packing.pack import TENSORS, Pack, collate
+from data_packing.pack import TENSORS, Empty, Pack, collate, plain
 from data_packing.plan import Cursor, Entry, Plan, PlannedPack, PlannedStep, micro_packs
 from data_packing.shards import parse_span
+from data_packing.workers import Job, Memory, Shape, Workers
 
-_SMALL_SHARED_MEMORY = 512 * 1024 * 1024
+ImageBytes = Callable[[int, int], int]
+"""(height, width) of an image -> bytes of the pixels that `encode` makes of it."""
+
+PREFETCH = 256 * 1024 * 1024
+"""Bytes of packs that the workers of a rank prepare ahead, unless the caller says otherwise."""
+
+_LEAST = 256 * 1024  # what a pack counts for at least: its objects and its way here cost too
+_TOKEN_BYTES = 24  # id, label and position
+_SHARED_FROM = 1024 * 1024  # smaller pixels go through the socket: shared memory costs more
+_SLOW = 0.002  # seconds of one read after which the others of a pack go side by side
+_READS = 32
 
 
 class Loader:
@@ -33,9 +44,8 @@ class Loader:
     document that cannot be read, decoded or encoded as planned is left out of its pack and stands
     in `pack.refused` with the reason; every other exception ends the run and names the document.
 
-    Workers are started by a fork server, not forked from this process: a training process has
-    threads (gloo, NCCL, autograd), and a fork copies their locks but not the threads. The script
-    that trains must therefore be importable (`if __name__ == "__main__":`).
+    The script that trains must be importable (`if __name__ == "__main__":`), because workers are
+    not forked from it.
 
     Args:
         plan: the plan of the run.
@@ -44,7 +54,9 @@ class Loader:
         rank, world: this process among those that share a step.
         workers: processes; 0 reads in this one.
         cursor: where to start; None at the beginning.
-        prefetch: packs that each worker prepares ahead.
+        prefetch: bytes of packs that all workers together prepare ahead; one pack in any case.
+        image_bytes: of an image in a pack; left out, its own pixels, three bytes each.
+        files: what reads the shards.
 
     Raises:
         ValueError: the cursor is no place of the plan.
@@ -60,125 +72,155 @@ class Loader:
         world: int,
         workers: int,
         cursor: Cursor | None = None,
-        prefetch: int = 2,
+        prefetch: int = PREFETCH,
+        image_bytes: ImageBytes = lambda height, width: 3 * height * width,
+        files: OpenFiles | None = None,
     ) -> None:
         if workers < 0 or prefetch < 1:
             raise ValueError(f"workers is {workers} (0 or more), prefetch {prefetch} (1 or more)")
         self.plan, self.cursor = plan, cursor
         self.rank, self.world = rank, world
-        self.workers, self.prefetch = workers, prefetch
-        inline = workers > 0 and _little_shared_memory()
+        self.workers, self.prefetch, self.image_bytes = workers, prefetch, image_bytes
         self.indexes = list(indexes)
         sources = [index.name for index in indexes]
-        self.reader = _Reader(sources, encode, plan.across_documents, inline)
+        self.reader = _Reader(sources, encode, plan.across_documents, files or OpenFiles())
 
     def __iter__(self) -> Iterator[tuple[PlannedStep, list[Pack]]]:
         ahead: deque[tuple[PlannedStep, int]] = deque()
-        loader: DataLoader[Any] = DataLoader(
-            self.reader,
-            batch_size=None,
-            sampler=_Order(self, ahead),
-            num_workers=self.workers,
-            prefetch_factor=self.prefetch if self.workers else None,
-            multiprocessing_context=self._context() if self.workers else None,
-        )
         packs: list[Pack] = []
-        iterator = iter(loader)
-        try:
-            for pack in iterator:
-                packs.append(_outline(pack) if isinstance(pack, dict) else pack)
+        with closing(self._packs(ahead)) as made:
+            for pack in made:
+                packs.append(pack)
                 if len(packs) == ahead[0][1]:
                     yield ahead.popleft()[0], packs
                     packs = []
+
+    def _packs(self, ahead: deque[tuple[PlannedStep, int]]) -> Generator[Pack, None, None]:
+        """This rank's packs in order; `ahead` gets the steps they belong to."""
+        if self.workers == 0:
+            try:
+                for job in self._jobs(ahead):
+                    yield self.reader.pack(job.work, self.reader.fetch(job.work))
+            finally:
+                self.reader.close()
+            return
+        workers = Workers(self.reader, self.workers, __name__)
+        try:
+            with closing(workers.answers(lambda: self._jobs(ahead), self.prefetch)) as answers:
+                for values, pixels in answers:
+                    yield _outline(values if pixels is None else values | {"pixels": pixels})
         finally:
             # A consumer that stops early must not leave workers to the garbage collector.
-            shutdown = getattr(iterator, "_shutdown_workers", None)
-            if shutdown is not None:
-                shutdown()
-            self.reader.files.close()
+            workers.close()
 
-    def _context(self) -> BaseContext:
-        if "forkserver" not in multiprocessing.get_all_start_methods():
-            return multiprocessing.get_context("spawn")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        return context
-
-
-class _Order:
-    """The sampler: this rank's planned packs themselves, taken as far ahead as workers ask."""
-
-    def __init__(self, loader: Loader, ahead: deque[tuple[PlannedStep, int]]) -> None:
-        self.loader, self.ahead = loader, ahead
-
-    def __iter__(self) -> Iterator[_Job | None]:
-        loader = self.loader
-        for step in loader.plan.steps(loader.cursor):
-            own = micro_packs(step, loader.rank, loader.world)
-            self.ahead.append((step, len(own)))
+    def _jobs(self, ahead: deque[tuple[PlannedStep, int]]) -> Iterator[Job]:
+        for step in self.plan.steps(self.cursor):
+            own = micro_packs(step, self.rank, self.world)
+            ahead.append((step, len(own)))
             for planned in own:
-                yield None if planned is None else self._job(planned)
+                yield self._job(planned) if planned is not None else Job(None, 0)
 
-    def _job(self, planned: PlannedPack) -> _Job:
-        indexes = self.loader.indexes
-        places = [indexes[entry.source].place(entry.document) for entry in planned.entries]
-        return _Job(planned.number, tuple(zip(planned.entries, places, strict=True)))
+    def _job(self, planned: PlannedPack) -> Job:
+        places = [self.indexes[entry.source].place(entry.document) for entry in planned.entries]
+        pixels = sum(map(self._pixel_bytes, planned.entries))
+        work = _Work(planned.number, tuple(zip(planned.entries, places, strict=True)))
+        size = max(_LEAST, _TOKEN_BYTES * planned.tokens + pixels)
+        return Job(work, size, pixels if pixels >= _SHARED_FROM else 0)
+
+    def _pixel_bytes(self, entry: Entry) -> int:
+        index = self.indexes[entry.source]
+        first = int(index.piece_start[entry.document])
+        start, stop = index.piece_image_start[[first + entry.start_piece, first + entry.stop_piece]]
+        heights, widths = index.height[start:stop].tolist(), index.width[start:stop].tolist()
+        return sum(map(self.image_bytes, heights, widths))
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _Work:
     """A planned pack with the places of its documents: all that a worker needs to know."""
 
     number: int
     entries: tuple[tuple[Entry, Place], ...]
 
 
-class _Reader(Dataset[Any]):
+class _Reader:
     """What workers run: a job in, a pack out. It holds no index, so workers stay small."""
 
     def __init__(
-        self, sources: list[str], encode: Encode, across_documents: bool, inline: bool
+        self, sources: list[str], encode: Encode, across_documents: bool, files: OpenFiles
     ) -> None:
-        self.sources, self.encode = sources, encode
-        self.across_documents, self.inline = across_documents, inline
-        self.files = OpenFiles()
+        self.sources, self.encode, self.files = sources, encode, files
+        self.across_documents = across_documents
+        self.threads: ThreadPoolExecutor | None = None
 
-    def __getitem__(self, job: _Job | None) -> Pack | dict[str, Any]:
-        pack = Pack.empty() if job is None else self._read(job)
-        return _inline(pack) if self.inline else pack
+    def fetch(self, work: _Work | None) -> list[bytes | OSError]:
+        """The bytes of the documents, or why they cannot be read."""
+        found: list[bytes | OSError] = []
+        places = [] if work is None else [place for _, place in work.entries]
+        while len(found) < len(places):
+            started = time.perf_counter()
+            found.append(self._span(places[len(found)]))
+            if time.perf_counter() - started > _SLOW:
+                self.threads = self.threads or ThreadPoolExecutor(_READS)
+                found += self.threads.map(self._span, places[len(found) :])
+        return found
 
-    def _read(self, job: _Job) -> Pack:
+    def make(
+        self, work: _Work | None, fetched: list[bytes | OSError], memory: Memory | None
+    ) -> tuple[dict[str, Any], Shape | None]:
+        """The pack with arrays for tensors, its pixels in the memory if they fit."""
+        used: list[Shape] = []
+
+        def empty(shape: Shape) -> Memory:
+            if memory is None or prod(shape) > len(memory):
+                return plain(shape)
+            used.append(shape)
+            return memory[: prod(shape)].reshape(shape)
+
+        pack = self.pack(work, fetched, empty)
+        values = {field.name: getattr(pack, field.name) for field in fields(pack)}
+        values |= {name: values[name].numpy() for name in TENSORS}
+        return (values | {"pixels": None}, used[0]) if used else (values, None)
+
+    def pack(
+        self, work: _Work | None, fetched: list[bytes | OSError], empty: Empty = plain
+    ) -> Pack:
+        """The pack that was planned, without what cannot be decoded or encoded."""
+        if work is None:
+            return Pack.empty()
         samples, refused = [], []
-        for entry, place in job.entries:
+        for (entry, place), span in zip(work.entries, fetched, strict=True):
             source = self.sources[entry.source]
             try:
-                span = self.files.read(place.path, place.offset, place.size)
+                if isinstance(span, OSError):
+                    raise span
                 samples.append(encode_entry(parse_span(span), entry, self.encode)[1])
             except DocumentError as error:
                 first = None if entry.whole else entry.start_piece
                 refused.append(Refusal(source, place.key(), str(error), first))
             except Exception as error:
-                name = f"document {place.key()!r} of {source!r} (pack {job.number})"
+                name = f"document {place.key()!r} of {source!r} (pack {work.number})"
                 raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
-        pack = collate(samples, job.number, self.across_documents)
+        pack = collate(samples, work.number, self.across_documents, empty)
         pack.refused = refused
         return pack
 
+    def close(self) -> None:
+        """Close files and threads."""
+        if self.threads is not None:
+            self.threads.shutdown()
+            self.threads = None
+        self.files.close()
 
-def _little_shared_memory() -> bool:
-    """Whether /dev/shm is too small to pass tensors through (64 MB in a default container)."""
-    try:
-        return shutil.disk_usage("/dev/shm").free < _SMALL_SHARED_MEMORY
-    except OSError:
-        return False
-
-
-def _inline(pack: Pack) -> dict[str, Any]:
-    """The pack with arrays for tensors: they go through the pipe instead of shared memory."""
-    values = {field.name: getattr(pack, field.name) for field in fields(pack)}
-    return values | {name: values[name].numpy() for name in TENSORS}
+    def _span(self, place: Place) -> bytes | OSError:
+        try:
+            return self.files.read(place.path, place.offset, place.size)
+        except OSError as error:
+            return error
 
 
 def _outline(values: dict[str, Any]) -> Pack:
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(values[name])) for name in TENSORS}
+    """A pack from what `make` made."""
+    arrays = {name: np.require(values[name], requirements="W") for name in TENSORS}
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return Pack(**(values | tensors))

@@ -98,7 +98,8 @@ class Mixture:
 
     def _epoch(self, epoch: int) -> Picks:
         """All units of one epoch, in order; the last two asked for are kept."""
-        if epoch not in self._epochs:
+        picks = self._epochs.get(epoch)
+        if picks is None:
             sources, units = [], []
             for source, count in enumerate(self.counts):
                 at, stop = self._reached(source, epoch), self._reached(source, epoch + 1)
@@ -112,7 +113,7 @@ class Mixture:
             source_of = np.concatenate(sources) if sources else np.zeros(0, dtype=np.int32)
             unit_of = np.concatenate(units) if units else np.zeros(0, dtype=np.int64)
             order = shuffled(len(unit_of), self.seed, 2, epoch)
-            self._epochs[epoch] = source_of[order], unit_of[order]
+            picks = self._epochs[epoch] = source_of[order], unit_of[order]
             if len(self._epochs) > 2:
                 self._epochs.popitem(last=False)
-        return self._epochs[epoch]
+        return picks

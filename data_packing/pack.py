@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from data_packing.ledger import Refusal
@@ -59,7 +60,21 @@ class Pack:
 TENSORS = ("input_ids", "labels", "position_ids", "cu_seqlens", "pixels")
 
 
-def collate(samples: Sequence[Sample], number: int, across_documents: bool = False) -> Pack:
+Empty = Callable[[tuple[int, ...]], NDArray[np.uint8]]
+"""Makes an array of a shape."""
+
+
+def plain(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """An array like any other."""
+    return np.empty(shape, dtype=np.uint8)
+
+
+def collate(
+    samples: Sequence[Sample],
+    number: int,
+    across_documents: bool = False,
+    empty: Empty = plain,
+) -> Pack:
     """Lay samples side by side.
 
     Args:
@@ -67,6 +82,7 @@ def collate(samples: Sequence[Sample], number: int, across_documents: bool = Fal
         number: of the pack.
         across_documents: make one segment with continuous positions, in which attention and loss
             cross from document to document.
+        empty: makes the array for the pixels.
 
     Raises:
         ValueError: images of different sizes, or labels not as long as the tokens.
@@ -92,7 +108,7 @@ def collate(samples: Sequence[Sample], number: int, across_documents: bool = Fal
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(_joined(positions)),
         cu_seqlens=torch.from_numpy(bounds),
-        pixels=torch.from_numpy(_stacked(samples)),
+        pixels=torch.from_numpy(_stacked(samples, empty)),
         keys=[sample.key for sample in samples],
         number=number,
     )
@@ -104,11 +120,11 @@ def _joined(rows: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(rows).astype(np.int64, copy=False)
 
 
-def _stacked(samples: Sequence[Sample]) -> np.ndarray:
+def _stacked(samples: Sequence[Sample], empty: Empty) -> NDArray[np.uint8]:
     pixels = [image for sample in samples for image in sample.pixels]
     if not pixels:
         return np.zeros((0, 0, 0, 3), dtype=np.uint8)
     sizes = {image.shape for image in pixels}
     if len(sizes) > 1:
         raise ValueError(f"images of different sizes in one pack: {sorted(sizes)}")
-    return np.stack(pixels)
+    return np.stack(pixels, out=empty((len(pixels), *pixels[0].shape)))

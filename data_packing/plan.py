@@ -3,8 +3,8 @@
 A plan is a pure function of its arguments: every rank computes the same one, nothing is
 communicated, and the state of the data in a checkpoint is the plan's hash and a cursor. The stream
 of documents is packed in blocks of 65,536 and the packer starts afresh in each, so going on from a
-cursor costs one block. Steps are cut from the packs before ranks are known; `micro_packs` then
-deals a step's packs to ranks.
+cursor costs one block. Steps of packs that cost alike are cut from a block before ranks are known
+(balance.py); `micro_packs` then deals a step's packs to ranks.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_packing.balance import PackCost, balanced, contents, deal
 from data_packing.index import Index
 from data_packing.ledger import Ledger
 from data_packing.mixture import Mixture
 from data_packing.packing import pack_lengths
 from data_packing.slices import ImageCost, cut
 
-VERSION = 1
+VERSION = 2
 """Raised when the same arguments would give other packs than before."""
 
 BLOCK = 65_536
@@ -84,11 +85,15 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class PlannedPack:
-    """A pack before anything is read: its global number, its entries, what they take together."""
+    """A pack before anything is read: its global number, its entries, what they take together.
+
+    `pairs` are those of tokens that attend to each other, the sum of squared document lengths.
+    """
 
     number: int
     entries: tuple[Entry, ...]
     tokens: int
+    pairs: int
     patches: int
 
 
@@ -99,6 +104,11 @@ class PlannedStep:
     number: int
     packs: tuple[PlannedPack, ...]
     after: Cursor
+
+    def costs(self, cost: PackCost) -> NDArray[np.float64]:
+        """What each pack costs."""
+        held = np.array([(pack.tokens, pack.pairs, pack.patches) for pack in self.packs])
+        return cost.of(*held.T)
 
 
 @dataclass(slots=True)
@@ -136,7 +146,9 @@ class Plan:
         max_documents: the most documents in a pack.
         epochs: how many epochs to run; or
         token_budget: run until the packed tokens reach this, to the end of that step.
-        across_documents: attention crosses documents inside a pack; only part of the hash here.
+        across_documents: attention crosses documents inside a pack.
+        balance: what packs cost, to make steps of packs that cost alike; None leaves the packs in
+            the order of packing.
 
     Attributes:
         slices: one `Slices` per source: its documents cut to what a pack holds.
@@ -161,6 +173,7 @@ class Plan:
         epochs: int | None = None,
         token_budget: int | None = None,
         across_documents: bool = False,
+        balance: PackCost | None = None,
     ) -> None:
         if (epochs is None) == (token_budget is None):
             raise ValueError("give epochs or a token budget, one of the two")
@@ -179,11 +192,12 @@ class Plan:
                 )
         self.tokens, self.patches, self.max_documents = tokens, patches, max_documents
         self.epochs, self.token_budget = epochs, token_budget
-        self.across_documents = across_documents
+        self.across_documents, self.balance = across_documents, balance
+        self.seed = seed
         self.packs_per_step = max(1, tokens_per_step // tokens)
         self.slices = [cut(index, image_cost, tokens, patches) for index in indexes]
         self.mixture = Mixture([len(units) for units in self.slices], weights, seed)
-        self.hash = self._hash(processor_fingerprint, weights, seed)
+        self.hash = self._hash(processor_fingerprint)
         self._survey_done: _Survey | None = None
         self._last_block: tuple[int, _Block] | None = None
         if epochs is not None and self.mixture.start(epochs) == 0:
@@ -280,7 +294,8 @@ class Plan:
 
     def _block(self, number: int) -> _Block:
         """Pack one block of the stream; the last one asked for is kept."""
-        if self._last_block is None or self._last_block[0] != number:
+        last = self._last_block
+        if last is None or last[0] != number:
             start, stop = number * BLOCK, (number + 1) * BLOCK
             if self.epochs is not None:
                 stop = min(stop, self.mixture.start(self.epochs))
@@ -298,8 +313,12 @@ class Plan:
                 second_capacity=self.patches,
                 max_documents=self.max_documents,
             )
-            self._last_block = number, _Block(source, unit, tokens, packs)
-        return self._last_block[1]
+            if self.balance is not None:
+                costs = self.balance.of(*contents(packs, tokens, patches, self.across_documents))
+                order = balanced(costs, self.packs_per_step, self.seed, 3, number)
+                packs = [packs[at] for at in order.tolist()]
+            last = self._last_block = number, _Block(source, unit, tokens, packs)
+        return last[1]
 
     def _planned(self, block: _Block, at: int, number: int) -> PlannedPack:
         entries, patches = [], 0
@@ -312,7 +331,9 @@ class Plan:
             whole = (start, stop) == (0, pieces)
             entries.append(Entry(source, document, start, stop, whole, int(units.tokens[unit])))
             patches += int(units.patches[unit])
-        return PlannedPack(number, tuple(entries), sum(e.tokens for e in entries), patches)
+        tokens = sum(entry.tokens for entry in entries)
+        pairs = tokens**2 if self.across_documents else sum(entry.tokens**2 for entry in entries)
+        return PlannedPack(number, tuple(entries), tokens, pairs, patches)
 
     def _survey(self) -> _Survey:
         """Pack the whole run once, and keep where blocks start and what is used."""
@@ -349,7 +370,7 @@ class Plan:
         assert self.token_budget is not None
         return self.token_budget
 
-    def _hash(self, processor: str, weights: Sequence[float], seed: int) -> str:
+    def _hash(self, processor: str) -> str:
         # The token budget is left out: it says where the stream ends and changes no pack.
         settings = {
             "version": VERSION,
@@ -361,9 +382,10 @@ class Plan:
             "patches": self.patches,
             "packs_per_step": self.packs_per_step,
             "max_documents": self.max_documents,
-            "seed": seed,
+            "seed": self.seed,
             "epochs": self.epochs,
             "across_documents": self.across_documents,
+            "balance": None if self.balance is None else asdict(self.balance),
         }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for units in self.slices:
@@ -373,12 +395,9 @@ class Plan:
 
 
 def micro_packs(step: PlannedStep, rank: int, world: int) -> list[PlannedPack | None]:
-    """The packs of a step that a rank works on, in order: pack i goes to rank i % world.
+    """The packs of a step that a rank works on, in order, as `deal` gives them out.
 
     Every rank gets equally many; None stands for a pack that a rank does not have.
     """
-    if not 0 <= rank < world:
-        raise ValueError(f"rank {rank} of {world}")
-    count = -(-len(step.packs) // world)
-    own: list[PlannedPack | None] = list(step.packs[rank::world])
-    return own + [None] * (count - len(own))
+    own = deal(len(step.packs), rank, world)
+    return [None if at is None else step.packs[at] for at in own]

@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_packing.document import Document, Text
-from data_packing.files import pack_strings, partial_path, save_arrays
+from data_packing.files import TAR_BLOCK, pack_strings, partial_path, save_arrays
 from data_packing.ledger import Refusal
-from data_packing.shards import BLOCK, VERSION, index_path, padded
+from data_packing.shards import VERSION, index_path, padded
 
 DUPLICATE = "duplicate key: an earlier document has the same one"
 _EXTENSIONS = (
@@ -121,7 +121,7 @@ class ShardFile:
 
     def close(self) -> None:
         """Finish the tar file, and after it the index."""
-        self.out.write(bytes(2 * BLOCK))
+        self.out.write(bytes(2 * TAR_BLOCK))
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tarfile
 from glob import glob, has_magic
 from itertools import product
 from pathlib import Path
@@ -22,15 +21,16 @@ from upath import UPath
 
 from data_packing.document import Document, DocumentError, Image, Part, Text
 from data_packing.files import (
+    TAR_BLOCK,
     OpenFiles,
     load_arrays,
+    tar_member,
     unpack_strings,
 )
 from data_packing.ledger import Refusal
 from data_packing.storage import WEB, place, reaching
 
 VERSION = 1
-BLOCK = 512
 
 
 def index_path(shard: Path) -> Path:
@@ -116,19 +116,19 @@ def parse_span(span: bytes) -> Document:
     at = 0
     try:
         while at < len(span):
-            header = tarfile.TarInfo.frombuf(span[at : at + BLOCK], "utf-8", "strict")
-            at += BLOCK
-            data = span[at : at + header.size]
-            if not header.isreg() or len(data) != header.size:
-                raise DocumentError(f"damaged shard: member {header.name!r} is cut short")
-            members[header.name.split(".", 1)[1]] = data
-            at += padded(header.size)
+            name, size = tar_member(span[at : at + TAR_BLOCK])
+            at += TAR_BLOCK
+            data = span[at : at + size]
+            if len(data) != size:
+                raise DocumentError(f"damaged shard: member {name!r} is cut short")
+            members[name.split(".", 1)[1]] = data
+            at += padded(size)
         record = json.loads(members["json"])
         parts = tuple(_part(entry, members) for entry in record["parts"])
         return Document(parts, record["source"], record["key"])
     except DocumentError:
         raise
-    except (tarfile.TarError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         raise DocumentError(f"damaged shard: {type(error).__name__}: {error}") from error
 
 
@@ -212,7 +212,7 @@ def _part(entry: dict[str, Any], members: dict[str, bytes]) -> Part:
 
 def padded(size: int) -> int:
     """A size rounded up to whole blocks of a tar."""
-    return -(-size // BLOCK) * BLOCK
+    return -(-size // TAR_BLOCK) * TAR_BLOCK
 
 
 def read_refusals(arrays: dict[str, NDArray[Any]], source: str) -> list[Refusal]:

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from mllm.recipe_parts import MODULES, model_problems, ridge_problems
-from mllm.recipe_yaml import Path_, RecipeError, Source, nearest, override, read
+from mllm.recipe_parts import MODULES, model_problems, ridge_problems, train_problems
+from mllm.recipe_yaml import Path_, RecipeError, Source, flatten, nearest, override, read
 
 __all__ = ["MODULES", "Recipe", "RecipeError", "load", "load_all", "stages"]
 
@@ -125,6 +125,23 @@ class SourceSection(Section):
     weight: Number = Field(default=1.0, gt=0, le=1e6)
 
 
+class BalanceSection(Section):
+    """What packs cost, for steps of like packs; nothing given: from the model's shape."""
+
+    off: bool = False
+    tokens: Number | None = Field(default=None, gt=0)
+    pairs: Number | None = Field(default=None, ge=0)
+    patches: Number | None = Field(default=None, ge=0)
+
+
+def _balance_word(value: Any) -> Any:
+    if value is False or value == "auto":
+        return {"off": value is False}
+    if not isinstance(value, dict | BalanceSection):
+        raise ValueError("expected auto, false or {tokens: …, pairs: …, patches: …}")
+    return value
+
+
 class PackingSection(Section):
     """The capacities of a pack: language tokens, vision patches, documents."""
 
@@ -132,6 +149,7 @@ class PackingSection(Section):
     patches: Whole | None = Field(default=None, gt=0)
     documents: Whole | None = Field(default=None, gt=0)
     across_documents: bool = False
+    balance: Annotated[BalanceSection, BeforeValidator(_balance_word)] = BalanceSection()
 
 
 class DataSection(Section):
@@ -197,7 +215,7 @@ class Recipe(Section):
             ("data", "workers"),
         ):
             values[section].pop(key, None)
-        return dict(_flatten(values, ""))
+        return dict(flatten(values, ""))
 
     def hash(self) -> str:
         """Hex digest of `identity()`."""
@@ -263,7 +281,7 @@ def load_all(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple[Path
 def _impossible(recipe: Recipe) -> Iterable[tuple[Path_, str]]:
     """Combinations that the types allow and that cannot work."""
     yield from model_problems(recipe.model)
-    yield from _train_problems(recipe)
+    yield from train_problems(recipe.train, recipe.optimizer.lr)
     yield from ridge_problems(recipe.model, recipe.train)
     run, packing = recipe.run, recipe.data.packing
     if run.tokens is None and run.epochs is None:
@@ -305,45 +323,6 @@ def _impossible(recipe: Recipe) -> Iterable[tuple[Path_, str]]:
             yield ("objectives", i), f"the objective {name!r} is given twice"
 
 
-def _train_problems(recipe: Recipe) -> Iterable[tuple[Path_, str]]:
-    for name, how in recipe.train.items():
-        path: Path_ = ("train", name)
-        root = name.split(".")[0]
-        if root not in MODULES:
-            yield path, f"train: unknown module {name!r}{nearest(root, MODULES)}"
-            continue
-        if how.frozen:
-            if how.lr or how.lora:
-                yield path, f"train.{name} is frozen and has a learning rate; choose one"
-            continue
-        if how.qlora is not None:
-            yield (
-                (*path, "qlora"),
-                f"train.{name}.qlora is not supported yet (4-bit weights do not learn under "
-                "ZeRO-2 and ZeRO-3); use lora: {rank: …}",
-            )
-        if how.lora is not None and name != "language_model":
-            yield (
-                (*path, "lora"),
-                f"train.{name}: LoRA is for language_model only; give {name} a plain lr",
-            )
-        if how.lr is None and recipe.optimizer.lr is None:
-            yield path, f"train.{name} has no learning rate; give train.{name}.lr or optimizer.lr"
-    if all(how.frozen for how in recipe.train.values()):
-        yield ("train",), "nothing would be trained: give at least one module a learning rate"
-
-
-def _flatten(value: Any, prefix: str) -> Iterable[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        for i, inner in enumerate(value):
-            yield from _flatten(inner, f"{prefix}.{i}")
-    else:
-        yield prefix, value
-
-
 def _explain(source: Source, detail: ErrorDetails) -> str:
     """One pydantic error as: place: key: what is wrong and what is valid."""
     path: Path_ = tuple(detail["loc"])
@@ -378,7 +357,11 @@ def _fields(path: Path_) -> list[str]:
             here = _inner(here)
     here = _inner(here)
     if isinstance(here, type) and issubclass(here, Section):
-        return [f.alias or name for name, f in here.model_fields.items() if name != "frozen"]
+        return [
+            f.alias or name
+            for name, f in here.model_fields.items()
+            if name not in ("frozen", "off")
+        ]
     return []
 
 

@@ -58,6 +58,37 @@ def model_problems(model: ModelSection) -> Iterable[tuple[Path_, str]]:
         yield ("model", "connector"), "give model.connector.name"
 
 
+def train_problems(
+    train: Mapping[str, TrainSection], default_lr: float | None
+) -> Iterable[tuple[Path_, str]]:
+    """What is wrong with the modules and how they learn: (path, message)."""
+    for name, how in train.items():
+        path: Path_ = ("train", name)
+        root = name.split(".")[0]
+        if root not in MODULES:
+            yield path, f"train: unknown module {name!r}{nearest(root, MODULES)}"
+            continue
+        if how.frozen:
+            if how.lr or how.lora:
+                yield path, f"train.{name} is frozen and has a learning rate; choose one"
+            continue
+        if how.qlora is not None:
+            yield (
+                (*path, "qlora"),
+                f"train.{name}.qlora is not supported yet (4-bit weights do not learn under "
+                "ZeRO-2 and ZeRO-3); use lora: {rank: …}",
+            )
+        if how.lora is not None and name != "language_model":
+            yield (
+                (*path, "lora"),
+                f"train.{name}: LoRA is for language_model only; give {name} a plain lr",
+            )
+        if how.lr is None and default_lr is None:
+            yield path, f"train.{name} has no learning rate; give train.{name}.lr or optimizer.lr"
+    if all(how.frozen for how in train.values()):
+        yield ("train",), "nothing would be trained: give at least one module a learning rate"
+
+
 def ridge_problems(
     model: ModelSection, train: Mapping[str, TrainSection]
 ) -> Iterable[tuple[Path_, str]]:

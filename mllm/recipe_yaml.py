@@ -193,3 +193,15 @@ def _neighbours(file: Path) -> str:
         return f" (the folder {folder} does not exist)"
     names = [p.name for p in folder.glob("*.yaml")]
     return nearest(file.name, names) if names else f" (there is no .yaml file in {folder})"
+
+
+def flatten(value: Any, prefix: str) -> Iterable[tuple[str, Any]]:
+    """Dotted key and value of everything in nested mappings."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for i, inner in enumerate(value):
+            yield from flatten(inner, f"{prefix}.{i}")
+    else:
+        yield prefix, value

@@ -57,6 +57,16 @@ def test_a_recipe_is_read_and_completed(recipe: Path) -> None:
     assert read.output == Path("outputs/staged/1_align")
 
 
+def test_packs_are_balanced_unless_the_recipe_says_no(recipe: Path) -> None:
+    def balance(*overrides: str) -> dict[str, object]:
+        chosen = load(recipe, [f"data.packing.balance={value}" for value in overrides])
+        return chosen.data.packing.balance.model_dump(exclude_none=True)
+
+    assert balance() == balance("auto") == {"off": False}
+    assert balance("false") == balance("off") == {"off": True}
+    assert balance("{pairs: 1e-5, patches: 0.1}") == {"off": False, "pairs": 1e-5, "patches": 0.1}
+
+
 def test_options_of_parts_are_passed_on(recipe: Path) -> None:
     read = load(recipe, ["model.encoder.layer=-3", "model.connector.hidden=64"])
     assert read.model.encoder is not None
@@ -256,6 +266,16 @@ REFUSALS = {
         "and train does not name it",
     ),
     "half a pack of documents": (["data.packing.documents=0"], "data.packing.documents"),
+    "balance by a word": (
+        ["data.packing.balance=evenly"],
+        "data.packing.balance: expected auto, false or {tokens: …, pairs: …, patches: …}",
+    ),
+    "balance as yes": (["data.packing.balance=true"], "expected auto, false or"),
+    "balance by another name": (
+        ["data.packing.balance={patch: 0.1}"],
+        "unknown key 'data.packing.balance.patch'; did you mean 'patches'",
+    ),
+    "packs for nothing": (["data.packing.balance={tokens: 0}"], "data.packing.balance.tokens"),
 }
 
 

@@ -100,6 +100,10 @@ class Processor:
         rows, columns = self._output_grid(self.connector, self.geometry.grid(height, width))
         return rows * columns, self.geometry.patches(height, width)
 
+    def image_bytes(self, height: int, width: int) -> int:
+        """Return the bytes of the pixels that an image of this size becomes."""
+        return 3 * self.geometry.image_size**2
+
     def prompt(self, document: Document) -> dict[str, Tensor]:
         """Return what `generate` takes for one document: see `prompts`."""
         return self.prompts([document])

@@ -13,6 +13,7 @@ from data_packing.index import Index, build_index, source_names
 from data_packing.plan import Plan
 from mllm.recipe import ModelSection, Recipe
 from mllm.training import groups, lora
+from mllm.training.pack_cost import pack_cost
 from mllm.training.sources import shards
 
 UNBOUNDED = 2**40
@@ -64,7 +65,7 @@ def indexes(
     return found
 
 
-def plan(recipe: Recipe, processor: Any, indexes: list[Index]) -> Plan:
+def plan(recipe: Recipe, model: Any, processor: Any, indexes: list[Index]) -> Plan:
     """Decide which documents make which pack of which step."""
     packing, run = recipe.data.packing, recipe.run
     return Plan(
@@ -80,14 +81,17 @@ def plan(recipe: Recipe, processor: Any, indexes: list[Index]) -> Plan:
         epochs=run.epochs,
         token_budget=run.tokens,
         across_documents=packing.across_documents,
+        balance=pack_cost(recipe, model),
     )
 
 
-def data(recipe: Recipe, processor: Any, workers: int, phase: Callable[[str], None]) -> Data:
+def data(
+    recipe: Recipe, model: Any, processor: Any, workers: int, phase: Callable[[str], None]
+) -> Data:
     """Indexes and plan, saying what is being done."""
     found = indexes(recipe, processor, workers, phase)
     phase("planning")
-    planned = plan(recipe, processor, found)
+    planned = plan(recipe, model, processor, found)
     assert planned.total_steps > 0
     return Data(found, planned)
 

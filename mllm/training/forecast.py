@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from data_packing.balance import straggler
+from data_packing.plan import Plan
 from mllm.recipe import MODULES, ConnectorSection, ModelSection, Recipe, load_all
 from mllm.training import build, engine
 
 SHOWN_REASONS = 10
+RANKS = (2, 8, 64)
+"""For which the waiting of ranks is told, where a step has a pack for each."""
 
 
 def forecast(path: Path, overrides: Sequence[str], console: Console | None = None) -> None:
@@ -36,7 +41,7 @@ def forecast(path: Path, overrides: Sequence[str], console: Console | None = Non
         model, processor, _ = build.model(section, recipe, torch.float32)
         console.print(f"\n[bold]{file}[/bold] → {recipe.output}")
         console.print(parameter_table(model))
-        data = build.data(recipe, processor, recipe.data.workers, say)
+        data = build.data(recipe, model, processor, recipe.data.workers, say)
         print_plan(console, recipe, data)
 
 
@@ -84,6 +89,16 @@ def parameter_table(model: nn.Module) -> Table:
     return table
 
 
+def waiting(plan: Plan) -> str:
+    """How much ranks wait for the slowest, by the cost that balances the plan; its first block."""
+    cost, ranks = plan.balance, [world for world in RANKS if world <= plan.packs_per_step]
+    if cost is None or not ranks:
+        return "not balanced" if cost is None else "no step has packs for two ranks"
+    steps = itertools.takewhile(lambda step: step.after.block == 0, plan.steps())
+    costs = [step.costs(cost) for step in steps] or [next(plan.steps()).costs(cost)]
+    return ", ".join(f"{straggler(costs, world):.3f} of {world}" for world in ranks)
+
+
 def print_plan(console: Console, recipe: Recipe, data: build.Data) -> None:
     """Tokens, packs, steps, what is left out and why."""
     facts: dict[str, Any] = data.plan.summary()
@@ -95,6 +110,7 @@ def print_plan(console: Console, recipe: Recipe, data: build.Data) -> None:
         "packs": f"{facts['packs']:,} of {recipe.data.packing.tokens:,} tokens",
         "packing efficiency": f"{facts['efficiency']:.2%}",
         "steps": f"{facts['steps']:,} of {facts['packs_per_step']} packs",
+        "slowest rank / mean": waiting(data.plan),
         "precision here": f"{precision} ({why})" if why else precision,
         "plan": facts["hash"][:16],
     }

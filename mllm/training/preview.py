@@ -6,15 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data_packing.files import atomic
 from data_packing.preview import Preview, Token, look
 from data_packing.preview_page import page
-from mllm.models.processor import Processor
-from mllm.recipe import ModelSection, Recipe, RecipeError, load, load_all
+from mllm.recipe import Recipe, RecipeError, load, load_all
 from mllm.training import build
 from mllm.training.forecast import origin
-
-_TRAINING_OPTIONS = ("init",)
 
 
 def preview(
@@ -39,9 +38,10 @@ def preview(
         ValueError: as `mllm plan` would refuse the recipe; or the run has no such step.
     """
     recipe = load(file, overrides)
-    say("loading the processor")
-    processor = _processor(origin(recipe, _neighbours(file, recipe)))
-    data = build.data(recipe, processor, recipe.data.workers, say)
+    say("loading the model")
+    section = origin(recipe, _neighbours(file, recipe))
+    model, processor, _ = build.model(section, recipe, torch.float32)
+    data = build.data(recipe, model, processor, recipe.data.workers, say)
     say(f"reading {packs:,} packs")
     seen = look(
         data.plan,
@@ -91,14 +91,3 @@ def _neighbours(file: Path, recipe: Recipe) -> list[Recipe]:
         return [other for path, other in load_all(file.parent) if path.resolve() != file.resolve()]
     except RecipeError:
         return []
-
-
-def _processor(section: ModelSection) -> Processor:
-    """The processor of a model section, without the model where a stage has saved one."""
-    if section.from_ is None:
-        from mllm.models.assemble import assemble
-
-        return assemble(section)[1]
-    changes = section.connector.model_dump(exclude_none=True) if section.connector else {}
-    changes = {key: value for key, value in changes.items() if key not in _TRAINING_OPTIONS}
-    return Processor.from_pretrained(section.from_, connector=changes)

@@ -66,7 +66,7 @@ class Worker:
         parameter_groups = groups.parameter_groups(
             model, recipe.train, recipe.optimizer.lr, recipe.optimizer.weight_decay
         )
-        data = self._data(processor, rank)
+        data = self._data(model, processor, rank)
         home = self._resumed(data.plan.hash)
         control.phase("checking the weights")
         frozen = from_rank_0(lambda: checkpoint.frozen_hash(step))
@@ -138,12 +138,12 @@ class Worker:
             self.control.note(f"zero: {zero} ({why})")
         return engine.Placement(precision, zero)
 
-    def _data(self, processor: Any, rank: int) -> build.Data:
+    def _data(self, model: Any, processor: Any, rank: int) -> build.Data:
         """Rank 0 counts what has not been counted, the others read its counts."""
         workers = max(1, self.recipe.data.workers)
         if rank != 0:
             dist.barrier()
-        data = build.data(self.recipe, processor, workers, self.control.phase)
+        data = build.data(self.recipe, model, processor, workers, self.control.phase)
         if rank == 0:
             dist.barrier()
         self.control.note(build.outline(data.plan))
@@ -257,7 +257,7 @@ class Worker:
             world=dist.get_world_size(),
             workers=recipe.data.workers,
             cursor=Cursor.from_json(state.cursor),
-            prefetch=2,
+            image_bytes=processor.image_bytes,
         )
 
         def save(now: checkpoint.State) -> None:

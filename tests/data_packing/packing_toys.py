@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image as PillowImage
@@ -87,3 +88,10 @@ def page(pieces: list[int], key: str = "page", images: bool = False) -> Document
 def index_of(documents: object, folder: Path, name: str = "toys", per_shard: int = 100) -> Index:
     report = write_shards(documents, folder, name, per_shard)  # type: ignore[arg-type]
     return build_index(report.paths, cost, "toy processor")
+
+
+def dealt_order(dealt: Sequence[Sequence[Any]]) -> list[Any]:
+    """What was dealt to ranks, in the order before: forth over the ranks, back, and so on."""
+    turns = [[own[turn] for own in dealt] for turn in range(len(dealt[0]))]
+    rows = [row[::-1] if turn % 2 else row for turn, row in enumerate(turns)]
+    return [item for row in rows for item in row if item is not None]

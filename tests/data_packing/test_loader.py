@@ -1,24 +1,32 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from packing_toys import captions, encode, image, image_cost, index_of, page, png
+from packing_toys import SIDE, captions, dealt_order, encode, image, image_cost, index_of, page, png
 
 from data_packing import loader as loader_module
 from data_packing import plan as plan_module
+from data_packing.balance import PackCost
 from data_packing.document import Document, DocumentError, Image, Text
+from data_packing.files import OpenFiles
 from data_packing.index import Index
 from data_packing.loader import Loader
 from data_packing.pack import TENSORS, Pack
-from data_packing.plan import Cursor, Plan, PlannedStep
+from data_packing.plan import Cursor, Plan, PlannedStep, micro_packs
 from data_packing.sample import Sample
 
 Steps = list[tuple[PlannedStep, list[Pack]]]
@@ -100,12 +108,12 @@ def test_packs_hold_what_the_plan_says(data: tuple[Plan, Index]) -> None:
             assert pack.refused == []
 
 
-@pytest.mark.parametrize("inline", [False, True])
+@pytest.mark.parametrize("shared_from", [1, 2**20])
 def test_workers_change_nothing(
-    data: tuple[Plan, Index], inline: bool, monkeypatch: pytest.MonkeyPatch
+    data: tuple[Plan, Index], shared_from: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader_module, "_little_shared_memory", lambda: inline)
-    assert same(load(*data), load(*data, workers=2, prefetch=3))
+    monkeypatch.setattr(loader_module, "_SHARED_FROM", shared_from)
+    assert same(load(*data), load(*data, workers=2, prefetch=3000))
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -115,11 +123,12 @@ def test_another_world_size_deals_the_same_packs(data: tuple[Plan, Index], world
     for number, (step, packs) in enumerate(alone):
         turns = [packs_of_rank[number][1] for packs_of_rank in ranks]
         assert len({len(own) for own in turns}) == 1
-        dealt = [own[turn] for turn in range(len(turns[0])) for own in turns]
-        assert [pack.number for pack in dealt if pack.number >= 0] == [p.number for p in step.packs]
-        fillers = [pack for pack in dealt if pack.number < 0]
+        fillers = [pack for own in turns for pack in own if pack.number < 0]
         assert all(pack.learned == 0 for pack in fillers)
-        for pack, expected in zip(dealt, packs, strict=False):
+        own = [[pack if pack.number >= 0 else None for pack in packs] for packs in turns]
+        dealt = dealt_order(own)
+        assert [pack.number for pack in dealt] == [p.number for p in step.packs]
+        for pack, expected in zip(dealt, packs, strict=True):
             assert torch.equal(pack.input_ids, expected.input_ids)
             assert torch.equal(pack.pixels, expected.pixels)
 
@@ -136,8 +145,167 @@ def test_any_cursor_goes_on_with_the_same_packs_on_other_ranks_and_workers(
     assert same(load(plan, index, cursor=cursor, workers=1), whole[3:])
     second = load(plan, index, cursor=cursor, rank=1, world=2)
     assert [p.number for _, packs in second for p in packs if p.number >= 0] == [
-        planned.number for step, _ in whole[3:] for planned in step.packs[1::2]
+        planned.number
+        for step, _ in whole[3:]
+        for planned in micro_packs(step, 1, 2)
+        if planned is not None
     ]
+
+
+def digest(packs: Iterable[Pack]) -> list[tuple[int, str]]:
+    """The number of every pack, and a hash of the bytes of its tensors."""
+    return [
+        (
+            pack.number,
+            hashlib.sha256(b"|".join(tensors_of(pack))).hexdigest(),
+        )
+        for pack in packs
+        if pack.number >= 0
+    ]
+
+
+def tensors_of(pack: Pack) -> Iterator[bytes]:
+    for name in TENSORS:
+        tensor = getattr(pack, name)
+        yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+        yield tensor.numpy().tobytes()
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from packing_toys import cost, encode, image_cost
+from data_packing import Loader, build_index
+from data_packing import plan as module
+from test_loader import long_plan
+
+if __name__ == "__main__":
+    folder, workers = Path(sys.argv[1]), int(sys.argv[2])
+    module.BLOCK = 700
+    index = build_index(sorted(folder.glob("toys-*.tar")), cost, "toy processor")
+    plan = long_plan(index)
+    loader = Loader(plan, [index], encode, rank=0, world=1, workers=workers, prefetch=2_000_000)
+    for number, (step, packs) in enumerate(loader):
+        state = {"plan": plan.hash, **step.after.to_json()}
+        (folder / "state.json").write_text(json.dumps(state))
+        if number == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def long_plan(index: Index) -> Plan:
+    return Plan(
+        [index],
+        [1.0],
+        processor_fingerprint="p",
+        image_cost=image_cost,
+        tokens=128,
+        patches=64,
+        tokens_per_step=640,
+        seed=3,
+        epochs=4,
+        balance=PackCost(1.0, 0.01, 0.1),
+    )
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_after_a_kill_the_next_200_packs_are_the_same_to_the_byte(
+    tmp_path: Path, before: int, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "BLOCK", 700)
+    index = index_of(captions(300), tmp_path, per_shard=100)
+    plan = long_plan(index)
+    whole = [pack for _, packs in load(plan, index) for pack in packs]
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parents[1])])
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), str(before)],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+    state = (tmp_path / "state.json").read_text()
+    assert len(state) < 1024
+    values = json.loads(state)
+    assert values.pop("plan") == plan.hash
+    cursor = Cursor.from_json(values)
+    expected = digest(whole)[10 * 5 :][:200]
+    assert len(expected) == 200
+
+    for world in (1, 2, 4):
+        ranks = []
+        for rank in range(world):
+            again = Loader(
+                long_plan(index),
+                [index],
+                encode,
+                rank=rank,
+                world=world,
+                workers=after if rank == 0 else 0,
+                cursor=cursor,
+            )
+            ranks.append([packs for _, packs in again])
+        merged = [
+            pack
+            for packs in zip(*ranks, strict=True)
+            for pack in dealt_order([[p if p.number >= 0 else None for p in own] for own in packs])
+        ]
+        assert digest(merged)[:200] == expected
+
+
+def test_a_pack_counts_for_the_bytes_that_it_holds(
+    data: tuple[Plan, Index], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "_LEAST", 0)
+    monkeypatch.setattr(loader_module, "_SHARED_FROM", 1)
+    plan, index = data
+    loader = Loader(
+        plan, [index], encode, rank=0, world=1, workers=0, image_bytes=lambda h, w: 3 * SIDE**2
+    )
+    packs = [pack for _, packs in load(plan, index) for pack in packs]
+    jobs = list(loader._jobs(deque()))
+    assert len(jobs) == len(packs)
+    for job, pack in zip(jobs, packs, strict=True):
+        held = sum(getattr(pack, name).nbytes for name in TENSORS if name != "cu_seqlens")
+        assert job.size == held
+        assert job.shared == pack.pixels.nbytes
+
+
+def test_images_that_turn_out_larger_than_planned_arrive_all_the_same(
+    data: tuple[Plan, Index], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "_SHARED_FROM", 1)
+    assert same(load(*data), load(*data, workers=1, image_bytes=lambda height, width: 1))
+
+
+class SlowFiles(OpenFiles):
+    """Every read takes 30 ms."""
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        time.sleep(0.03)
+        return super().read(path, offset, size)
+
+
+def test_slow_reads_of_a_pack_go_side_by_side(data: tuple[Plan, Index]) -> None:
+    plan, index = data
+    documents = sum(len(pack.entries) for step in plan.steps() for pack in step.packs)
+    expected = load(plan, index)
+    start = time.monotonic()
+    assert same(load(plan, index, files=SlowFiles()), expected)
+    assert time.monotonic() - start < 0.75 * 0.03 * documents
+    assert same(load(plan, index, files=SlowFiles(), workers=1), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_is_gone_ends_the_run_and_is_named(
+    data: tuple[Plan, Index], workers: int
+) -> None:
+    plan, index = data
+    index.paths[1].rename(index.paths[1].with_name("elsewhere"))
+    with pytest.raises((ValueError, RuntimeError), match=r"no shard at .*toys-000001\.tar"):
+        load(plan, index, workers=workers)
 
 
 def damage_image(path: Path, index: Index, number: int) -> None:

@@ -1,24 +1,29 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import pickle
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from packing_toys import captions, cost, image_cost, index_of, page
+from packing_toys import captions, cost, dealt_order, image_cost, index_of, page
 
 from data_packing import plan as plan_module
+from data_packing.balance import WINDOW, PackCost
 from data_packing.index import Index, build_index, source_names
 from data_packing.ledger import Refusal
-from data_packing.plan import Cursor, Plan, PlannedStep, micro_packs
+from data_packing.plan import Cursor, Plan, PlannedPack, PlannedStep, micro_packs
+
+BALANCE = PackCost(tokens=1.0, pairs=0.01, patches=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +67,11 @@ def uses(steps: list[PlannedStep]) -> Counter[tuple[int, int, int]]:
     )
 
 
-def test_an_epoch_holds_every_piece_once_and_no_pack_is_too_full(indexes: list[Index]) -> None:
-    plan = plan_of(indexes)
+@pytest.mark.parametrize("balance", [None, BALANCE])
+def test_an_epoch_holds_every_piece_once_and_no_pack_is_too_full(
+    indexes: list[Index], balance: PackCost | None
+) -> None:
+    plan = plan_of(indexes, balance=balance)
     steps = list(plan.steps())
     gone = {item.key for item in plan.ledger.refused}
     every = {
@@ -112,6 +120,58 @@ def test_documents_that_the_run_does_not_reach_are_counted_as_such(indexes: list
         assert counts.unreached > 0
 
 
+def contents(packs: Sequence[PlannedPack]) -> Counter[tuple[object, ...]]:
+    return Counter((pack.entries, pack.tokens, pack.pairs, pack.patches) for pack in packs)
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_balance_keeps_the_packs_of_a_window_and_makes_steps_of_like_cost(
+    indexes: list[Index], across: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "BLOCK", 10_000)
+    changes = {"epochs": 12, "tokens_per_step": 256, "across_documents": across}
+    plain = plan_of(indexes, **changes)
+    plan = plan_of(indexes, **changes, balance=BALANCE)
+    before, after = list(plain.steps()), list(plan.steps())
+    assert [len(step.packs) for step in after] == [len(step.packs) for step in before]
+    assert [step.after for step in after] == [step.after for step in before]
+    for step in after:
+        for pack in step.packs:
+            lengths = [entry.tokens for entry in pack.entries]
+            assert pack.pairs == (sum(lengths) ** 2 if across else sum(x * x for x in lengths))
+
+    def costs(step: PlannedStep) -> list[float]:
+        return [p.tokens + 0.01 * p.pairs + 0.1 * p.patches for p in step.packs]
+
+    assert {step.after.block for step in before[:-1]} == {0}, "all of it should be one block"
+    whole = sum(len(step.packs) == plan.packs_per_step for step in before)
+    starts = [*range(0, whole - WINDOW + 1, WINDOW), len(before)]
+    for start, stop in itertools.pairwise(starts):
+        own, theirs = ([p for s in steps[start:stop] for p in s.packs] for steps in (after, before))
+        assert contents(own) == contents(theirs)
+    assert len(starts) > 3
+    for step in after:
+        assert costs(step) == sorted(costs(step), reverse=True)
+    spread = [sum(max(costs(s)) - min(costs(s)) for s in steps) for steps in (before, after)]
+    assert spread[1] < spread[0] / 4
+
+
+@pytest.mark.parametrize("balance", [None, BALANCE])
+def test_going_on_with_a_larger_budget_changes_no_earlier_step(
+    indexes: list[Index], balance: PackCost | None
+) -> None:
+    changes: dict[str, Any] = {"epochs": None, "balance": balance}
+    longest = list(plan_of(indexes, token_budget=30_000, **changes).steps())
+    for budget in (1, 700, 5000, 12_345):
+        plan = plan_of(indexes, token_budget=budget, **changes)
+        steps = list(plan.steps())
+        assert steps == longest[: len(steps)]
+        tokens = [sum(pack.tokens for pack in step.packs) for step in steps]
+        assert sum(tokens) >= budget > sum(tokens[:-1])
+        longer = plan_of(indexes, token_budget=30_000, **changes)
+        assert list(longer.steps(steps[-1].after)) == longest[len(steps) :]
+
+
 def test_a_token_budget_ends_after_the_step_that_reaches_it(indexes: list[Index]) -> None:
     for budget in (1, 600, 20_000):
         plan = plan_of(indexes, epochs=None, token_budget=budget)
@@ -128,6 +188,7 @@ def test_a_token_budget_ends_after_the_step_that_reaches_it(indexes: list[Index]
     tokens=st.sampled_from([100, 128, 300]),
     packs=st.integers(1, 5),
     weights=st.tuples(st.sampled_from([0.5, 1.0, 2.0]), st.sampled_from([0.3, 1.0])),
+    balance=st.sampled_from([None, BALANCE]),
     world=st.integers(1, 7),
     data=st.data(),
 )
@@ -137,6 +198,7 @@ def test_every_rank_makes_the_same_plan_and_any_cursor_goes_on_exactly(
     tokens: int,
     packs: int,
     weights: tuple[float, float],
+    balance: PackCost | None,
     world: int,
     data: st.DataObject,
 ) -> None:
@@ -145,6 +207,7 @@ def test_every_rank_makes_the_same_plan_and_any_cursor_goes_on_exactly(
         "tokens": tokens,
         "tokens_per_step": packs * tokens,
         "weights": list(weights),
+        "balance": balance,
     }
     mine, other = plan_of(indexes, **changes), plan_of(indexes, **changes)
     steps = list(mine.steps())
@@ -156,8 +219,7 @@ def test_every_rank_makes_the_same_plan_and_any_cursor_goes_on_exactly(
     for step in steps:
         dealt = [micro_packs(step, rank, world) for rank in range(world)]
         assert len({len(own) for own in dealt}) == 1
-        in_turn = [own[turn] for turn in range(len(dealt[0])) for own in dealt]
-        assert tuple(pack for pack in in_turn if pack is not None) == step.packs
+        assert tuple(dealt_order(dealt)) == step.packs
 
 
 OTHER_PROCESS = """
@@ -213,6 +275,8 @@ def test_the_hash_changes_with_everything_that_changes_packs(indexes: list[Index
         {"weights": [1.0, 2.0]},
         {"processor_fingerprint": "q"},
         {"across_documents": True},
+        {"balance": BALANCE},
+        {"balance": PackCost(1.0, 0.01, 0.02)},
         {"image_cost": lambda height, width: (5, 16)},
     ]
     hashes = [plan_of(indexes, **change).hash for change in changes]

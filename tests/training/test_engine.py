@@ -98,8 +98,8 @@ def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(one: Runs, two: R
 
 def test_a_rank_without_images_does_not_hang_zero_3(two: Runs) -> None:
     recipe = load_recipe(two.path / "text.yaml")
-    _, processor = load(two.path / "text")
-    plan = build.data(recipe, processor, 0, lambda _: None).plan
+    model, processor, _ = build.model(recipe.model, recipe, torch.float32)
+    plan = build.data(recipe, model, processor, 0, lambda _: None).plan
     text_source = 1
 
     def images(pack: PlannedPack | None) -> bool:

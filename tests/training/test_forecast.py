@@ -29,6 +29,8 @@ def test_a_folder_is_forecast_before_its_first_stage_has_run(home: Path, tmp_pat
     assert text.index("counting tokens") < text.index("5 of 4 packs")
     assert "10 of 2 packs" in text
     assert "packing efficiency" in text
+    assert "slowest rank / mean" in text
+    assert text.count(" of 2 ") == 3  # packs of the second stage's steps, and the waiting of both
     adapters = 2 * sum(
         2 * a for a in (24 + 24, 24 + 12, 24 + 12, 24 + 24, 24 + 36, 24 + 36, 36 + 24)
     )

@@ -76,9 +76,9 @@ def test_a_recipe_becomes_a_page(home: Path, tmp_path: Path) -> None:
     assert "<i>r</i><i> e</i><i> d</i><i>  </i><i> s</i>" in html
     assert html.count("<i class=s>&lt;e&gt;</i>") == 72 - 1
     recipe = load(file, ["run.seed=3"])
-    _, processor, _ = build.model(recipe.model, recipe, torch.float32)
+    model, processor, _ = build.model(recipe.model, recipe, torch.float32)
     indexes = build.indexes(recipe, processor, 0)
-    assert seen.facts["hash"] == build.plan(recipe, processor, indexes).hash
+    assert seen.facts["hash"] == build.plan(recipe, model, processor, indexes).hash
     assert not (tmp_path / "out").exists()
 
 
@@ -94,13 +94,11 @@ def test_a_stage_whose_parent_has_not_run_is_shown_with_the_parents_parts(
     assert len(seen.packs) == 2
 
 
-def test_a_stage_starts_from_a_saved_processor_without_its_model(
-    home: Path, tmp_path: Path
-) -> None:
+def test_a_stage_starts_from_a_saved_model(home: Path, tmp_path: Path) -> None:
     recipe = load(tiny.write_recipe(tmp_path / "1.yaml", tiny.recipe(home, tmp_path / "out")))
     model, processor, _ = build.model(recipe.model, recipe, torch.float32)
     processor.save_pretrained(tmp_path / "saved")
-    model.config.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "saved")
     values = tiny.recipe(home, tmp_path / "out2")
     values["model"] = {"from": str(tmp_path / "saved")}
     seen = preview(

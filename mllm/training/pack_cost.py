@@ -1,0 +1,80 @@
+"""What a pack costs, from the model's shape: how the plan knows which packs cost alike.
+
+The unit is one multiply and add. A matrix of W weights takes W of them per token in the forward
+pass, W more where gradients pass through it and W more where it learns. Attention inside a document
+of L tokens takes layers x width x L^2 in the forward pass (two products, half of each masked) and
+twice that in the backward pass. An image takes what the encoder's forward pass takes, three times
+where the encoder learns; torch counts it on tensors without data. The connector is left out: it is
+small beside either. Where a machine's own speeds matter more, a recipe gives other numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from data_packing.balance import PackCost
+from mllm.models.encoders import VisionEncoder
+from mllm.recipe import Recipe
+
+FORWARD, THROUGH, LEARNS = 1, 1, 1
+"""Multiplications of a weight: forward, for the gradient of its input, for its own gradient."""
+
+
+def pack_cost(recipe: Recipe, model: Any) -> PackCost | None:
+    """The cost that the recipe gives, or that of the model as it is trained; None for `false`.
+
+    Args:
+        model: a MultimodalModel with `requires_grad` set, adapters put in.
+    """
+    balance = recipe.data.packing.balance
+    if balance.off:
+        return None
+    given = balance.model_dump(exclude={"off"}, exclude_none=True)
+    if given:
+        return PackCost(**given)
+    tokens = token_cost(model.language_model)
+    pairs = pair_cost(model.language_model.config)
+    patches = patch_cost(model.encoder)
+    return PackCost(1.0, _rounded(pairs / tokens), _rounded(patches / tokens))
+
+
+def token_cost(language_model: Any) -> float:
+    """Multiply-adds of one token, attention left out."""
+    embedding = language_model.get_input_embeddings().weight
+    head = language_model.get_output_embeddings().weight
+    total = 0
+    for weight in language_model.parameters():
+        if weight.ndim > 1 and (weight is not embedding or embedding is head):
+            passes = FORWARD + THROUGH + (LEARNS if weight.requires_grad else 0)
+            total += passes * weight.numel()
+    return float(total)
+
+
+def pair_cost(config: Any) -> float:
+    """Multiply-adds of attention per squared token of a document; attention has no weights."""
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return float((FORWARD + 2 * THROUGH) * config.num_hidden_layers * width)
+
+
+def patch_cost(encoder: VisionEncoder) -> float:
+    """Multiply-adds of one patch of an image."""
+    side = encoder.image_size
+    empty = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers())
+    }
+    image = torch.empty(1, side, side, 3, dtype=torch.uint8, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        functional_call(encoder, empty, (image,))
+    passes = FORWARD + (THROUGH + LEARNS if encoder.trains else 0)
+    return float(passes * counter.get_total_flops() / 2 / encoder.patches(side, side))
+
+
+def _rounded(value: float) -> float:
+    """Three digits: as exact as it can be, and the same on every machine."""
+    return float(f"{value:.3g}")
