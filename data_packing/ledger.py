@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,41 @@ class Refusal:
     key: str
     reason: str
     first_piece: int | None = None
+
+
+REASONS = 10
+"""How many reasons `too_many` names."""
+
+
+def too_many(refused: Sequence[Refusal], documents: int, limit: float, where: str) -> None:
+    """Stop when more of the documents are refused than a run may lose.
+
+    Args:
+        refused: of them.
+        documents: how many there were.
+        limit: the share that may be refused.
+        where: what the share is of, in words.
+
+    Raises:
+        ValueError: more are; a table of the reasons, the commonest first.
+    """
+    if len(refused) <= limit * documents:
+        return
+    reasons: dict[str, list[Refusal]] = {}
+    for item in refused:
+        reasons.setdefault(re.sub(r"\d[\d,.]*", "…", item.reason), []).append(item)
+    lines = [
+        f"  {len(items):>7,}  {items[0].reason} ({items[0].source}, {items[0].key})"
+        for items in sorted(reasons.values(), key=len, reverse=True)[:REASONS]
+    ]
+    if len(reasons) > REASONS:
+        lines.append(f"  … and {len(reasons) - REASONS:,} more reasons")
+    raise ValueError(
+        f"{len(refused):,} of {documents:,} {where} cannot be used, more than data.max_refused "
+        f"({limit:.1%}) allows. Reasons, each with its first document:\n"
+        + "\n".join(lines)
+        + "\nMend the data (mllm data lint names every defect), or raise data.max_refused."
+    )
 
 
 @dataclass(slots=True)

@@ -153,11 +153,17 @@ class PackingSection(Section):
 
 
 class DataSection(Section):
-    """What is learned from. `workers` = loader processes per rank."""
+    """What is learned from.
+
+    `workers` = loader processes per rank; `max_refused` = the share of documents that may be
+    unusable before the run stops; `allow_http` = whether a path may be an http:// URL.
+    """
 
     sources: tuple[SourceSection, ...]
     packing: PackingSection
     workers: Whole = Field(default=1, ge=0)
+    max_refused: Number = Field(default=0.1, ge=0, le=1)
+    allow_http: bool = False
 
 
 class OptimizerSection(Section):
@@ -204,8 +210,8 @@ class Recipe(Section):
     def identity(self) -> dict[str, Any]:
         """Dotted key → value of everything that decides the result.
 
-        Where a run is written, how often it is saved, its loader workers and its ZeRO stage are
-        left out: they may change between two parts of one run.
+        Where a run is written, how often it is saved, its loader workers, its ZeRO stage and what
+        it may lose or fetch are left out: they may change between two parts of one run.
         """
         values = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         for section, key in (
@@ -213,6 +219,8 @@ class Recipe(Section):
             ("run", "checkpoint_every"),
             ("run", "zero"),
             ("data", "workers"),
+            ("data", "max_refused"),
+            ("data", "allow_http"),
         ):
             values[section].pop(key, None)
         return dict(flatten(values, ""))

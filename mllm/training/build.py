@@ -10,6 +10,7 @@ import torch
 
 from data_packing.executors import Executor
 from data_packing.index import Index, build_index, source_names
+from data_packing.ledger import too_many
 from data_packing.plan import Plan
 from mllm.recipe import ModelSection, Recipe
 from mllm.training import groups, lora
@@ -88,10 +89,17 @@ def plan(recipe: Recipe, model: Any, processor: Any, indexes: list[Index]) -> Pl
 def data(
     recipe: Recipe, model: Any, processor: Any, workers: int, phase: Callable[[str], None]
 ) -> Data:
-    """Indexes and plan, saying what is being done."""
+    """Indexes and plan, saying what is being done.
+
+    Raises:
+        ValueError: more documents cannot be used than the recipe allows.
+    """
     found = indexes(recipe, processor, workers, phase)
     phase("planning")
     planned = plan(recipe, model, processor, found)
+    ledger = planned.ledger
+    read = sum(counts.read for counts in ledger.counts.values())
+    too_many(ledger.refused, read, recipe.data.max_refused, "documents")
     assert planned.total_steps > 0
     return Data(found, planned)
 

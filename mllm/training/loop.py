@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from data_packing.ledger import Refusal, too_many
 from data_packing.pack import Pack
 from data_packing.plan import PlannedStep
 from mllm.recipe import Recipe
@@ -33,6 +34,10 @@ class Agreement:
     save: bool
 
 
+JUDGED_FROM = 1000
+"""Documents from which on the share that failed to decode is judged; fewer count as so many."""
+
+
 @dataclass(slots=True)
 class Loop:
     """One run's training.
@@ -44,6 +49,7 @@ class Loop:
         stop: whether this rank was asked to leave.
         save: writes a checkpoint of `state` (collective).
         tell: is given each line of metrics.jsonl.
+        documents, refused: planned and failed since this start.
     """
 
     engine: Any
@@ -57,6 +63,8 @@ class Loop:
     tell: Callable[[dict[str, Any]], None]
     saved: float = 0.0
     saved_step: int = -1
+    documents: int = 0
+    refused: list[Refusal] = field(default_factory=list)
 
     def run(self, loader: Iterable[tuple[PlannedStep, list[Pack]]]) -> bool:
         """Train to the end. Returns False when it was asked to stop before; the state is saved."""
@@ -118,6 +126,7 @@ class Loop:
         self.state.tokens += agreed.tokens
         ended = time.monotonic()
         self.state.seconds += ended - started
+        self.documents += sum(len(pack.entries) for pack in planned.packs)
         self._note_refused(packs, agreed.refused)
         if dist.get_rank() == 0:
             record = {
@@ -167,15 +176,23 @@ class Loop:
         return loss, float(self.engine.get_global_grad_norm()) if norm is None else norm
 
     def _note_refused(self, packs: list[Pack], refused: int) -> None:
-        """Write down the documents that failed at decode, on whichever rank."""
+        """Write down the documents that failed at decode, on whichever rank.
+
+        Raises:
+            ValueError: they are more than the recipe allows, on every rank alike.
+        """
         if not refused:
             return
-        mine = [asdict(refusal) for pack in packs for refusal in pack.refused]
-        everyone: list[Any] = [None] * dist.get_world_size()
+        mine = [refusal for pack in packs for refusal in pack.refused]
+        everyone: list[list[Refusal]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, mine)
+        found = [refusal for refusals in everyone for refusal in refusals]
         if dist.get_rank() == 0:
-            for refusal in (r for refusals in everyone for r in refusals):
-                append_line(self.folder.refused, {"step": self.state.step, **refusal})
+            for refusal in found:
+                append_line(self.folder.refused, {"step": self.state.step, **asdict(refusal)})
+        self.refused += found
+        judged = max(self.documents, JUDGED_FROM)
+        too_many(self.refused, judged, self.recipe.data.max_refused, "documents read so far")
 
     def _due(self) -> bool:
         every = self.recipe.run.checkpoint_every

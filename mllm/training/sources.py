@@ -20,7 +20,7 @@ def shards(recipe: Recipe) -> list[list[Path]]:
     found = []
     for i, source in enumerate(recipe.data.sources):
         try:
-            found.append(expand(source.path))
+            found.append(expand(source.path, recipe.data.allow_http))
         except (ValueError, OSError) as error:
             raise ValueError(f"data.sources.{i}.path: {error}") from None
     return found

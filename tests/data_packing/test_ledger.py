@@ -2,9 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from data_packing.ledger import Counts, Ledger, Refusal
+from data_packing.ledger import Counts, Ledger, Refusal, too_many
 
 
 def example() -> Ledger:
@@ -77,3 +78,23 @@ def test_the_table_shows_the_counts() -> None:
         console.print(example().table())
     row = next(line for line in capture.get().splitlines() if "│ a" in line)
     assert [word for word in row.split() if word.isdigit()] == ["10", "8", "1", "1", "1"]
+
+
+def test_more_than_may_be_lost_stops_with_a_table_of_reasons() -> None:
+    broken = [Refusal("photos", f"{n}.png", f"broken PNG: byte {n}") for n in range(30)]
+    missing = [Refusal("photos", f"{n}.jpg", "no caption") for n in range(5)]
+    too_many(broken + missing, 350, 0.1, "documents")
+    with pytest.raises(ValueError) as refusal:
+        too_many(missing + broken, 349, 0.1, "documents")
+    lines = str(refusal.value).splitlines()
+    assert lines[0].startswith("35 of 349 documents cannot be used")
+    assert "data.max_refused (10.0%)" in lines[0]
+    assert lines[1].split() == ["30", "broken", "PNG:", "byte", "0", "(photos,", "0.png)"]
+    assert lines[2].split()[:3] == ["5", "no", "caption"]
+    assert "mllm data lint" in lines[-1]
+
+
+def test_none_may_be_lost_and_none_is() -> None:
+    too_many([], 0, 0.0, "documents")
+    with pytest.raises(ValueError, match="1 of 5"):
+        too_many([Refusal("s", "k", "why")], 5, 0.0, "documents")

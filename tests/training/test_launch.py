@@ -182,6 +182,24 @@ def test_stopped_before_the_first_step_it_leaves_at_once(home: Path, tmp_path: P
     assert not runs.folder("early").metrics.exists()
 
 
+def test_too_many_broken_documents_stop_the_run_until_it_may_lose_more(
+    home: Path, tmp_path: Path
+) -> None:
+    runs = Runs(tmp_path)
+    recipe = writer(home, runs)(
+        "broken", data__sources=[{"path": str(home / "data" / "broken-*.tar")}]
+    )
+    process = start("train", recipe, "data.max_refused=0", "--cpus", "2")
+    output = finish(process)
+    assert process.returncode == 1, output
+    assert "more than data.max_refused (0.0%) allows" in output
+    assert f"broken, {tiny.BROKEN_KEY}" in output
+    assert "truncated" in output
+    process = start("train", recipe, "data.max_refused=0.2", "--cpus", "2")
+    output = finish(process)
+    assert process.returncode == 0, output
+
+
 def test_a_workers_own_message_is_shown(home: Path, tmp_path: Path) -> None:
     recipe = writer(home, Runs(tmp_path))(
         "wrong", train__language_model={"lr": 1e-3, "lora": {"rank": 2, "targets": ["q_prj"]}}
