@@ -89,19 +89,23 @@ def plan(recipe: Recipe, model: Any, processor: Any, indexes: list[Index]) -> Pl
 def data(
     recipe: Recipe, model: Any, processor: Any, workers: int, phase: Callable[[str], None]
 ) -> Data:
-    """Indexes and plan, saying what is being done.
-
-    Raises:
-        ValueError: more documents cannot be used than the recipe allows.
-    """
+    """Indexes and plan, saying what is being done."""
     found = indexes(recipe, processor, workers, phase)
     phase("planning")
     planned = plan(recipe, model, processor, found)
-    ledger = planned.ledger
-    read = sum(counts.read for counts in ledger.counts.values())
-    too_many(ledger.refused, read, recipe.data.max_refused, "documents")
     assert planned.total_steps > 0
     return Data(found, planned)
+
+
+def check_refused(recipe: Recipe, plan: Plan) -> None:
+    """Stop before a run that could not use more of its documents than the recipe allows.
+
+    Raises:
+        ValueError: a table of the reasons.
+    """
+    ledger = plan.ledger
+    read = sum(counts.read for counts in ledger.counts.values())
+    too_many(ledger.refused, read, recipe.data.max_refused, "documents")
 
 
 def outline(plan: Plan) -> str:

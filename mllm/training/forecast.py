@@ -43,6 +43,10 @@ def forecast(path: Path, overrides: Sequence[str], console: Console | None = Non
         console.print(parameter_table(model))
         data = build.data(recipe, model, processor, recipe.data.workers, say)
         print_plan(console, recipe, data)
+        try:
+            build.check_refused(recipe, data.plan)
+        except ValueError as error:
+            console.print(f"  training would stop: {error}", markup=False, highlight=False)
 
 
 def origin(recipe: Recipe, stages: Sequence[Recipe]) -> ModelSection:

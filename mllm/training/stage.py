@@ -147,6 +147,7 @@ class Worker:
         if rank == 0:
             dist.barrier()
         self.control.note(build.outline(data.plan))
+        build.check_refused(self.recipe, data.plan)
         return data
 
     def _resumed(self, plan: str) -> Path | None:

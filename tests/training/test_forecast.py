@@ -48,6 +48,8 @@ def test_documents_that_do_not_fit_are_named(home: Path, tmp_path: Path) -> None
     text = console.export_text()
     assert "refused: captions captions-" in text
     assert "all in the run's ledger.jsonl" in text
+    assert "training would stop: " in text
+    assert "raise data.max_refused" in text
 
 
 def test_patches_that_hold_no_image_are_refused(home: Path, tmp_path: Path) -> None:

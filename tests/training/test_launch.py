@@ -195,6 +195,12 @@ def test_too_many_broken_documents_stop_the_run_until_it_may_lose_more(
     assert "more than data.max_refused (0.0%) allows" in output
     assert f"broken, {tiny.BROKEN_KEY}" in output
     assert "truncated" in output
+    small = {"data__packing": {"tokens": 24}, "run__tokens_per_step": 240}
+    process = start("train", writer(home, runs)("small", **small), "--cpus", "2")
+    output = finish(process)
+    assert process.returncode == 1, output
+    assert "a pack holds 24" in output
+    assert not runs.folder("small").metrics.exists()
     process = start("train", recipe, "data.max_refused=0.2", "--cpus", "2")
     output = finish(process)
     assert process.returncode == 0, output
