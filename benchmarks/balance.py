@@ -94,6 +94,7 @@ def index_of(rows: Documents) -> Index:
         shard=zeros.astype(np.int32),
         offset=zeros,
         size=zeros,
+        crc=zeros.astype(np.uint32),
         overhead=zeros.astype(np.int32),
         piece_start=np.arange(count + 1, dtype=np.int64),
         piece_text=rows.tokens.astype(np.int32),

@@ -19,7 +19,7 @@ from data_packing.executors import HERE, Executor
 from data_packing.files import OpenFiles, load_arrays, pack_strings, save_arrays, unpack_strings
 from data_packing.ledger import Refusal
 from data_packing.sample import Cost
-from data_packing.shards import parse_span, read_index, read_refusals
+from data_packing.shards import load_index, parse_span, read_index, read_refusals
 from data_packing.storage import is_remote, local_folder, place
 
 _Arrays = dict[str, NDArray[Any]]
@@ -27,16 +27,21 @@ _Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a document lies: its shard, its row there, and its bytes."""
+    """Where a document lies: its shard, its row there, its bytes and their CRC-32."""
 
     path: Path
     row: int
     offset: int
     size: int
+    crc: int
 
     def key(self) -> str:
-        """The key of the document, from the shard's index."""
-        return unpack_strings(read_index(self.path), "keys")[self.row]
+        """The key of the document, from the shard's index; its row where that is another one."""
+        with suppress(ValueError, IndexError, OSError):
+            index = load_index(self.path)
+            if int(index["crc"][self.row]) == self.crc:
+                return unpack_strings(index, "keys")[self.row]
+        return f"{self.path.name}, document {self.row}"
 
 
 @dataclass(slots=True)
@@ -47,6 +52,7 @@ class Index:
         name: the source's name, from its shards.
         paths: its shards.
         shard int32 [N], offset, size int64 [N]: where a document's bytes are.
+        crc uint32 [N]: CRC-32 of these bytes when they were written.
         overhead int32 [N]: text tokens that every slice pays.
         piece_start int64 [N+1]: a document's pieces; none where the document is refused.
         piece_text int32 [P]: text tokens of a piece.
@@ -62,6 +68,7 @@ class Index:
     shard: NDArray[np.int32]
     offset: NDArray[np.int64]
     size: NDArray[np.int64]
+    crc: NDArray[np.uint32]
     overhead: NDArray[np.int32]
     piece_start: NDArray[np.int64]
     piece_text: NDArray[np.int32]
@@ -83,7 +90,8 @@ class Index:
         """Where a document lies."""
         shard = int(self.shard[number])
         row = number - int(self._shard_start[shard])
-        return Place(self.paths[shard], row, int(self.offset[number]), int(self.size[number]))
+        offset, size = int(self.offset[number]), int(self.size[number])
+        return Place(self.paths[shard], row, offset, size, int(self.crc[number]))
 
     def read(self, number: int) -> Document:
         """Read one document by its number.
@@ -93,7 +101,7 @@ class Index:
             OSError: the shard cannot be read.
         """
         place = self.place(number)
-        return parse_span(self._files.read(place.path, place.offset, place.size))
+        return parse_span(self._files.read(place.path, place.offset, place.size), place.crc)
 
     def key(self, number: int) -> str:
         """The key of a document, without reading the document."""
@@ -195,7 +203,8 @@ def _count(shard: Path, index: _Arrays, cost: Callable[[Document], Cost]) -> _Ar
         for number in range(len(index["offset"])):
             try:
                 size, offset = int(index["size"][number]), int(index["offset"][number])
-                price = _checked_cost(parse_span(files.read(shard, offset, size)), cost)
+                span, crc = files.read(shard, offset, size), int(index["crc"][number])
+                price = _checked_cost(parse_span(span, crc), cost)
             except DocumentError as error:
                 price = Cost(0, ())
                 refused.append(number)
@@ -270,6 +279,7 @@ def _assemble(shards: list[Path], counted: list[_Arrays], fingerprint: str, name
         shard=np.repeat(np.arange(len(shards), dtype=np.int32), documents),
         offset=joined("offset", np.int64),
         size=joined("size", np.int64),
+        crc=joined("crc", np.uint32),
         overhead=joined("overhead", np.int32),
         piece_start=_starts(joined("piece_count", np.int64)),
         piece_text=joined("piece_text", np.int32),

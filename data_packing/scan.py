@@ -84,7 +84,8 @@ def read_chunk(chunk: Chunk) -> Iterator[tuple[int, Document | DocumentError]]:
         for row in range(chunk.start, chunk.stop):
             size, offset = int(arrays["size"][row]), int(arrays["offset"][row])
             try:
-                yield row, parse_span(files.read(chunk.shard, max(0, offset), max(0, size)))
+                span = files.read(chunk.shard, max(0, offset), max(0, size))
+                yield row, parse_span(span, int(arrays["crc"][row]))
             except DocumentError as error:
                 yield row, error
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,12 +34,12 @@ _EXTENSIONS = (
 
 
 class _Hashing(io.RawIOBase):
-    """Passes writes on and keeps their SHA-256 and position."""
+    """Passes writes on and keeps their SHA-256 and position, and a CRC that may be begun anew."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.digest = hashlib.sha256()
-        self.position = 0
+        self.position = self.crc = 0
 
     def writable(self) -> bool:
         return True
@@ -46,6 +47,7 @@ class _Hashing(io.RawIOBase):
     def write(self, data: Any) -> int:
         self.file.write(data)
         self.digest.update(data)
+        self.crc = zlib.crc32(data, self.crc)
         self.position += len(data)
         return len(data)
 
@@ -66,6 +68,7 @@ class ShardFile:
         self.keys: list[str] = []
         self.offset: list[int] = []
         self.size: list[int] = []
+        self.crc: list[int] = []
         self.images: list[list[tuple[int, int]]] = []
         self._seen: set[str] = set()
 
@@ -85,6 +88,7 @@ class ShardFile:
 
     def _add(self, document: Document) -> None:
         start, member = self.out.position, _member_name(document.key)
+        self.out.crc = 0
         entries: list[dict[str, Any]] = []
         files: list[tuple[str, bytes]] = []
         for part in document.parts:
@@ -109,6 +113,7 @@ class ShardFile:
         self.keys.append(document.key)
         self.offset.append(start)
         self.size.append(self.out.position - start)
+        self.crc.append(self.out.crc)
         self.images.append([(image.height, image.width) for image in document.images])
 
     def _member(self, name: str, data: bytes) -> None:
@@ -134,6 +139,7 @@ class ShardFile:
             "sha256": np.frombuffer(self.out.digest.digest(), dtype=np.uint8),
             "offset": np.array(self.offset, dtype=np.int64),
             "size": np.array(self.size, dtype=np.int64),
+            "crc": np.array(self.crc, dtype=np.uint32),
             "image_count": np.array([len(images) for images in self.images], dtype=np.int32),
             "height": sizes[:, 0],
             "width": sizes[:, 1],

@@ -346,7 +346,7 @@ def _without_duplicates(path: Path, seen: set[str]) -> dict[str, Any]:
     if fresh.all():
         return arrays
     images = np.repeat(fresh, arrays["image_count"])
-    for column in ("offset", "size", "image_count"):
+    for column in ("offset", "size", "crc", "image_count"):
         arrays[column] = arrays[column][fresh]
     for column in ("height", "width"):
         arrays[column] = arrays[column][images]

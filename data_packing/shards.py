@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zlib
 from glob import glob, has_magic
 from itertools import product
 from pathlib import Path
@@ -30,7 +31,7 @@ from data_packing.files import (
 from data_packing.ledger import Refusal
 from data_packing.storage import WEB, place, reaching
 
-VERSION = 1
+VERSION = 2
 
 
 def index_path(shard: Path) -> Path:
@@ -62,7 +63,8 @@ def load_index(shard: str | Path) -> dict[str, NDArray[Any]]:
     """Read the index of a shard, whatever has become of the tar file.
 
     Returns:
-        offset, size int64 [N] of each document; image_count int32 [N]; height, width int32 [I];
+        offset, size int64 [N] and crc uint32 [N] (CRC-32) of each document's bytes; image_count
+        int32 [N]; height, width int32 [I];
         keys and refused_* as `pack_strings` stores them; tar_size, sha256.
 
     Raises:
@@ -78,7 +80,18 @@ def load_index(shard: str | Path) -> dict[str, NDArray[Any]]:
             f"{shard} has no index beside it ({index_path(shard).name}): its writing was "
             "interrupted, or it is not a shard of this project. Write the shards again"
         ) from None
-    expected = ("version", "offset", "size", "image_count", "height", "width", "keys", "tar_size")
+    expected = [
+        "version",
+        "offset",
+        "size",
+        "crc",
+        "image_count",
+        "height",
+        "width",
+        "keys",
+        "tar_size",
+        "sha256",
+    ]
     missing = [field for field in expected if field not in arrays]
     if missing or int(arrays["version"]) != VERSION:
         raise ValueError(
@@ -101,17 +114,22 @@ def read_document(shard: str | Path, number: int) -> Document:
         raise IndexError(f"document {number} of {shard}, which has {len(arrays['offset'])}")
     with OpenFiles() as files:
         span = files.read(place(shard), int(arrays["offset"][number]), int(arrays["size"][number]))
-    return parse_span(span)
+    return parse_span(span, int(arrays["crc"][number]))
 
 
-def parse_span(span: bytes) -> Document:
+def parse_span(span: bytes, crc: int | None = None) -> Document:
     """Make a document from the bytes of its members in the tar file.
 
     Nothing is written to disk, and only members of the document itself are looked at.
 
+    Args:
+        crc: of the bytes when they were indexed; without it they are taken as they are.
+
     Raises:
-        DocumentError: the bytes are damaged.
+        DocumentError: the bytes are damaged, or not those that were indexed.
     """
+    if crc is not None and zlib.crc32(span) != crc:
+        raise DocumentError("not the bytes that were indexed: the shard changed or is damaged")
     members: dict[str, bytes] = {}
     at = 0
     try:
