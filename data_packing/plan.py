@@ -129,6 +129,8 @@ class _Survey:
     first_pack: list[int]
     first_step: list[int]
     used: list[NDArray[np.bool_]]
+    placed: NDArray[np.int64]
+    placed_tokens: NDArray[np.int64]
 
 
 class Plan:
@@ -229,6 +231,27 @@ class Plan:
             counts = len(np.unique(units.document)) - reached
             ledger.of(index.name).unreached += counts
         return ledger
+
+    def shares(self) -> dict[str, dict[str, float]]:
+        """By source: the share of the stream that its weight asks for, and what the run holds.
+
+        `asked` and `got` count documents (or their slices), each as often as it comes; `tokens` is
+        the share of the tokens. They differ where the run ends before an epoch does.
+        """
+        survey = self._survey()
+        asked = [
+            float(weight * len(units))
+            for weight, units in zip(self.mixture.weights, self.slices, strict=True)
+        ]
+        return {
+            index.name: {
+                "weight": float(self.mixture.weights[source]),
+                "asked": asked[source] / sum(asked),
+                "got": float(survey.placed[source] / survey.placed.sum()),
+                "tokens": float(survey.placed_tokens[source] / survey.placed_tokens.sum()),
+            }
+            for source, index in enumerate(self.indexes)
+        }
 
     def summary(self) -> dict[str, Any]:
         """What the run comes to, for people and for JSON."""
@@ -340,7 +363,8 @@ class Plan:
         if self._survey_done is not None:
             return self._survey_done
         used = [np.zeros(len(units), dtype=bool) for units in self.slices]
-        survey = _Survey(0, 0, 0, [], [], used)
+        none = np.zeros(len(used), dtype=np.int64)
+        survey = _Survey(0, 0, 0, [], [], used, none, none.copy())
         end = None if self.epochs is None else self.mixture.start(self.epochs)
         number = 0
         while (number * BLOCK < end) if end is not None else survey.tokens < self._budget:
@@ -357,7 +381,10 @@ class Plan:
             packs = int(ends[steps - 1])
             places = np.concatenate([block.packs[at] for at in range(packs)]).astype(np.int64)
             for source, marks in enumerate(used):
-                marks[block.unit[places[block.source[places] == source]]] = True
+                own = places[block.source[places] == source]
+                marks[block.unit[own]] = True
+                survey.placed[source] += len(own)
+                survey.placed_tokens[source] += int(block.tokens[own].sum())
             survey.steps += steps
             survey.packs += packs
             survey.tokens = int(reached[steps - 1])

@@ -93,6 +93,17 @@ def parameter_table(model: nn.Module) -> Table:
     return table
 
 
+def mixture_table(plan: Plan) -> Table:
+    """What the weights ask for, beside what the run holds."""
+    table = Table(title="Mixture")
+    for name in ("source", "passes per epoch", "asked", "got", "of the tokens"):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    for source, share in plan.shares().items():
+        parts = (f"{share[name]:.2%}" for name in ("asked", "got", "tokens"))
+        table.add_row(source, f"{share['weight']:g}", *parts)
+    return table
+
+
 def waiting(plan: Plan) -> str:
     """How much ranks wait for the slowest, by the cost that balances the plan; its first block."""
     cost, ranks = plan.balance, [world for world in RANKS if world <= plan.packs_per_step]
@@ -108,6 +119,7 @@ def print_plan(console: Console, recipe: Recipe, data: build.Data) -> None:
     facts: dict[str, Any] = data.plan.summary()
     precision, why = engine.choose_precision(recipe)
     console.print(data.plan.ledger.table())
+    console.print(mixture_table(data.plan))
     table = Table(title="Run", show_header=False)
     rows = {
         "useful tokens": f"{facts['tokens']:,}",

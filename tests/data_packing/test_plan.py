@@ -358,3 +358,20 @@ def test_sources_of_one_name_are_told_apart_by_folder(tmp_path: Path) -> None:
     assert [ledger.counts[name].used for name in names] == [2, 2]
     with pytest.raises(ValueError, match="two sources are named 'captions'"):
         plan_of([build_index(paths, cost, "toys") for paths in shards])
+
+
+@pytest.mark.parametrize("changes", [{"epochs": 3}, {"epochs": None, "token_budget": 3000}])
+def test_shares_are_those_of_the_packs(indexes: list[Index], changes: dict[str, Any]) -> None:
+    plan = plan_of(indexes, weights=[0.5, 2.0], **changes)
+    entries = [entry for step in plan.steps() for pack in step.packs for entry in pack.entries]
+    tokens = sum(entry.tokens for entry in entries)
+    shares = plan.shares()
+    for source, index in enumerate(indexes):
+        own = [entry for entry in entries if entry.source == source]
+        share = shares[index.name]
+        assert share["got"] == len(own) / len(entries)
+        assert share["tokens"] == sum(entry.tokens for entry in own) / tokens
+        if changes["epochs"]:
+            assert share["got"] == pytest.approx(share["asked"], abs=0.01)
+    units = [len(slices) for slices in plan.slices]
+    assert shares[indexes[1].name]["asked"] == 2 * units[1] / (0.5 * units[0] + 2 * units[1])

@@ -92,7 +92,7 @@ def test_an_interrupted_run_goes_on_and_reads_nothing_twice(
         expand(out)
     done = [int(path.name[2:8]) for path in (out / ".s.writing").glob("*.npz")]
     assert done
-    for number in (shard * 7 + place for shard in done for place in range(7)):
+    for number in (7 * whole + place for whole in done for place in range(7)):
         (source.parent / f"{number}.png").unlink(missing_ok=True)  # nobody opens it again
     write(source, out, workers)
     assert bytes_of(out) == expected

@@ -29,6 +29,7 @@ def test_a_folder_is_forecast_before_its_first_stage_has_run(home: Path, tmp_pat
     assert text.index("counting tokens") < text.index("5 of 4 packs")
     assert "10 of 2 packs" in text
     assert "packing efficiency" in text
+    assert text.count("100.00%") == 6  # one source: asked, got and tokens, in both stages
     assert "slowest rank / mean" in text
     assert text.count(" of 2 ") == 3  # packs of the second stage's steps, and the waiting of both
     adapters = 2 * sum(
