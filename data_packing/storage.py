@@ -62,7 +62,9 @@ def place(text: str | Path, allow_http: bool = False) -> Path:
         there = UPath(text)
         there.fs  # noqa: B018 - makes the file system, so that what is missing is told now
     except ImportError as error:
-        raise ValueError(f"{text}: {error}") from error
+        needs = {"s3": "'mllm[s3]'", "http": "aiohttp requests", "https": "aiohttp requests"}
+        more = f" (pip install {needs[kind]})" if kind in needs else ""
+        raise ValueError(f"{text}: {error}{more}") from error
     except ValueError as error:
         raise ValueError(f"{text}: fsspec knows no {kind}:// ({error})") from error
     return there  # type: ignore[return-value]
