@@ -137,7 +137,7 @@ def main() -> None:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     model.accepts_loss_kwargs = False
-    data = Documents(build.indexes(recipe, processor, 1), processor)
+    data = Documents(build.plan(recipe, model, processor, 1).first.indexes, processor)
     arguments = TrainingArguments(
         output_dir=str(options.metrics.parent / "trainer"),
         per_device_train_batch_size=batch_size(recipe, data.lengths(), 2),

@@ -103,7 +103,7 @@ def loader_of(index: Index, workers: int, delay: float = 0.0, epochs: int = 1) -
         epochs=epochs,
     )
     files = SlowFiles(delay) if delay else None
-    return Loader(plan, [index], encode, rank=0, world=1, workers=workers, files=files)
+    return Loader(plan, encode, rank=0, world=1, workers=workers, files=files)
 
 
 def ours_decoded(index: Index, pattern: str) -> Iterator[int]:

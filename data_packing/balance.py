@@ -65,25 +65,29 @@ def contents(
     return total, pairs, np.add.reduceat(patches[places], starts)
 
 
-def balanced(costs: NDArray[np.float64], step: int, *key: int) -> Counts:
+def balanced(costs: NDArray[np.float64], step: int, *key: int, head: int = 0) -> Counts:
     """The order in which the packs of a block make steps.
 
     Args:
         costs: of the packs, in the order of packing.
         step: packs of a step.
         key: of the shuffling.
+        head: packs that complete the last step of the block before, whose own are cheap ones.
 
     Returns:
-        Positions in `costs`. Every `step` of them are one step, its packs from dear to cheap. A
-        rest too small for a step stays last: the cheapest packs of the last window.
+        Positions in `costs`: the head, then `step` at a time the packs of a step, from dear to
+        cheap. A rest too small for a step stays last: the cheapest packs of the last window.
     """
     order = []
-    steps = len(costs) // step
+    steps = max(0, len(costs) - head) // step
     windows = max(1, steps // WINDOW)
     for window in range(windows):
-        start = window * WINDOW * step
-        stop = len(costs) if window == windows - 1 else start + WINDOW * step
+        start = head + window * WINDOW * step if window else 0
+        stop = len(costs) if window == windows - 1 else head + (window + 1) * WINDOW * step
         by_cost = start + np.argsort(-costs[start:stop], kind="stable")
+        if window == 0 and head:
+            order.append(by_cost[-head:])
+            by_cost = by_cost[:-head]
         whole = len(by_cost) // step
         cut = by_cost[: whole * step].reshape(whole, step)
         order += [cut[shuffled(whole, *key, window)].ravel(), by_cost[whole * step :]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from data_packing.shards import load_index, parse_span, read_index, read_refusal
 from data_packing.storage import is_remote, local_folder, place
 
 _Arrays = dict[str, NDArray[Any]]
+_READS = 32  # at a time, where each takes long
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,11 @@ class Index:
         """The number of documents in the shards, the refused ones included."""
         return len(self.offset)
 
+    @property
+    def records(self) -> int:
+        """The number of records that sharding read: documents, and what never became one."""
+        return len(self) + len(self.refused) - self.refused_documents
+
     def place(self, number: int) -> Place:
         """Where a document lies."""
         shard = int(self.shard[number])
@@ -121,6 +128,10 @@ def build_index(
     fingerprint: str,
     executor: Executor = HERE,
     name: str | None = None,
+    *,
+    begin: float = 0.0,
+    stop: Callable[[], bool] = lambda: False,
+    tell: Callable[[int], None] = lambda missing: None,
 ) -> Index:
     """Index the shards of one source; token counts are cached beside each shard.
 
@@ -130,15 +141,34 @@ def build_index(
         fingerprint: names what `cost` depends on (tokenizer, template); the cache is kept by it.
         executor: who counts tokens; several processes or machines share out the shards.
         name: of the source, in the ledger; from the first shard's file name when left out.
+        begin: where to begin counting, from 0 (the first shard) to 1. Processes that share a disk
+            and begin at different places find what the others have counted, and so share the work.
+        stop: asked after each shard whether to give up.
+        tell: told how many shards have to be counted, if any.
 
     Raises:
         ValueError: a shard is missing, unfinished or damaged; the message says which and why.
+        InterruptedError: it was told to stop.
     """
     shards = [place(path) for path in paths]
     if not shards:
         raise ValueError("no shards to index")
-    counted = list(count_tokens(shards, cost, fingerprint, executor))
-    return _assemble(shards, counted, fingerprint, name or source_name(shards))
+    with ThreadPoolExecutor(_READS if is_remote(shards[0]) else 1) as threads:
+        found = threads.map(partial(_counted, fingerprint=fingerprint), shards)
+        counted = {s: counts for s, counts in zip(shards, found, strict=True) if counts}
+    missing = [shard for shard in shards if shard not in counted]
+    if missing:
+        tell(len(missing))
+    turn = int(begin * len(missing))
+    missing = missing[turn:] + missing[:turn]
+    for shard, counts in zip(
+        missing, count_tokens(missing, cost, fingerprint, executor), strict=True
+    ):
+        counted[shard] = counts
+        if stop():
+            raise InterruptedError("indexing was stopped")
+    ordered = [counted[shard] for shard in shards]
+    return _assemble(shards, ordered, fingerprint, name or source_name(shards))
 
 
 def count_tokens(
@@ -151,8 +181,7 @@ def count_tokens(
 
     What was counted is kept beside the shard, or on this machine if it lies elsewhere.
     """
-    token = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
-    return executor.each(partial(_token_counts, cost=cost, token=token), shards)
+    return executor.each(partial(_token_counts, cost=cost, fingerprint=fingerprint), shards)
 
 
 def source_names(sources: Sequence[Sequence[Path]]) -> list[str]:
@@ -174,22 +203,36 @@ def source_names(sources: Sequence[Sequence[Path]]) -> list[str]:
     return names
 
 
-def _token_counts(shard: Path, *, cost: Callable[[Document], Cost], token: str) -> _Arrays:
+def _token_counts(shard: Path, *, cost: Callable[[Document], Cost], fingerprint: str) -> _Arrays:
     """The token counts of a shard, from the cache beside it or counted now."""
+    counted = _counted(shard, fingerprint)
+    if counted is not None:
+        return counted
     index = read_index(shard)
-    home = local_folder(shard) if is_remote(shard) else shard.parent
-    cache = home / (shard.name.removesuffix(".tar") + f".tokens-{token}.npz")
+    counts = _count(shard, index, cost)
+    cache = _cache(shard, fingerprint)
+    with suppress(OSError):  # a folder that cannot be written costs time, nothing else
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        save_arrays(cache, counts)
+    return index | counts
+
+
+def _counted(shard: Path, fingerprint: str) -> _Arrays | None:
+    """The index of a shard with its token counts, if they are there."""
+    index = read_index(shard)
     try:
-        counts = load_arrays(cache)
+        counts = load_arrays(_cache(shard, fingerprint))
         if np.array_equal(counts["sha256"], index["sha256"]):
             return index | counts
     except (FileNotFoundError, ValueError, KeyError):
         pass  # no cache yet, or a damaged one: it is only a cache
-    counts = _count(shard, index, cost)
-    with suppress(OSError):  # a folder that cannot be written costs time, nothing else
-        home.mkdir(parents=True, exist_ok=True)
-        save_arrays(cache, counts)
-    return index | counts
+    return None
+
+
+def _cache(shard: Path, fingerprint: str) -> Path:
+    home = local_folder(shard) if is_remote(shard) else shard.parent
+    token = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+    return home / (shard.name.removesuffix(".tar") + f".tokens-{token}.npz")
 
 
 def _count(shard: Path, index: _Arrays, cost: Callable[[Document], Cost]) -> _Arrays:

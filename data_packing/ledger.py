@@ -78,6 +78,7 @@ class Counts:
         unreached: usable documents that the run ends before, or that its weight leaves out.
         split: those of `used` that were cut into several slices, or lost a piece.
         pieces_refused: pieces that fit no pack, of documents whose other pieces are used.
+        shards_unread: shards that the run ends before; their documents are counted nowhere.
     """
 
     read: int = 0
@@ -86,6 +87,7 @@ class Counts:
     unreached: int = 0
     split: int = 0
     pieces_refused: int = 0
+    shards_unread: int = 0
 
 
 @dataclass(slots=True)
@@ -203,11 +205,13 @@ class Ledger:
         """The counts as a table for the terminal, one row per source."""
         from rich.table import Table
 
-        names = ("read", "used", "split", "refused", "unreached")
+        names = ["read", "used", "split", "refused", "unreached"]
+        if any(counts.shards_unread for counts in self.counts.values()):
+            names.append("shards_unread")
         table = Table(title="Documents")
         table.add_column("source")
         for name in names:
-            table.add_column(name, justify="right")
+            table.add_column(name.replace("_", " "), justify="right")
         for source, counts in self.counts.items():
             table.add_row(source, *(f"{getattr(counts, name):,}" for name in names))
         return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, fields
@@ -49,7 +49,6 @@ class Loader:
 
     Args:
         plan: the plan of the run.
-        indexes: the plan's indexes, to read from.
         encode: from a document to a sample; picklable if workers > 0.
         rank, world: this process among those that share a step.
         workers: processes; 0 reads in this one.
@@ -65,7 +64,6 @@ class Loader:
     def __init__(
         self,
         plan: Plan,
-        indexes: Sequence[Index],
         encode: Encode,
         *,
         rank: int,
@@ -81,8 +79,7 @@ class Loader:
         self.plan, self.cursor = plan, cursor
         self.rank, self.world = rank, world
         self.workers, self.prefetch, self.image_bytes = workers, prefetch, image_bytes
-        self.indexes = list(indexes)
-        sources = [index.name for index in indexes]
+        sources = [index.name for index in plan.first.indexes]
         self.reader = _Reader(sources, encode, plan.across_documents, files or OpenFiles())
 
     def __iter__(self) -> Iterator[tuple[PlannedStep, list[Pack]]]:
@@ -121,14 +118,14 @@ class Loader:
                 yield self._job(planned) if planned is not None else Job(None, 0)
 
     def _job(self, planned: PlannedPack) -> Job:
-        places = [self.indexes[entry.source].place(entry.document) for entry in planned.entries]
-        pixels = sum(map(self._pixel_bytes, planned.entries))
+        indexes = planned.indexes
+        places = [indexes[entry.source].place(entry.document) for entry in planned.entries]
+        pixels = sum(self._pixel_bytes(indexes[entry.source], entry) for entry in planned.entries)
         work = _Work(planned.number, tuple(zip(planned.entries, places, strict=True)))
         size = max(_LEAST, _TOKEN_BYTES * planned.tokens + pixels)
         return Job(work, size, pixels if pixels >= _SHARED_FROM else 0)
 
-    def _pixel_bytes(self, entry: Entry) -> int:
-        index = self.indexes[entry.source]
+    def _pixel_bytes(self, index: Index, entry: Entry) -> int:
         first = int(index.piece_start[entry.document])
         start, stop = index.piece_image_start[[first + entry.start_piece, first + entry.stop_piece]]
         heights, widths = index.height[start:stop].tolist(), index.width[start:stop].tolist()

@@ -1,15 +1,20 @@
-"""Which documents come when: passes over each source, shuffled, without end.
+"""Which documents come when: passes over each source, shuffled.
 
 `weight` is the number of passes over a source in one epoch: 1.0 takes every document once, 2.0
-twice, 0.5 takes half of them in one epoch and the other half in the next. Each pass has its own
-order, and every epoch shuffles all its sources together. Orders come from a hash, not from a random
-number generator whose stream may change between versions.
+twice, 0.5 takes half of them in one epoch and the other half in the next. `cap` is the most
+documents that an epoch takes of a source, whatever its weight. Each pass has its own order, and
+every visit to the data shuffles all its sources together. Orders come from a hash, not from a
+random number generator whose stream may change between versions.
+
+A corpus in one window is visited once per epoch. One in several windows (corpus.py) is visited
+window by window; a source that is in every window gives each visit its part of an epoch.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -37,57 +42,125 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-class Mixture:
-    """The endless stream of units (whole documents or slices) of several sources.
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """How much of a source an epoch takes.
 
-    Args:
-        counts: units in each source.
-        weights: passes over each source per epoch.
-        seed: of every order.
+    Attributes:
+        weight: passes over the source.
+        cap: the most units (documents, or their slices), None for no limit.
 
     Raises:
-        ValueError: a weight is not a positive number, or no source has any unit.
+        ValueError: a weight that is no positive number, or a cap below 1.
     """
 
-    def __init__(self, counts: Sequence[int], weights: Sequence[float], seed: int) -> None:
-        if len(counts) != len(weights):
-            raise ValueError(f"{len(counts)} sources but {len(weights)} weights")
-        for weight in weights:
-            if not 0 < weight < float("inf"):
-                raise ValueError(f"a source has weight {weight}; it must be above 0")
-        if sum(counts) == 0:
-            raise ValueError("no source has a usable document (see the ledger for the reasons)")
-        self.counts = list(counts)
-        self.weights = [Fraction(str(weight)) for weight in weights]
-        self.seed = seed
-        self._epochs: OrderedDict[int, Picks] = OrderedDict()
+    weight: float = 1.0
+    cap: int | None = None
 
-    def start(self, epoch: int) -> int:
-        """The place in the stream where an epoch (from 0) starts."""
-        return sum(self._reached(source, epoch) for source in range(len(self.counts)))
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"a source has weight {self.weight}; it must be above 0")
+        if self.cap is not None and self.cap < 1:
+            raise ValueError(f"a source has cap {self.cap}; it must be at least 1")
+
+    def of(self, count: int, share: Fraction = Fraction(1)) -> Fraction:
+        """Units of an epoch, of `count` units that are this share of the source."""
+        units = Fraction(str(self.weight)) * count
+        return units if self.cap is None else min(units, self.cap * share)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The units of one source in one window, and how many of them each visit takes.
+
+    Attributes:
+        count: units.
+        per_turn: how many of them a turn takes; a fraction is made up for by later turns.
+        every: visits between two turns: 1 where each visit is one, the number of windows where
+            only one visit of an epoch comes here.
+        offset: 0 to 1, so that the windows of a source do not all round down in the same turn.
+        key: of its orders.
+    """
+
+    count: int
+    per_turn: Fraction
+    every: int
+    offset: Fraction
+    key: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, rate: Rate, count: int, source: int, window: int, windows: int, resident: bool
+    ) -> Part:
+        """The part of a source that is in this window, or (resident) in every one."""
+        if resident:
+            return cls(count, rate.of(count) / windows, 1, Fraction(0), (source,))
+        # By Hermite's identity the windows' whole numbers, with these offsets, add up to the
+        # whole number of their sum, in every epoch.
+        per_turn = rate.of(count, Fraction(1, windows))
+        return cls(count, per_turn, windows, Fraction(window, windows), (source, window))
+
+    def span(self, visit: int) -> tuple[int, int]:
+        """Where a visit starts and stops in the endless row of passes over the units."""
+        turn = visit // self.every
+        start, stop = (self.per_turn * (turn + more) + self.offset for more in (0, 1))
+        return int(start), int(stop)
+
+
+class Mixture:
+    """The stream of units (whole documents or slices) of several sources.
+
+    Args:
+        parts: one per source.
+        seed: of every order.
+        first: the visit that the stream starts with.
+        last: the visit before which it ends; None for no end. Only where every visit is a turn of
+            every part does it reach beyond one visit.
+
+    Raises:
+        ValueError: an endless stream without any unit.
+    """
+
+    def __init__(
+        self, parts: Sequence[Part], seed: int, first: int = 0, last: int | None = None
+    ) -> None:
+        self.parts, self.seed = list(parts), seed
+        self.first, self.last = first, last
+        if last is None and not any(part.count for part in parts):
+            raise ValueError("no source has a unit, so the stream has no end and no start")
+        self._visits: OrderedDict[int, Picks] = OrderedDict()
+
+    @property
+    def length(self) -> int | None:
+        """Units of the stream; None if it has no end."""
+        return None if self.last is None else self.start(self.last)
+
+    def start(self, visit: int) -> int:
+        """The place in the stream where a visit starts."""
+        if visit == self.first:
+            return 0
+        return sum(part.span(visit - 1)[1] - part.span(self.first)[0] for part in self.parts)
 
     def take(self, start: int, stop: int) -> Picks:
-        """The units at places [start, stop) of the stream."""
+        """The units at places [start, stop) of the stream, as far as it goes."""
+        stop = stop if self.length is None else min(stop, self.length)
         sources, units = [], []
-        epoch = self._epoch_at(start)
+        visit = self._visit_at(start)
         while start < stop:
-            first, after = self.start(epoch), self.start(epoch + 1)
+            first, after = self.start(visit), self.start(visit + 1)
             until = min(stop, after)
-            source, unit = self._epoch(epoch)
+            source, unit = self._visit(visit)
             sources.append(source[start - first : until - first])
             units.append(unit[start - first : until - first])
-            start, epoch = until, epoch + 1
+            start, visit = until, visit + 1
         if not units:
             return np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64)
         return np.concatenate(sources), np.concatenate(units)
 
-    def _reached(self, source: int, epoch: int) -> int:
-        return int(self.weights[source] * self.counts[source] * epoch)
-
-    def _epoch_at(self, place: int) -> int:
-        low, high = 0, 1
-        while self.start(high) <= place:
-            low, high = high, high * 2
+    def _visit_at(self, place: int) -> int:
+        low, high = self.first, self.first + 1
+        while self.start(high) <= place and (self.last is None or high < self.last):
+            low, high = high, self.first + 2 * (high - self.first)
         while high - low > 1:
             middle = (low + high) // 2
             if self.start(middle) <= place:
@@ -96,24 +169,24 @@ class Mixture:
                 high = middle
         return low
 
-    def _epoch(self, epoch: int) -> Picks:
-        """All units of one epoch, in order; the last two asked for are kept."""
-        picks = self._epochs.get(epoch)
+    def _visit(self, visit: int) -> Picks:
+        """All units of one visit, in order; the last two asked for are kept."""
+        picks = self._visits.get(visit)
         if picks is None:
             sources, units = [], []
-            for source, count in enumerate(self.counts):
-                at, stop = self._reached(source, epoch), self._reached(source, epoch + 1)
+            for source, part in enumerate(self.parts):
+                at, stop = part.span(visit)
                 while at < stop:
-                    number, inside = divmod(at, count)
-                    order = shuffled(count, self.seed, 1, source, number)
-                    part = order[inside : inside + stop - at]
-                    sources.append(np.full(len(part), source, dtype=np.int32))
-                    units.append(part)
-                    at += len(part)
+                    number, inside = divmod(at, part.count)
+                    order = shuffled(part.count, self.seed, 1, *part.key, number)
+                    own = order[inside : inside + stop - at]
+                    sources.append(np.full(len(own), source, dtype=np.int32))
+                    units.append(own)
+                    at += len(own)
             source_of = np.concatenate(sources) if sources else np.zeros(0, dtype=np.int32)
             unit_of = np.concatenate(units) if units else np.zeros(0, dtype=np.int64)
-            order = shuffled(len(unit_of), self.seed, 2, epoch)
-            picks = self._epochs[epoch] = source_of[order], unit_of[order]
-            if len(self._epochs) > 2:
-                self._epochs.popitem(last=False)
+            order = shuffled(len(unit_of), self.seed, 2, visit)
+            picks = self._visits[visit] = source_of[order], unit_of[order]
+            if len(self._visits) > 2:
+                self._visits.popitem(last=False)
         return picks

@@ -1,35 +1,45 @@
 """Which documents make which pack, and which packs make a step. The fourth noun.
 
 A plan is a pure function of its arguments: every rank computes the same one, nothing is
-communicated, and the state of the data in a checkpoint is the plan's hash and a cursor. The stream
-of documents is packed in blocks of 65,536 and the packer starts afresh in each, so going on from a
-cursor costs one block. Steps of packs that cost alike are cut from a block before ranks are known
-(balance.py); `micro_packs` then deals a step's packs to ranks.
+communicated, and the state of the data in a checkpoint is the plan's hash and a cursor. The corpus
+is visited window by window (corpus.py; most have one), and what a visit takes of it (mixture.py) is
+packed in blocks in which the packer starts afresh, so going on from a cursor costs one window and
+one block. Steps of packs that cost alike are cut from a block before ranks are known (balance.py);
+`micro_packs` then deals a step's packs to ranks. What the run makes of every document is counted in
+account.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from math import ceil
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_packing.ahead import Ahead
 from data_packing.balance import PackCost, balanced, contents, deal
+from data_packing.corpus import Corpus
 from data_packing.index import Index
-from data_packing.ledger import Ledger
-from data_packing.mixture import Mixture
+from data_packing.ledger import Refusal, too_many
+from data_packing.mixture import Mixture, Part, Rate
 from data_packing.packing import pack_lengths
-from data_packing.slices import ImageCost, cut
+from data_packing.slices import ImageCost, Slices, cut
 
-VERSION = 2
+VERSION = 3
 """Raised when the same arguments would give other packs than before."""
 
 BLOCK = 65_536
-"""Documents (or slices of documents) that are packed together."""
+"""Documents (or slices of documents) that are packed together, at least."""
+
+STEPS = 64
+"""Steps that a block holds, at least: packs are sorted by cost inside a block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,26 +48,33 @@ class Cursor:
 
     Attributes:
         step: steps taken.
-        block, offset: where the next step starts: the block, and the pack inside it.
+        visit, block, offset: where the next step starts: the visit to a window of the corpus, the
+            block of what it takes, the pack inside it.
+        window: the fingerprint of that window; empty before the first step.
     """
 
     step: int = 0
+    visit: int = 0
     block: int = 0
     offset: int = 0
+    window: str = ""
 
-    def to_json(self) -> dict[str, int]:
-        """As a dictionary of three numbers."""
+    def to_json(self) -> dict[str, int | str]:
+        """As a dictionary of four numbers and a hash."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict[str, int]) -> Cursor:
+    def from_json(cls, value: dict[str, Any]) -> Cursor:
         """From what `to_json` gave.
 
         Raises:
             ValueError: it is something else.
         """
-        if set(value) != {"step", "block", "offset"} or not all(
-            isinstance(number, int) and number >= 0 for number in value.values()
+        numbers = [value.get(name) for name in ("step", "visit", "block", "offset")]
+        if (
+            len(value) != 5
+            or not all(type(number) is int and number >= 0 for number in numbers)
+            or not isinstance(value.get("window"), str)
         ):
             raise ValueError(f"not a data cursor: {value!r}")
         return cls(**value)
@@ -68,7 +85,7 @@ class Entry:
     """A document, or a slice of one, in a pack.
 
     Attributes:
-        source: number of its index in the plan.
+        source: number of its index in the window.
         document: its number in that index.
         start_piece, stop_piece: which of its pieces.
         whole: whether that is all of it.
@@ -88,6 +105,7 @@ class PlannedPack:
     """A pack before anything is read: its global number, its entries, what they take together.
 
     `pairs` are those of tokens that attend to each other, the sum of squared document lengths.
+    `indexes` are those of the window, in which the entries' documents have their numbers.
     """
 
     number: int
@@ -95,6 +113,7 @@ class PlannedPack:
     tokens: int
     pairs: int
     patches: int
+    indexes: Sequence[Index] = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,32 +131,51 @@ class PlannedStep:
 
 
 @dataclass(slots=True)
-class _Block:
+class Window:
+    """A window of the corpus, ready to be packed.
+
+    Attributes:
+        number: in the corpus.
+        indexes, slices: one per source; its documents cut to what a pack holds.
+        fingerprint: of all of it.
+        block: units that are packed together.
+    """
+
+    number: int
+    indexes: list[Index]
+    slices: list[Slices]
+    fingerprint: str
+    block: int
+
+    def refused(self, source: int) -> list[Refusal]:
+        """The records of a source of which nothing can be used."""
+        return [*self.indexes[source].refused, *self.slices[source].refused]
+
+
+@dataclass(slots=True)
+class Block:
+    """Units of a visit, and the packs that they make: lists of places.
+
+    `last` is whether the visit takes no more.
+    """
+
+    window: Window
     source: NDArray[np.int32]
     unit: NDArray[np.int64]
     tokens: NDArray[np.int64]
     packs: list[list[int]]
+    last: bool
 
 
-@dataclass(slots=True)
-class _Survey:
-    """What the whole run comes to; `first_pack[b]` and `first_step[b]` are where block b starts."""
-
-    steps: int
-    packs: int
-    tokens: int
-    first_pack: list[int]
-    first_step: list[int]
-    used: list[NDArray[np.bool_]]
-    placed: NDArray[np.int64]
-    placed_tokens: NDArray[np.int64]
+Taken = tuple[Block, int, int]
+"""Packs [start, stop) of a block."""
 
 
 class Plan:
     """The packs of a run.
 
     Args:
-        indexes: one per source.
+        data: a corpus, or the indexes of one that is small: one per source.
         weights: passes over each source per epoch.
         processor_fingerprint: of what turns documents into samples; part of the hash.
         image_cost: (height, width) -> (language tokens, vision patches).
@@ -145,24 +183,28 @@ class Plan:
         patches: vision patches that a pack holds.
         tokens_per_step: a step has `max(1, tokens_per_step // tokens)` packs.
         seed: of all orders.
+        caps: by source, the most documents (or slices) that an epoch takes of it; None: no limit.
         max_documents: the most documents in a pack.
         epochs: how many epochs to run; or
-        token_budget: run until the packed tokens reach this, to the end of that step.
+        token_budget: run for as many steps as have room for these tokens, rounded up.
         across_documents: attention crosses documents inside a pack.
         balance: what packs cost, to make steps of packs that cost alike; None leaves the packs in
             the order of packing.
+        max_refused: the share of a window's documents that may be refused.
 
     Attributes:
-        slices: one `Slices` per source: its documents cut to what a pack holds.
-        hash: names this plan; equal hashes mean equal packs.
+        first: the window that the run starts in.
+        hash: names this plan: equal hashes mean equal packs, as far as the first window decides
+            them; the cursor names the window that it is in.
 
     Raises:
-        ValueError: arguments that make no sense, or no usable document at all.
+        ValueError: arguments that make no sense, no usable document at all, or more refused ones
+            than `max_refused` (which can also happen when a later window comes).
     """
 
     def __init__(
         self,
-        indexes: Sequence[Index],
+        data: Corpus | Sequence[Index],
         weights: Sequence[float],
         *,
         processor_fingerprint: str,
@@ -171,11 +213,13 @@ class Plan:
         patches: int,
         tokens_per_step: int,
         seed: int,
+        caps: Sequence[int | None] | None = None,
         max_documents: int | None = None,
         epochs: int | None = None,
         token_budget: int | None = None,
         across_documents: bool = False,
         balance: PackCost | None = None,
+        max_refused: float = 1.0,
     ) -> None:
         if (epochs is None) == (token_budget is None):
             raise ValueError("give epochs or a token budget, one of the two")
@@ -184,7 +228,187 @@ class Plan:
         for name, value in (sizes | limits).items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        self.indexes = list(indexes)
+        self.corpus = data if isinstance(data, Corpus) else Corpus.of(data)
+        sources = len(self.corpus.resident)
+        caps = [None] * sources if caps is None else caps
+        if not sources == len(weights) == len(caps):
+            raise ValueError(f"{sources} sources but {len(weights)} weights, {len(caps)} caps")
+        self.rates = [Rate(weight, cap) for weight, cap in zip(weights, caps, strict=True)]
+        self.tokens, self.patches, self.max_documents = tokens, patches, max_documents
+        self.epochs, self.token_budget = epochs, token_budget
+        self.across_documents, self.balance = across_documents, balance
+        self.image_cost, self.seed, self.max_refused = image_cost, seed, max_refused
+        self.packs_per_step = max(1, tokens_per_step // tokens)
+        self._windows = Ahead(self._open)
+        self._blocks = Ahead(self._pack)
+        self._lacking = 0
+        self.first = self.window(0)
+        self.hash = self._hash(processor_fingerprint)
+        if self.corpus.windows == 1:
+            if not any(map(len, self.first.slices)):
+                raise ValueError("no source has a usable document (see the ledger for the reasons)")
+            if self.mixture(0).length == 0:
+                raise ValueError("the weights are so small that the epochs hold no document")
+
+    @cached_property
+    def total_steps(self) -> int:
+        """Steps of the run. With epochs, the first call packs it once (0.2 s for 65,536)."""
+        if self.token_budget is not None:
+            return ceil(self.token_budget / (self.packs_per_step * self.tokens))
+        return self.end.step
+
+    @cached_property
+    def end(self) -> Cursor:
+        """Where the run ends. The first call packs all of it once."""
+        last = deque(self._walk(Cursor()), maxlen=1)
+        if not last:
+            return Cursor()
+        taken, cursor = last[0]
+        self._lacking = self.packs_per_step - sum(stop - start for _, start, stop in taken)
+        return cursor
+
+    @property
+    def total_packs(self) -> int:
+        """Packs of the run; only the last step of the epochs may have fewer than the others."""
+        return self.end.step * self.packs_per_step - self._lacking
+
+    @property
+    def visits(self) -> int | None:
+        """Visits of the run; None where the steps end it. One window is visited once."""
+        if self.corpus.windows == 1:
+            return 1
+        return None if self.epochs is None else self.epochs * self.corpus.windows
+
+    def steps(self, cursor: Cursor | None = None) -> Iterator[PlannedStep]:
+        """The steps of the run, from the start or from where a cursor says.
+
+        Raises:
+            ValueError: the cursor is not a place of this plan; or as `Plan`, for later windows.
+        """
+        cursor = cursor or Cursor()
+        number = cursor.step
+        if number == self.total_steps:
+            return
+        self.check(cursor)
+        try:
+            for taken, after in self._walk(cursor):
+                places = ((block, at) for block, start, stop in taken for at in range(start, stop))
+                first = number * self.packs_per_step
+                packs = [self._planned(*place, first + at) for at, place in enumerate(places)]
+                yield PlannedStep(number, tuple(packs), after)
+                number += 1
+        finally:
+            self.corpus.rest()
+
+    def cursor(self, step: int) -> Cursor:
+        """Where a step (from 0) of the run starts. Packs all that is before it.
+
+        Raises:
+            ValueError: the run has no such step.
+        """
+        if not 0 <= step < self.total_steps:
+            raise ValueError(f"step {step} of a plan of {self.total_steps} steps, counted from 0")
+        found = Cursor()
+        for _, after in self._walk(found):
+            if found.step == step:
+                break
+            found = after
+        return found
+
+    def check(self, cursor: Cursor) -> None:
+        """Refuse a cursor that is no place of this plan.
+
+        Raises:
+            ValueError: it is none, or the data there is not what it was.
+        """
+        if cursor == Cursor() or cursor.step == self.total_steps:
+            return
+        visits = self.visits
+        if cursor.step < self.total_steps and (visits is None or cursor.visit < visits):
+            window = self.window(cursor.visit)
+            length = self.mixture(cursor.visit).length
+            head = cursor.offset % self.packs_per_step
+            if (
+                cursor.window == window.fingerprint
+                and (length is None or cursor.block * window.block < length)
+                and cursor.offset < len(self.block(cursor.visit, cursor.block, head).packs)
+            ):
+                return
+        raise ValueError(
+            f"{cursor} is no place in this plan of {self.total_steps} steps: it belongs to a plan "
+            "with other data or settings"
+        )
+
+    def window(self, visit: int) -> Window:
+        """The window that a visit comes to."""
+        return self._windows.get(self.corpus.at(visit))
+
+    def mixture(self, visit: int) -> Mixture:
+        """The stream of units that a visit takes; of one window, the whole run's."""
+        corpus, window = self.corpus, self.window(visit)
+        counts = zip(self.rates, window.slices, corpus.resident, strict=True)
+        parts = [
+            Part.of(rate, len(units), source, window.number, corpus.windows, resident)
+            for source, (rate, units, resident) in enumerate(counts)
+        ]
+        if corpus.windows == 1:
+            return Mixture(parts, self.seed, 0, self.epochs)
+        return Mixture(parts, self.seed, visit, visit + 1)
+
+    def block(self, visit: int, number: int, head: int = 0) -> Block:
+        """A block of a visit; its first `head` packs complete the step before it."""
+        return self._blocks.get((visit, number, head))
+
+    def _walk(self, cursor: Cursor) -> Iterator[tuple[list[Taken], Cursor]]:
+        """The packs of each step from a cursor on, and where the next one starts.
+
+        A step that a block cannot fill is filled from the next one, so no step is short but the
+        last of the epochs.
+        """
+        steps = None if self.token_budget is None else self.total_steps
+        size = self.packs_per_step
+        step, visit, number, at = cursor.step, cursor.visit, cursor.block, cursor.offset
+        taken: list[Taken] = []
+        missing, empty = size, 0
+        entered: Block | None = None
+        while visit != self.visits and step != steps:
+            block = self.block(visit, number, (at or missing) % size)
+            left = len(block.packs) - at
+            if block is not entered:
+                entered = block
+                if steps is None or step + (size - missing + left) // size < steps:
+                    self._prepare(visit, number, block.last, (missing - left) % size)
+            stop = at + min(missing, left)
+            if stop > at:
+                taken.append((block, at, stop))
+            missing, at = missing - (stop - at), stop
+            if at == len(block.packs):
+                empty = 0 if block.packs else empty + 1
+                if empty > self.corpus.windows:
+                    raise ValueError("the weights are so small that an epoch holds no document")
+                visit, number, at = (visit + 1, 0, 0) if block.last else (visit, number + 1, 0)
+            if missing == 0:
+                step += 1
+                yield taken, self._cursor(step, visit, number, at)
+                taken, missing = [], size
+        if taken:
+            yield taken, self._cursor(step + 1, visit, number, at)
+
+    def _cursor(self, step: int, visit: int, block: int, offset: int) -> Cursor:
+        window = "" if visit == self.visits else self.window(visit).fingerprint
+        return Cursor(step, visit, block, offset, window)
+
+    def _prepare(self, visit: int, number: int, last: bool, head: int) -> None:
+        """Make in the background what comes after a block: the next block, the next window."""
+        if visit + 1 != self.visits:
+            self._windows.prepare(self.corpus.at(visit + 1))
+        following = (visit + 1, 0, head) if last else (visit, number + 1, head)
+        if following[0] != self.visits:
+            self._blocks.prepare(following)
+
+    def _open(self, number: int) -> Window:
+        """Index a window and cut its documents."""
+        indexes = self.corpus.load(number)
         names = [index.name for index in indexes]
         for name in names:
             if names.count(name) > 1:
@@ -192,162 +416,57 @@ class Plan:
                     f"two sources are named {name!r}, so their documents could not be told apart; "
                     "give build_index other names (source_names makes them)"
                 )
-        self.tokens, self.patches, self.max_documents = tokens, patches, max_documents
-        self.epochs, self.token_budget = epochs, token_budget
-        self.across_documents, self.balance = across_documents, balance
-        self.seed = seed
-        self.packs_per_step = max(1, tokens_per_step // tokens)
-        self.slices = [cut(index, image_cost, tokens, patches) for index in indexes]
-        self.mixture = Mixture([len(units) for units in self.slices], weights, seed)
-        self.hash = self._hash(processor_fingerprint)
-        self._survey_done: _Survey | None = None
-        self._last_block: tuple[int, _Block] | None = None
-        if epochs is not None and self.mixture.start(epochs) == 0:
-            raise ValueError("the weights are so small that the epochs hold no document")
+        slices = [cut(index, self.image_cost, self.tokens, self.patches) for index in indexes]
+        digest = hashlib.sha256()
+        for index, units in zip(indexes, slices, strict=True):
+            digest.update(index.fingerprint.encode())
+            for column in (units.document, units.stop_piece, units.tokens, units.patches):
+                digest.update(np.ascontiguousarray(column).tobytes())
+        window = Window(number, indexes, slices, digest.hexdigest()[:32], self._block_size(slices))
+        refused = [item for at, index in enumerate(indexes) for item in window.refused(at)]
+        documents = sum(index.records for index in indexes)
+        too_many(refused, documents, self.max_refused, "documents")
+        return window
 
-    @property
-    def total_steps(self) -> int:
-        """Steps of the run. The first call packs the whole run once (0.2 s per block)."""
-        return self._survey().steps
+    def _block_size(self, slices: Sequence[Slices]) -> int:
+        """Units of a block: whole `BLOCK`s with enough of them for `STEPS` steps."""
+        tokens = sum(int(units.tokens.sum()) for units in slices)
+        units = sum(map(len, slices))
+        if not tokens:
+            return BLOCK
+        return BLOCK * ceil(STEPS * self.packs_per_step * self.tokens * units / tokens / BLOCK)
 
-    @property
-    def ledger(self) -> Ledger:
-        """What becomes of every document in this run (before anything is decoded)."""
-        ledger = Ledger()
-        survey = self._survey()
-        for index, units, used in zip(self.indexes, self.slices, survey.used, strict=True):
-            bad_records = len(index.refused) - index.refused_documents
-            ledger.read(index.name, len(index) + bad_records)
-            for refusal in [*index.refused, *units.refused]:
-                ledger.refuse(refusal)
-            numbers, slices = np.unique(units.document[used], return_counts=True)
-            reached = len(numbers)
-            planned = dict(zip(numbers.tolist(), slices.tolist(), strict=True))
-            split = zip(units.split_documents, units.split, units.pieces_refused, strict=True)
-            for number, how, lost in split:
-                if number in planned:
-                    ledger.cut(how, lost, planned[number])
-            ledger.use(index.name, reached)
-            counts = len(np.unique(units.document)) - reached
-            ledger.of(index.name).unreached += counts
-        return ledger
+    def _pack(self, key: tuple[int, int, int]) -> Block:
+        """Pack one block of a visit, given how many packs the step before it lacks."""
+        visit, number, head = key
+        window, mixture = self.window(visit), self.mixture(visit)
+        stop = (number + 1) * window.block
+        source, unit = mixture.take(number * window.block, stop)
+        tokens = np.zeros(len(unit), dtype=np.int64)
+        patches = np.zeros(len(unit), dtype=np.int64)
+        for at, units in enumerate(window.slices):
+            mine = source == at
+            tokens[mine] = units.tokens[unit[mine]]
+            patches[mine] = units.patches[unit[mine]]
+        packs = pack_lengths(
+            tokens,
+            self.tokens,
+            second=patches,
+            second_capacity=self.patches,
+            max_documents=self.max_documents,
+        )
+        if self.balance is not None and packs:
+            costs = self.balance.of(*contents(packs, tokens, patches, self.across_documents))
+            order = balanced(costs, self.packs_per_step, self.seed, 3, visit, number, head=head)
+            packs = [packs[at] for at in order.tolist()]
+        last = mixture.length is not None and stop >= mixture.length
+        return Block(window, source, unit, tokens, packs, last)
 
-    def shares(self) -> dict[str, dict[str, float]]:
-        """By source: the share of the stream that its weight asks for, and what the run holds.
-
-        `asked` and `got` count documents (or their slices), each as often as it comes; `tokens` is
-        the share of the tokens. They differ where the run ends before an epoch does.
-        """
-        survey = self._survey()
-        asked = [
-            float(weight * len(units))
-            for weight, units in zip(self.mixture.weights, self.slices, strict=True)
-        ]
-        return {
-            index.name: {
-                "weight": float(self.mixture.weights[source]),
-                "asked": asked[source] / sum(asked),
-                "got": float(survey.placed[source] / survey.placed.sum()),
-                "tokens": float(survey.placed_tokens[source] / survey.placed_tokens.sum()),
-            }
-            for source, index in enumerate(self.indexes)
-        }
-
-    def summary(self) -> dict[str, Any]:
-        """What the run comes to, for people and for JSON."""
-        survey, ledger = self._survey(), self.ledger
-        counts = ledger.counts.values()
-        return {
-            "hash": self.hash,
-            "documents": sum(count.read for count in counts),
-            "used": sum(count.used for count in counts),
-            "split": sum(count.split for count in counts),
-            "refused": sum(count.refused for count in counts),
-            "unreached": sum(count.unreached for count in counts),
-            "tokens": survey.tokens,
-            "packs": survey.packs,
-            "steps": survey.steps,
-            "packs_per_step": self.packs_per_step,
-            "efficiency": survey.tokens / (survey.packs * self.tokens),
-            "reasons": [asdict(refusal) for refusal in ledger.refused],
-        }
-
-    def steps(self, cursor: Cursor | None = None) -> Iterator[PlannedStep]:
-        """The steps of the run, from the start or from where a cursor says.
-
-        Raises:
-            ValueError: the cursor is not a place of this plan.
-        """
-        survey = self._survey()
-        cursor = cursor or Cursor()
-        self._check(cursor, survey)
-        step, number, offset = cursor.step, cursor.block, cursor.offset
-        while step < survey.steps:
-            block = self._block(number)
-            stop = min(offset + self.packs_per_step, len(block.packs))
-            packs = tuple(
-                self._planned(block, at, survey.first_pack[number] + at)
-                for at in range(offset, stop)
-            )
-            step, offset = step + 1, stop
-            if offset == len(block.packs):
-                number, offset = number + 1, 0
-            yield PlannedStep(step - 1, packs, Cursor(step, number, offset))
-
-    def cursor(self, step: int) -> Cursor:
-        """Where a step (from 0) of the run starts.
-
-        Raises:
-            ValueError: the run has no such step.
-        """
-        survey = self._survey()
-        if not 0 <= step < survey.steps:
-            raise ValueError(f"step {step} of a plan of {survey.steps} steps, counted from 0")
-        block = int(np.searchsorted(survey.first_step, step, side="right")) - 1
-        return Cursor(step, block, (step - survey.first_step[block]) * self.packs_per_step)
-
-    def _check(self, cursor: Cursor, survey: _Survey) -> None:
-        if cursor.step == survey.steps:
-            return
-        if cursor.step > survey.steps or cursor != self.cursor(cursor.step):
-            raise ValueError(
-                f"{cursor} is no place in this plan of {survey.steps} steps: it belongs to a plan "
-                "with other data or settings"
-            )
-
-    def _block(self, number: int) -> _Block:
-        """Pack one block of the stream; the last one asked for is kept."""
-        last = self._last_block
-        if last is None or last[0] != number:
-            start, stop = number * BLOCK, (number + 1) * BLOCK
-            if self.epochs is not None:
-                stop = min(stop, self.mixture.start(self.epochs))
-            source, unit = self.mixture.take(start, stop)
-            tokens = np.zeros(len(unit), dtype=np.int64)
-            patches = np.zeros(len(unit), dtype=np.int64)
-            for at, units in enumerate(self.slices):
-                mine = source == at
-                tokens[mine] = units.tokens[unit[mine]]
-                patches[mine] = units.patches[unit[mine]]
-            packs = pack_lengths(
-                tokens,
-                self.tokens,
-                second=patches,
-                second_capacity=self.patches,
-                max_documents=self.max_documents,
-            )
-            if self.balance is not None:
-                costs = self.balance.of(*contents(packs, tokens, patches, self.across_documents))
-                order = balanced(costs, self.packs_per_step, self.seed, 3, number)
-                packs = [packs[at] for at in order.tolist()]
-            last = self._last_block = number, _Block(source, unit, tokens, packs)
-        return last[1]
-
-    def _planned(self, block: _Block, at: int, number: int) -> PlannedPack:
+    def _planned(self, block: Block, at: int, number: int) -> PlannedPack:
         entries, patches = [], 0
         for place in block.packs[at]:
             source, unit = int(block.source[place]), int(block.unit[place])
-            units, index = self.slices[source], self.indexes[source]
+            units, index = block.window.slices[source], block.window.indexes[source]
             document = int(units.document[unit])
             start, stop = int(units.start_piece[unit]), int(units.stop_piece[unit])
             pieces = int(index.piece_start[document + 1] - index.piece_start[document])
@@ -356,54 +475,14 @@ class Plan:
             patches += int(units.patches[unit])
         tokens = sum(entry.tokens for entry in entries)
         pairs = tokens**2 if self.across_documents else sum(entry.tokens**2 for entry in entries)
-        return PlannedPack(number, tuple(entries), tokens, pairs, patches)
-
-    def _survey(self) -> _Survey:
-        """Pack the whole run once, and keep where blocks start and what is used."""
-        if self._survey_done is not None:
-            return self._survey_done
-        used = [np.zeros(len(units), dtype=bool) for units in self.slices]
-        none = np.zeros(len(used), dtype=np.int64)
-        survey = _Survey(0, 0, 0, [], [], used, none, none.copy())
-        end = None if self.epochs is None else self.mixture.start(self.epochs)
-        number = 0
-        while (number * BLOCK < end) if end is not None else survey.tokens < self._budget:
-            block = self._block(number)
-            survey.first_pack.append(survey.packs)
-            survey.first_step.append(survey.steps)
-            tokens = np.array([int(block.tokens[pack].sum()) for pack in block.packs])
-            ends = np.arange(self.packs_per_step, len(tokens) + self.packs_per_step)
-            ends = np.minimum(ends[:: self.packs_per_step], len(tokens))
-            reached = survey.tokens + np.cumsum(tokens)[ends - 1]
-            steps = len(ends)
-            if end is None:
-                steps = min(steps, int(np.searchsorted(reached, self._budget)) + 1)
-            packs = int(ends[steps - 1])
-            places = np.concatenate([block.packs[at] for at in range(packs)]).astype(np.int64)
-            for source, marks in enumerate(used):
-                own = places[block.source[places] == source]
-                marks[block.unit[own]] = True
-                survey.placed[source] += len(own)
-                survey.placed_tokens[source] += int(block.tokens[own].sum())
-            survey.steps += steps
-            survey.packs += packs
-            survey.tokens = int(reached[steps - 1])
-            number += 1
-        self._survey_done = survey
-        return survey
-
-    @property
-    def _budget(self) -> int:
-        assert self.token_budget is not None
-        return self.token_budget
+        return PlannedPack(number, tuple(entries), tokens, pairs, patches, block.window.indexes)
 
     def _hash(self, processor: str) -> str:
         # The token budget is left out: it says where the stream ends and changes no pack.
         settings = {
             "version": VERSION,
-            "block": BLOCK,
-            "indexes": [index.fingerprint for index in self.indexes],
-            "weights": [str(weight) for weight in self.mixture.weights],
+            "block": [BLOCK, STEPS],
+            "rates": [asdict(rate) for rate in self.rates],
             "processor": processor,
             "tokens": self.tokens,
             "patches": self.patches,
@@ -413,12 +492,10 @@ class Plan:
             "epochs": self.epochs,
             "across_documents": self.across_documents,
             "balance": None if self.balance is None else asdict(self.balance),
+            "window": self.first.fingerprint,
+            "corpus": None if self.corpus.windows == 1 else self.corpus.listing,
         }
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        for units in self.slices:
-            for column in (units.document, units.stop_piece, units.tokens, units.patches):
-                digest.update(np.ascontiguousarray(column).tobytes())
-        return digest.hexdigest()
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def micro_packs(step: PlannedStep, rank: int, world: int) -> list[PlannedPack | None]:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
+from data_packing.account import summary
 from data_packing.document import Document, DocumentError
 from data_packing.encoding import Encode, encode_entry
 from data_packing.index import Index
@@ -101,7 +102,7 @@ class Preview:
 
     Attributes:
         title: of the page.
-        facts: `Plan.summary()`.
+        facts: those of `account.summary`.
         ledger: what becomes of every document of the run.
         capacity: tokens that a pack holds.
         packs: those shown, in order.
@@ -116,7 +117,6 @@ class Preview:
 
 def look(
     plan: Plan,
-    indexes: Sequence[Index],
     encode: Encode,
     spell: Spell,
     *,
@@ -127,7 +127,7 @@ def look(
     """Read some packs of a plan.
 
     Args:
-        plan, indexes: of the run.
+        plan: of the run.
         encode: from a document to a sample, as the loader has it.
         spell: from token ids to text.
         title: of the page.
@@ -139,9 +139,10 @@ def look(
     """
     if not 1 <= step <= plan.total_steps:
         raise ValueError(f"step {step}: the run has steps 1 to {plan.total_steps:,}")
-    preview = Preview(title, plan.summary(), plan.ledger, plan.tokens)
+    facts, found = summary(plan)
+    preview = Preview(title, facts, found.ledger, plan.tokens)
     for number, planned in _packs(plan, step, packs):
-        shown = _show(planned, number, indexes, encode, spell, plan.across_documents)
+        shown = _show(planned, number, encode, spell, plan.across_documents)
         preview.packs.append(shown)
     return preview
 
@@ -160,7 +161,6 @@ def _packs(plan: Plan, step: int, most: int) -> Iterator[tuple[int, PlannedPack]
 def _show(
     planned: PlannedPack,
     step: int,
-    indexes: Sequence[Index],
     encode: Encode,
     spell: Spell,
     across_documents: bool,
@@ -168,7 +168,7 @@ def _show(
     documents: list[ShownDocument] = []
     refused = []
     for entry in planned.entries:
-        index = indexes[entry.source]
+        index = planned.indexes[entry.source]
         try:
             document, sample = encode_entry(index.read(entry.document), entry, encode)
         except DocumentError as error:

@@ -119,10 +119,14 @@ TrainValue = Annotated[TrainSection, BeforeValidator(_frozen_word)]
 
 
 class SourceSection(Section):
-    """Shards of one source. `weight` = passes over it per epoch."""
+    """Shards of one source.
+
+    `weight` = passes over it per epoch; `cap` = the most documents that an epoch takes of it.
+    """
 
     path: str
     weight: Number = Field(default=1.0, gt=0, le=1e6)
+    cap: Whole | None = Field(default=None, gt=0)
 
 
 class BalanceSection(Section):
@@ -155,12 +159,14 @@ class PackingSection(Section):
 class DataSection(Section):
     """What is learned from.
 
-    `workers` = loader processes per rank; `max_refused` = the share of documents that may be
+    `window` = documents that are planned together, of a larger corpus; `workers` = loader processes
+    per rank; `max_refused` = the share of documents that may be
     unusable before the run stops; `allow_http` = whether a path may be an http:// URL.
     """
 
     sources: tuple[SourceSection, ...]
     packing: PackingSection
+    window: Whole = Field(default=2**20, gt=0)
     workers: Whole = Field(default=1, ge=0)
     max_refused: Number = Field(default=0.1, ge=0, le=1)
     allow_http: bool = False

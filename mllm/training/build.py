@@ -1,16 +1,18 @@
-"""From a recipe to the things a run is made of: model, processor, indexes, plan."""
+"""From a recipe to the things a run is made of: model, processor, plan."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import current_thread
 from typing import Any
 
 import torch
 
+from data_packing.corpus import Corpus, Stop
 from data_packing.executors import Executor
 from data_packing.index import Index, build_index, source_names
-from data_packing.ledger import too_many
+from data_packing.ledger import Ledger, too_many
 from data_packing.plan import Plan
 from mllm.recipe import ModelSection, Recipe
 from mllm.training import groups, lora
@@ -22,14 +24,6 @@ UNBOUNDED = 2**40
 
 
 LANGUAGE_MODEL = "language_model"
-
-
-@dataclass(slots=True)
-class Data:
-    """What a stage learns from: one index per source, and the plan over them."""
-
-    indexes: list[Index]
-    plan: Plan
 
 
 def model(section: ModelSection, recipe: Recipe, dtype: torch.dtype) -> tuple[Any, Any, Any]:
@@ -54,24 +48,47 @@ def model(section: ModelSection, recipe: Recipe, dtype: torch.dtype) -> tuple[An
     return built, processor, adapter
 
 
-def indexes(
-    recipe: Recipe, processor: Any, workers: int, phase: Callable[[str], None] = lambda _: None
-) -> list[Index]:
-    """Count the tokens of every document; the counts are kept beside the shards."""
-    found, executor = [], Executor("local", workers)
-    sources = shards(recipe)
-    for paths, name in zip(sources, source_names(sources), strict=True):
-        phase(f"counting tokens of {name}")
-        found.append(build_index(paths, processor.cost, processor.text_fingerprint, executor, name))
-    return found
+def plan(
+    recipe: Recipe,
+    model: Any,
+    processor: Any,
+    workers: int,
+    phase: Callable[[str], None] = lambda _: None,
+    *,
+    share: float = 0.0,
+    judge: bool = True,
+) -> Plan:
+    """Decide which documents make which pack of which step; counts the first window's tokens.
 
+    Args:
+        recipe, model, processor: of the stage.
+        workers: processes that count tokens.
+        phase: told what is being done.
+        share: where to begin counting, 0 to 1; ranks that begin at different places share the work.
+        judge: stop where more documents are refused than the recipe allows.
 
-def plan(recipe: Recipe, model: Any, processor: Any, indexes: list[Index]) -> Plan:
-    """Decide which documents make which pack of which step."""
-    packing, run = recipe.data.packing, recipe.run
+    Raises:
+        ValueError: shards are missing or damaged, nothing can be used, or too much is refused.
+    """
+    sources, packing, run = shards(recipe), recipe.data.packing, recipe.run
+    names = source_names(sources)
+    executor = Executor("local", workers)
+    first = current_thread()
+
+    def index(source: int, paths: Sequence[Path], stop: Stop) -> Index:
+        def tell(missing: int) -> None:
+            if current_thread() is first:  # later windows are counted while the run goes on
+                phase(f"counting tokens of {names[source]}")
+
+        cost, fingerprint = processor.cost, processor.text_fingerprint
+        return build_index(
+            paths, cost, fingerprint, executor, names[source], begin=share, stop=stop, tell=tell
+        )
+
     return Plan(
-        indexes,
+        Corpus(sources, index, window=recipe.data.window, seed=run.seed),
         [source.weight for source in recipe.data.sources],
+        caps=[source.cap for source in recipe.data.sources],
         processor_fingerprint=processor.fingerprint,
         image_cost=processor.image_cost,
         tokens=packing.tokens,
@@ -83,39 +100,32 @@ def plan(recipe: Recipe, model: Any, processor: Any, indexes: list[Index]) -> Pl
         token_budget=run.tokens,
         across_documents=packing.across_documents,
         balance=pack_cost(recipe, model),
+        max_refused=recipe.data.max_refused if judge else 1.0,
     )
 
 
-def data(
-    recipe: Recipe, model: Any, processor: Any, workers: int, phase: Callable[[str], None]
-) -> Data:
-    """Indexes and plan, saying what is being done."""
-    found = indexes(recipe, processor, workers, phase)
-    phase("planning")
-    planned = plan(recipe, model, processor, found)
-    assert planned.total_steps > 0
-    return Data(found, planned)
-
-
-def check_refused(recipe: Recipe, plan: Plan) -> None:
+def check_refused(recipe: Recipe, ledger: Ledger) -> None:
     """Stop before a run that could not use more of its documents than the recipe allows.
 
     Raises:
         ValueError: a table of the reasons.
     """
-    ledger = plan.ledger
     read = sum(counts.read for counts in ledger.counts.values())
     too_many(ledger.refused, read, recipe.data.max_refused, "documents")
 
 
 def outline(plan: Plan) -> str:
-    """The plan in one line."""
-    facts = plan.summary()
+    """The plan in one line: what is in its first window, which for most is all there is."""
+    window = plan.first
+    refused = [item for source in range(len(window.indexes)) for item in window.refused(source)]
+    read = sum(index.records for index in window.indexes)
+    split = sum(len(units.split) for units in window.slices)
     line = (
-        f"{facts['documents']:,} documents ({facts['refused']} refused, {facts['split']} split) "
-        f"in {facts['packs']:,} packs {facts['efficiency']:.1%} full, {facts['steps']:,} steps"
+        f"{plan.total_steps:,} steps of {plan.packs_per_step:,} packs from {read:,} documents "
+        f"({len(refused):,} refused, {split:,} split)"
     )
-    if facts["refused"]:
-        first = facts["reasons"][0]
-        line += f"; the first refused: {first['key']}: {first['reason']}"
+    if plan.corpus.windows > 1:
+        line += f" in the first of {plan.corpus.windows:,} windows"
+    if refused:
+        line += f"; the first refused: {refused[0].key}: {refused[0].reason}"
     return line

@@ -50,7 +50,7 @@ class State:
     """
 
     step: int
-    cursor: dict[str, int]
+    cursor: dict[str, int | str]
     plan: str
     frozen: str
     seed: int

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from data_packing.account import Account, summary
 from data_packing.balance import straggler
-from data_packing.plan import Plan
+from data_packing.ledger import Ledger
+from data_packing.plan import STEPS, Plan
 from mllm.recipe import MODULES, ConnectorSection, ModelSection, Recipe, load_all
 from mllm.training import build, engine
 
@@ -41,10 +42,10 @@ def forecast(path: Path, overrides: Sequence[str], console: Console | None = Non
         model, processor, _ = build.model(section, recipe, torch.float32)
         console.print(f"\n[bold]{file}[/bold] → {recipe.output}")
         console.print(parameter_table(model))
-        data = build.data(recipe, model, processor, recipe.data.workers, say)
-        print_plan(console, recipe, data)
+        plan = build.plan(recipe, model, processor, recipe.data.workers, say, judge=False)
+        ledger = print_plan(console, recipe, plan)
         try:
-            build.check_refused(recipe, data.plan)
+            build.check_refused(recipe, ledger)
         except ValueError as error:
             console.print(f"  training would stop: {error}", markup=False, highlight=False)
 
@@ -93,43 +94,46 @@ def parameter_table(model: nn.Module) -> Table:
     return table
 
 
-def mixture_table(plan: Plan) -> Table:
+def mixture_table(plan: Plan, found: Account) -> Table:
     """What the weights ask for, beside what the run holds."""
     table = Table(title="Mixture")
     for name in ("source", "passes per epoch", "asked", "got", "of the tokens"):
         table.add_column(name, justify="left" if name == "source" else "right")
-    for source, share in plan.shares().items():
+    for rate, (source, share) in zip(plan.rates, found.shares().items(), strict=True):
         parts = (f"{share[name]:.2%}" for name in ("asked", "got", "tokens"))
-        table.add_row(source, f"{share['weight']:g}", *parts)
+        cap = "" if rate.cap is None else f", at most {rate.cap:,}"
+        table.add_row(source, f"{rate.weight:g}{cap}", *parts)
     return table
 
 
 def waiting(plan: Plan) -> str:
-    """How much ranks wait for the slowest, by the cost that balances the plan; its first block."""
+    """How much ranks wait for the slowest, by the cost that balances the plan; its first steps."""
     cost, ranks = plan.balance, [world for world in RANKS if world <= plan.packs_per_step]
     if cost is None or not ranks:
         return "not balanced" if cost is None else "no step has packs for two ranks"
-    steps = itertools.takewhile(lambda step: step.after.block == 0, plan.steps())
-    costs = [step.costs(cost) for step in steps] or [next(plan.steps()).costs(cost)]
+    costs = [step.costs(cost) for step in itertools.islice(plan.steps(), STEPS)]
     return ", ".join(f"{straggler(costs, world):.3f} of {world}" for world in ranks)
 
 
-def print_plan(console: Console, recipe: Recipe, data: build.Data) -> None:
-    """Tokens, packs, steps, what is left out and why."""
-    facts: dict[str, Any] = data.plan.summary()
+def print_plan(console: Console, recipe: Recipe, plan: Plan) -> Ledger:
+    """Tokens, packs, steps, what is left out and why; returns the ledger."""
+    facts, found = summary(plan)
     precision, why = engine.choose_precision(recipe)
-    console.print(data.plan.ledger.table())
-    console.print(mixture_table(data.plan))
+    console.print(found.ledger.table())
+    console.print(mixture_table(plan, found))
     table = Table(title="Run", show_header=False)
     rows = {
         "useful tokens": f"{facts['tokens']:,}",
         "packs": f"{facts['packs']:,} of {recipe.data.packing.tokens:,} tokens",
         "packing efficiency": f"{facts['efficiency']:.2%}",
         "steps": f"{facts['steps']:,} of {facts['packs_per_step']} packs",
-        "slowest rank / mean": waiting(data.plan),
+        "slowest rank / mean": waiting(plan),
+        "windows": f"{facts['windows']:,}",
         "precision here": f"{precision} ({why})" if why else precision,
         "plan": facts["hash"][:16],
     }
+    if facts["windows"] == 1:
+        del rows["windows"]
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
@@ -140,3 +144,4 @@ def print_plan(console: Console, recipe: Recipe, data: build.Data) -> None:
         )
     if len(reasons) > SHOWN_REASONS:
         console.print(f"  … and {len(reasons) - SHOWN_REASONS} more, all in the run's ledger.jsonl")
+    return found.ledger

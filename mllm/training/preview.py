@@ -41,11 +41,10 @@ def preview(
     say("loading the model")
     section = origin(recipe, _neighbours(file, recipe))
     model, processor, _ = build.model(section, recipe, torch.float32)
-    data = build.data(recipe, model, processor, recipe.data.workers, say)
+    plan = build.plan(recipe, model, processor, recipe.data.workers, say, judge=False)
     say(f"reading {packs:,} packs")
     seen = look(
-        data.plan,
-        data.indexes,
+        plan,
         processor.encode,
         lambda ids: spell(processor, ids),
         title=str(file),

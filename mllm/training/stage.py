@@ -20,6 +20,10 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from transformers.utils import logging as transformers_logging
 
+from data_packing.account import account
+from data_packing.ledger import Refusal
+from data_packing.loader import Loader
+from data_packing.plan import Cursor, Plan
 from mllm.recipe import Recipe
 from mllm.training import build, checkpoint, comm_op, engine, export, groups, loop
 from mllm.training.control import Control
@@ -66,28 +70,28 @@ class Worker:
         parameter_groups = groups.parameter_groups(
             model, recipe.train, recipe.optimizer.lr, recipe.optimizer.weight_decay
         )
-        data = self._data(model, processor, rank)
-        home = self._resumed(data.plan.hash)
+        plan = self._plan(model, processor, rank, world)
+        home = self._resumed(plan)
         control.phase("checking the weights")
         frozen = from_rank_0(lambda: checkpoint.frozen_hash(step))
-        state = self._state(home, data.plan.hash, frozen)
+        state = self._state(home, plan.hash, frozen)
         if rank == 0:
-            folder.begin(recipe, self._facts(identity, data.plan, placement, world))
+            folder.begin(recipe, self._facts(identity, plan, placement, world))
             for path in (folder.metrics, folder.refused):
                 keep_lines_up_to(path, state.step)
-            self._write_ledger(data.plan)
+            self._write_ledger(plan, state)
 
         if home is not None:
             checkpoint.load_weights(step, home)
         elif recipe.model.connector is not None and recipe.model.connector.init == "ridge":
-            self._ridge(step, processor, data)
+            self._ridge(step, processor, plan)
         control.phase("starting the engine")
-        accumulation = engine.accumulation_steps(data.plan.packs_per_step, world)
+        accumulation = engine.accumulation_steps(plan.packs_per_step, world)
         deepspeed_engine = engine.start(step, recipe, placement, parameter_groups, accumulation)
         if home is not None:
             checkpoint.load(deepspeed_engine, home)
 
-        finished = self._train(deepspeed_engine, processor, data, state, accumulation)
+        finished = self._train(deepspeed_engine, processor, plan, state, accumulation)
         if finished:
             control.phase("saving the model")
             facts = {
@@ -95,10 +99,10 @@ class Worker:
                 "tokens": state.tokens,
                 "seconds": round(state.seconds, 3),
                 "recipe": recipe.hash(),
-                "plan": data.plan.hash,
+                "plan": plan.hash,
             }
             if rank == 0:
-                self._write_ledger(data.plan)
+                self._write_ledger(plan, state)
             export.finish(deepspeed_engine, processor, recipe, folder, adapter, facts)
         deepspeed_engine.destroy()
         control.part()
@@ -138,26 +142,38 @@ class Worker:
             self.control.note(f"zero: {zero} ({why})")
         return engine.Placement(precision, zero)
 
-    def _data(self, model: Any, processor: Any, rank: int) -> build.Data:
-        """Rank 0 counts what has not been counted, the others read its counts."""
-        workers = max(1, self.recipe.data.workers)
+    def _plan(self, model: Any, processor: Any, rank: int, world: int) -> Plan:
+        """Rank 0 counts what has not been counted of the first window, the others read its counts.
+
+        Later windows are counted while training, by all ranks, each beginning at its own place.
+        """
+        workers, share = max(1, self.recipe.data.workers), rank / world
         if rank != 0:
             dist.barrier()
-        data = build.data(self.recipe, model, processor, workers, self.control.phase)
+        phase = self.control.phase
+        plan = build.plan(self.recipe, model, processor, workers, phase, share=share)
         if rank == 0:
             dist.barrier()
-        self.control.note(build.outline(data.plan))
-        build.check_refused(self.recipe, data.plan)
-        return data
+        phase("planning")
+        self.control.note(build.outline(plan))
+        return plan
 
-    def _resumed(self, plan: str) -> Path | None:
+    def _resumed(self, plan: Plan) -> Path | None:
         """The checkpoint to go on from: the newest that is whole, as rank 0 sees it."""
         home, warnings = from_rank_0(lambda: checkpoint.newest(self.folder.state))
         for warning in warnings:
             self.control.note(warning)
         if home is None and warnings:
             self.control.note("no checkpoint is whole: starting from the beginning")
-        if home is not None and checkpoint.read_state(home).plan != plan:
+        if home is None:
+            return None
+        state = checkpoint.read_state(home)
+        try:
+            same = state.plan == plan.hash
+            plan.check(Cursor.from_json(state.cursor))
+        except ValueError:
+            same = False
+        if not same:
             raise ValueError(
                 f"{home}: the data changed since this run began (or its processor did), so it "
                 f"cannot go on exactly; restore the data, or delete {self.folder.path} to start "
@@ -169,7 +185,7 @@ class Worker:
         if home is None:
             return checkpoint.State(
                 step=0,
-                cursor={"step": 0, "block": 0, "offset": 0},
+                cursor=Cursor().to_json(),
                 plan=plan,
                 frozen=frozen,
                 seed=self.recipe.run.seed,
@@ -186,7 +202,7 @@ class Worker:
         return state
 
     def _facts(
-        self, identity: dict[str, Any], plan: Any, placement: engine.Placement, world: int
+        self, identity: dict[str, Any], plan: Plan, placement: engine.Placement, world: int
     ) -> dict[str, Any]:
         begun = self.folder.begun() or {}
         return {
@@ -210,24 +226,23 @@ class Worker:
             return torch.cuda.get_device_name()
         return f"CPU, {os.cpu_count()} cores"
 
-    def _write_ledger(self, plan: Any) -> None:
-        from data_packing.ledger import Refusal
-
-        ledger = plan.ledger
+    def _write_ledger(self, plan: Plan, state: checkpoint.State) -> None:
+        """What became of every document up to here; what is still to come counts as unreached."""
+        ledger = account(plan, Cursor.from_json(state.cursor)).ledger
         ledger.drop(
             Refusal(record["source"], record["key"], record["reason"], record.get("first_piece"))
             for record in read_lines(self.folder.refused)
         )
         ledger.write(self.folder.ledger)
 
-    def _ridge(self, step: TrainStep, processor: Any, data: build.Data) -> None:
+    def _ridge(self, step: TrainStep, processor: Any, plan: Plan) -> None:
         """Solve the connector's last layer on rank 0 and give it to all."""
         from mllm.models import ridge
 
         self.control.phase("solving the connector's last layer")
         model = step.model
         if dist.get_rank() == 0:
-            report = ridge.warm_start(model, processor, data.indexes, self.recipe.run.seed)
+            report = ridge.warm_start(model, processor, plan.first.indexes, self.recipe.run.seed)
             self.control.note(
                 f"ridge start from {report.examples} captions explains "
                 f"{report.explained:.0%} of the variance of their embeddings"
@@ -242,17 +257,13 @@ class Worker:
         self,
         deepspeed_engine: Any,
         processor: Any,
-        data: build.Data,
+        plan: Plan,
         state: checkpoint.State,
         accumulation: int,
     ) -> bool:
-        from data_packing.loader import Loader
-        from data_packing.plan import Cursor
-
-        recipe, control, plan = self.recipe, self.control, data.plan
+        recipe, control = self.recipe, self.control
         loader = Loader(
             plan,
-            data.indexes,
             processor.encode,
             rank=dist.get_rank(),
             world=dist.get_world_size(),

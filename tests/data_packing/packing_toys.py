@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 import numpy as np
 from PIL import Image as PillowImage
 
+from data_packing.corpus import Corpus
 from data_packing.document import Document, Image, Text
 from data_packing.images import decode_all
 from data_packing.index import Index, build_index
+from data_packing.ledger import Refusal
+from data_packing.plan import Plan, PlannedStep
 from data_packing.sample import Cost, ImageSlot, Sample
 from data_packing.sharding import write_shards
 
@@ -95,3 +99,41 @@ def dealt_order(dealt: Sequence[Sequence[Any]]) -> list[Any]:
     turns = [[own[turn] for own in dealt] for turn in range(len(dealt[0]))]
     rows = [row[::-1] if turn % 2 else row for turn, row in enumerate(turns)]
     return [item for row in rows for item in row if item is not None]
+
+
+def two_sources(folder: Path) -> list[Index]:
+    """Captions, and pages of which some are cut and two are refused."""
+    pages = [page([20] * (number % 9 + 1), f"page{number}", True) for number in range(40)]
+    pages.append(page([500], "too long"))
+    bad = Refusal("raw", "bad", "broken image")
+    return [
+        index_of(captions(200), folder, "captions"),
+        index_of([*pages, bad], folder, "pages"),
+    ]
+
+
+def plan_of(data: Corpus | Sequence[Index], **changes: Any) -> Plan:
+    """A plan of one epoch with packs of 128 tokens, four of them a step."""
+    settings: dict[str, Any] = {
+        "processor_fingerprint": "p",
+        "image_cost": image_cost,
+        "tokens": 128,
+        "patches": 64,
+        "tokens_per_step": 512,
+        "seed": 0,
+        "epochs": 1,
+    }
+    sources = len(data.resident if isinstance(data, Corpus) else data)
+    weights = changes.pop("weights", [1.0] * sources)
+    return Plan(data, weights, **(settings | changes))
+
+
+def uses(steps: Sequence[PlannedStep]) -> Counter[tuple[int, int, int]]:
+    """How often each piece of each document is in a pack: (source, document, piece)."""
+    return Counter(
+        (entry.source, entry.document, piece)
+        for step in steps
+        for pack in step.packs
+        for entry in pack.entries
+        for piece in range(entry.start_piece, entry.stop_piece)
+    )

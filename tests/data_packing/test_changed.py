@@ -55,7 +55,7 @@ def test_what_changed_is_refused_by_name(
         epochs=1,
     )
     change(index.paths[0])
-    loader = Loader(plan, [index], encode, rank=0, world=1, workers=0)
+    loader = Loader(plan, encode, rank=0, world=1, workers=0)
     packs = [pack for _, packs in loader for pack in packs]
     refused = [item for pack in packs for item in pack.refused]
     assert fewest <= len(refused) <= most

@@ -21,6 +21,7 @@ from packing_toys import SIDE, captions, dealt_order, encode, image, image_cost,
 
 from data_packing import loader as loader_module
 from data_packing import plan as plan_module
+from data_packing.account import account
 from data_packing.balance import PackCost
 from data_packing.document import Document, DocumentError, Image, Text
 from data_packing.files import OpenFiles, save_arrays
@@ -83,7 +84,7 @@ def data(tmp_path: Path) -> tuple[Plan, Index]:
 def load(
     plan: Plan, index: Index, code: Callable[[Document], Sample] = encode, **changes: Any
 ) -> Steps:
-    return list(Loader(plan, [index], code, **({"rank": 0, "world": 1, "workers": 0} | changes)))
+    return list(Loader(plan, code, **({"rank": 0, "world": 1, "workers": 0} | changes)))
 
 
 def same(one: Steps, other: Steps) -> bool:
@@ -186,7 +187,7 @@ if __name__ == "__main__":
     module.BLOCK = 700
     index = build_index(sorted(folder.glob("toys-*.tar")), cost, "toy processor")
     plan = long_plan(index)
-    loader = Loader(plan, [index], encode, rank=0, world=1, workers=workers, prefetch=2_000_000)
+    loader = Loader(plan, encode, rank=0, world=1, workers=workers, prefetch=2_000_000)
     for number, (step, packs) in enumerate(loader):
         state = {"plan": plan.hash, **step.after.to_json()}
         (folder / "state.json").write_text(json.dumps(state))
@@ -241,7 +242,6 @@ def test_after_a_kill_the_next_200_packs_are_the_same_to_the_byte(
         for rank in range(world):
             again = Loader(
                 long_plan(index),
-                [index],
                 encode,
                 rank=rank,
                 world=world,
@@ -263,9 +263,7 @@ def test_a_pack_counts_for_the_bytes_that_it_holds(
     monkeypatch.setattr(loader_module, "_LEAST", 0)
     monkeypatch.setattr(loader_module, "_SHARED_FROM", 1)
     plan, index = data
-    loader = Loader(
-        plan, [index], encode, rank=0, world=1, workers=0, image_bytes=lambda h, w: 3 * SIDE**2
-    )
+    loader = Loader(plan, encode, rank=0, world=1, workers=0, image_bytes=lambda h, w: 3 * SIDE**2)
     packs = [pack for _, packs in load(plan, index) for pack in packs]
     jobs = list(loader._jobs(deque()))
     assert len(jobs) == len(packs)
@@ -385,10 +383,10 @@ def test_a_worker_that_is_killed_ends_the_run(data: tuple[Plan, Index]) -> None:
 
 
 def test_stopping_early_leaves_no_process_and_no_open_file(data: tuple[Plan, Index]) -> None:
-    plan, index = data
+    plan, _ = data
     open_before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     for workers in (0, 2):
-        steps = iter(Loader(plan, [index], encode, rank=0, world=1, workers=workers))
+        steps = iter(Loader(plan, encode, rank=0, world=1, workers=workers))
         next(steps)
         assert isinstance(steps, Iterator)
         steps.close()  # type: ignore[attr-defined]
@@ -404,7 +402,7 @@ def children() -> list[multiprocessing.process.BaseProcess]:
 def test_wrong_settings_are_refused(data: tuple[Plan, Index]) -> None:
     plan, index = data
     with pytest.raises(ValueError, match="workers is -1"):
-        Loader(plan, [index], encode, rank=0, world=1, workers=-1)
+        Loader(plan, encode, rank=0, world=1, workers=-1)
     with pytest.raises(ValueError, match="rank 3 of 2"):
         load(plan, index, rank=3, world=2)
     with pytest.raises(ValueError, match="no place in this plan"):
@@ -433,7 +431,7 @@ def test_a_document_that_loses_all_its_slices_is_refused_in_the_ledger(
         return encode(document)
 
     plan, index = data
-    ledger = plan.ledger
+    ledger = account(plan, plan.end).ledger
     before = (ledger.counts["toys"].used, ledger.counts["toys"].split)
     steps = load(plan, index, fail_on_page)
     ledger.drop(item for _, packs in steps for pack in packs for item in pack.refused)

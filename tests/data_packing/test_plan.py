@@ -12,59 +12,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from packing_toys import captions, cost, dealt_order, image_cost, index_of, page
+from packing_toys import captions, cost, dealt_order, index_of, page, plan_of, two_sources, uses
 
 from data_packing import plan as plan_module
+from data_packing.account import account
 from data_packing.balance import WINDOW, PackCost
 from data_packing.index import Index, build_index, source_names
 from data_packing.ledger import Refusal
-from data_packing.plan import Cursor, Plan, PlannedPack, PlannedStep, micro_packs
+from data_packing.plan import Cursor, PlannedPack, PlannedStep, micro_packs
 
 BALANCE = PackCost(tokens=1.0, pairs=0.01, patches=0.1)
 
 
 @pytest.fixture(scope="module")
 def indexes(tmp_path_factory: pytest.TempPathFactory) -> list[Index]:
-    folder = tmp_path_factory.mktemp("shards")
-    pages = [page([20] * (number % 9 + 1), f"page{number}", True) for number in range(40)]
-    pages.append(page([500], "too long"))
-    bad = Refusal("raw", "bad", "broken image")
-    return [
-        index_of(captions(200), folder, "captions"),
-        index_of([*pages, bad], folder, "pages"),
-    ]
+    return two_sources(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "BLOCK", 100)
-
-
-def plan_of(indexes: list[Index], **changes: Any) -> Plan:
-    settings = {
-        "processor_fingerprint": "p",
-        "image_cost": image_cost,
-        "tokens": 128,
-        "patches": 64,
-        "tokens_per_step": 512,
-        "seed": 0,
-        "epochs": 1,
-    }
-    weights = changes.pop("weights", [1.0] * len(indexes))
-    return Plan(indexes, weights, **(settings | changes))
-
-
-def uses(steps: list[PlannedStep]) -> Counter[tuple[int, int, int]]:
-    return Counter(
-        (entry.source, entry.document, piece)
-        for step in steps
-        for pack in step.packs
-        for entry in pack.entries
-        for piece in range(entry.start_piece, entry.stop_piece)
-    )
+    monkeypatch.setattr(plan_module, "STEPS", 1)
 
 
 @pytest.mark.parametrize("balance", [None, BALANCE])
@@ -73,7 +45,7 @@ def test_an_epoch_holds_every_piece_once_and_no_pack_is_too_full(
 ) -> None:
     plan = plan_of(indexes, balance=balance)
     steps = list(plan.steps())
-    gone = {item.key for item in plan.ledger.refused}
+    gone = {item.key for item in account(plan, plan.end).ledger.refused}
     every = {
         (source, document, piece): 1
         for source, index in enumerate(indexes)
@@ -89,35 +61,6 @@ def test_an_epoch_holds_every_piece_once_and_no_pack_is_too_full(
         assert pack.patches <= 64
         assert pack.tokens == sum(entry.tokens for entry in pack.entries)
     assert [step.number for step in steps] == list(range(plan.total_steps))
-
-
-def test_the_ledger_accounts_for_every_document(indexes: list[Index]) -> None:
-    plan = plan_of(indexes)
-    ledger = plan.ledger
-    pages = ledger.counts["pages"]
-    assert (pages.read, pages.refused, pages.unreached) == (42, 2, 0)
-    assert pages.read == pages.used + pages.refused
-    assert pages.split == len(ledger.split) == sum(number % 9 + 1 > 4 for number in range(40))
-    assert {item.key: item.reason for item in ledger.refused} == {
-        "bad": "broken image",
-        "too long": "piece 1 of 1 needs 501 tokens, a pack holds 128",
-    }
-    summary = plan.summary()
-    assert summary["documents"] == 242
-    assert summary["used"] == 240
-    assert [reason["key"] for reason in summary["reasons"]] == ["bad", "too long"]
-    assert 0.5 < summary["efficiency"] <= 1.0
-    json.dumps(summary)
-
-
-def test_documents_that_the_run_does_not_reach_are_counted_as_such(indexes: list[Index]) -> None:
-    plan = plan_of(indexes, epochs=None, token_budget=1000)
-    seen = {(entry[0], entry[1]) for entry in uses(list(plan.steps()))}
-    for source, name in enumerate(("captions", "pages")):
-        counts = plan.ledger.counts[name]
-        assert counts.used == sum(1 for at, _ in seen if at == source)
-        assert counts.read == counts.used + counts.refused + counts.unreached
-        assert counts.unreached > 0
 
 
 def contents(packs: Sequence[PlannedPack]) -> Counter[tuple[object, ...]]:
@@ -166,19 +109,15 @@ def test_going_on_with_a_larger_budget_changes_no_earlier_step(
         plan = plan_of(indexes, token_budget=budget, **changes)
         steps = list(plan.steps())
         assert steps == longest[: len(steps)]
-        tokens = [sum(pack.tokens for pack in step.packs) for step in steps]
-        assert sum(tokens) >= budget > sum(tokens[:-1])
         longer = plan_of(indexes, token_budget=30_000, **changes)
         assert list(longer.steps(steps[-1].after)) == longest[len(steps) :]
 
 
-def test_a_token_budget_ends_after_the_step_that_reaches_it(indexes: list[Index]) -> None:
-    for budget in (1, 600, 20_000):
+def test_a_token_budget_is_room_for_so_many_and_every_step_is_full(indexes: list[Index]) -> None:
+    for budget, steps in ((1, 1), (512, 1), (513, 2), (20_000, 40)):
         plan = plan_of(indexes, epochs=None, token_budget=budget)
-        tokens = [sum(pack.tokens for pack in step.packs) for step in plan.steps()]
-        assert len(tokens) == plan.total_steps
-        assert sum(tokens) >= budget > sum(tokens[:-1])
-        assert plan.summary()["tokens"] == sum(tokens)
+        assert plan.total_steps == steps
+        assert [len(step.packs) for step in plan.steps()] == [4] * steps
     assert plan_of(indexes, epochs=None, token_budget=1).hash == plan.hash
 
 
@@ -228,7 +167,7 @@ from pathlib import Path
 from packing_toys import cost, image_cost
 from data_packing import Plan, build_index
 from data_packing import plan as module
-module.BLOCK = 100
+module.BLOCK, module.STEPS = 100, 1
 indexes = [
     build_index(sorted(Path(sys.argv[1]).glob(f"{name}-*.tar")), cost, "toy processor")
     for name in ("captions", "pages")
@@ -273,6 +212,7 @@ def test_the_hash_changes_with_everything_that_changes_packs(indexes: list[Index
         {"epochs": 2},
         {"max_documents": 2},
         {"weights": [1.0, 2.0]},
+        {"caps": [None, 3]},
         {"processor_fingerprint": "q"},
         {"across_documents": True},
         {"balance": BALANCE},
@@ -284,12 +224,33 @@ def test_the_hash_changes_with_everything_that_changes_packs(indexes: list[Index
     assert len(set(hashes)) == len(hashes)
 
 
-def test_a_step_has_the_same_packs_whatever_the_block(indexes: list[Index]) -> None:
-    plan = plan_of(indexes, epochs=3)
-    sizes = [len(step.packs) for step in plan.steps()]
-    assert set(sizes[:-1]) - {4}, "blocks should end inside, with a short step"
-    assert all(1 <= size <= 4 for size in sizes)
-    assert plan.summary()["packs"] == sum(sizes)
+@pytest.mark.parametrize("packs", [1, 3, 4, 40])
+@pytest.mark.parametrize("balance", [None, BALANCE])
+def test_only_the_last_step_is_short_though_blocks_end_anywhere(
+    indexes: list[Index], packs: int, balance: PackCost | None
+) -> None:
+    plan = plan_of(indexes, epochs=3, tokens_per_step=128 * packs, balance=balance)
+    steps = list(plan.steps())
+    sizes = [len(step.packs) for step in steps]
+    assert set(sizes[:-1]) == {packs}
+    assert 1 <= sizes[-1] <= packs
+    assert sum(sizes) == plan.total_packs == len({p.number for s in steps for p in s.packs})
+    assert len({step.after.block for step in steps}) > 3 or packs == 40
+    whole = uses(list(plan_of(indexes, epochs=3).steps()))
+    assert uses(steps) == whole
+    for at in range(len(steps)):
+        assert plan.cursor(at) == (steps[at - 1].after if at else Cursor())
+    assert plan.end == steps[-1].after
+
+
+def test_a_block_grows_with_the_step(indexes: list[Index], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "STEPS", 20)
+    plan = plan_of(indexes, epochs=20)
+    assert plan.first.block % 100 == 0
+    starts = [step.number for step in plan.steps() if step.after.offset < 4]
+    gaps = np.diff([0, *starts])
+    assert len(gaps) > 3
+    assert min(gaps[:-1]) >= 19
 
 
 def test_the_document_limit_holds(indexes: list[Index]) -> None:
@@ -299,11 +260,26 @@ def test_the_document_limit_holds(indexes: list[Index]) -> None:
 
 def test_cursors_of_another_plan_are_refused(indexes: list[Index]) -> None:
     plan = plan_of(indexes)
-    for cursor in (Cursor(1, 0, 0), Cursor(0, 1, 0), Cursor(1, 0, 3), Cursor(10_000, 0, 0)):
+    here = plan.first.fingerprint
+    for cursor in (
+        Cursor(1, 1, 0, 0, here),
+        Cursor(1, 0, 90, 0, here),
+        Cursor(1, 0, 0, 900, here),
+        Cursor(10_000, 0, 0, 0, here),
+        Cursor(1, 0, 0, 4, "another"),
+        Cursor(0, 0, 1, 0),
+    ):
         with pytest.raises(ValueError, match="no place in this plan"):
             next(plan.steps(cursor))
     assert list(plan.steps(list(plan.steps())[-1].after)) == []
-    for value in ({}, {"step": 1}, {"step": -1, "block": 0, "offset": 0}):
+    place = plan.end.to_json()
+    for value in (
+        {},
+        {"step": 1},
+        place | {"step": -1},
+        place | {"offset": True},
+        place | {"x": 1},
+    ):
         with pytest.raises(ValueError, match="not a data cursor"):
             Cursor.from_json(value)
 
@@ -321,20 +297,10 @@ def test_wrong_settings_are_refused(indexes: list[Index], tmp_path: Path) -> Non
         plan_of([index_of([page([500])], tmp_path)])
     with pytest.raises(ValueError, match="so small"):
         plan_of(indexes, weights=[0.001, 0.001])
+    with pytest.raises(ValueError, match="2 sources but 1 weights, 2 caps"):
+        plan_of(indexes, weights=[1.0])
     with pytest.raises(ValueError, match="rank 2 of 2"):
         micro_packs(next(plan_of(indexes).steps()), 2, 2)
-
-
-def test_split_counts_only_documents_that_the_run_uses(tmp_path: Path) -> None:
-    pages = [page([60] * 4, f"page{number}") for number in range(20)]
-    plan = plan_of([index_of(pages, tmp_path)], epochs=None, token_budget=100, tokens_per_step=128)
-    counts = plan.ledger.counts["toys"]
-    assert counts.used + counts.unreached == 20
-    assert counts.unreached > 0
-    assert counts.split == counts.used == len(plan.ledger.split)
-    entries = [entry for step in plan.steps() for pack in step.packs for entry in pack.entries]
-    slices = Counter(f"page{entry.document}" for entry in entries)
-    assert {key: count for (_, key), count in plan.ledger.slices.items()} == slices
 
 
 def test_sources_of_one_name_are_told_apart_by_folder(tmp_path: Path) -> None:
@@ -350,7 +316,8 @@ def test_sources_of_one_name_are_told_apart_by_folder(tmp_path: Path) -> None:
     indexes = [
         build_index(p, cost, "toys", name=name) for p, name in zip(shards, names, strict=True)
     ]
-    ledger = plan_of(indexes).ledger
+    plan = plan_of(indexes)
+    ledger = account(plan, plan.end).ledger
     for name in names:
         counts = ledger.counts[name]
         assert (counts.read, counts.used, counts.refused) == (5, 3, 2)
@@ -358,20 +325,3 @@ def test_sources_of_one_name_are_told_apart_by_folder(tmp_path: Path) -> None:
     assert [ledger.counts[name].used for name in names] == [2, 2]
     with pytest.raises(ValueError, match="two sources are named 'captions'"):
         plan_of([build_index(paths, cost, "toys") for paths in shards])
-
-
-@pytest.mark.parametrize("changes", [{"epochs": 3}, {"epochs": None, "token_budget": 3000}])
-def test_shares_are_those_of_the_packs(indexes: list[Index], changes: dict[str, Any]) -> None:
-    plan = plan_of(indexes, weights=[0.5, 2.0], **changes)
-    entries = [entry for step in plan.steps() for pack in step.packs for entry in pack.entries]
-    tokens = sum(entry.tokens for entry in entries)
-    shares = plan.shares()
-    for source, index in enumerate(indexes):
-        own = [entry for entry in entries if entry.source == source]
-        share = shares[index.name]
-        assert share["got"] == len(own) / len(entries)
-        assert share["tokens"] == sum(entry.tokens for entry in own) / tokens
-        if changes["epochs"]:
-            assert share["got"] == pytest.approx(share["asked"], abs=0.01)
-    units = [len(slices) for slices in plan.slices]
-    assert shares[indexes[1].name]["asked"] == 2 * units[1] / (0.5 * units[0] + 2 * units[1])

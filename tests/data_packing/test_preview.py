@@ -74,14 +74,14 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
 
 def look_at(index: Index, plan: Plan | None = None, **options: Any) -> Preview:
     plan = plan or plan_of(index)
-    return look(plan, [index], encode_learned, spell, title="a recipe", **options)
+    return look(plan, encode_learned, spell, title="a recipe", **options)
 
 
 @pytest.mark.parametrize("across", [False, True])
 def test_the_packs_are_those_that_the_loader_gives(index: Index, across: bool) -> None:
     plan = plan_of(index, across_documents=across)
     seen = look_at(index, plan, packs=10_000)
-    loader = Loader(plan, [index], encode_learned, rank=0, world=1, workers=0)
+    loader = Loader(plan, encode_learned, rank=0, world=1, workers=0)
     loaded = [(step.number + 1, pack) for step, packs in loader for pack in packs]
     assert len(seen.packs) == len(loaded) == seen.facts["packs"]
     for shown, (step, pack) in zip(seen.packs, loaded, strict=True):
@@ -247,7 +247,7 @@ def hostile(tmp_path: Path) -> Iterator[tuple[str, list[str], Document]]:
     refused = Refusal("toys", attack, attack)
     index = index_of([document, refused], tmp_path, name="toys")
     plan = plan_of(index, tokens=4096, tokens_per_step=4096, epochs=1)
-    seen = look(plan, [index], encode, spell, title=attack)
+    seen = look(plan, encode, spell, title=attack)
     seen.packs[0].refused.append(refused)
     yield page_of(seen), asked, document
     server.shutdown()

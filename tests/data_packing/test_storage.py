@@ -73,7 +73,7 @@ def plan_of(index: Index) -> Plan:
 
 
 def packs_of(index: Index, workers: int) -> list[tuple[list[str], list[int]]]:
-    loader = Loader(plan_of(index), [index], encode, rank=0, world=1, workers=workers)
+    loader = Loader(plan_of(index), encode, rank=0, world=1, workers=workers)
     return [(pack.keys, pack.input_ids.tolist()) for _, packs in loader for pack in packs]
 
 

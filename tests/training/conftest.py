@@ -28,6 +28,18 @@ LORA: dict[str, Any] = {
 LONG: dict[str, Any] = {"run__epochs": 12, "run__checkpoint_every": 4, "run__zero": 3}
 
 
+def windows(home: Path) -> dict[str, Any]:
+    """Eight shards in two windows, and a small source in each; ten steps begin a second epoch."""
+    names = ("small", "texts")
+    return {
+        "data__sources": [{"path": str(home / "data" / f"{name}-*.tar")} for name in names],
+        "data__window": 24,
+        "data__workers": 1,
+        "run__epochs": None,
+        "run__tokens": 2560,
+    }
+
+
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random models and drawn data."""
@@ -117,6 +129,9 @@ def two(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     lora = {"run__zero": 3, **LORA}
     again = write("lora-again", **lora)
     recipes += [write("lora", **lora), f"{again}@2", again]
+    recipes += [write("windows", **windows(home))]
+    again = write("windows-again", **windows(home))
+    recipes += [f"{again}@6", again]
     after = {"model": {"from": str(runs.path / "lora")}, "train__language_model": "frozen"}
     recipes.append(write("after-lora", run__zero=3, **after))
     recipes.append(
@@ -158,6 +173,7 @@ def one(home: Path, two: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs
             write("bf16-1", run__zero=1, run__precision="bf16"),
             write("lora", run__zero=0, **LORA),
             write("hop", run__zero=3),
+            write("windows", **windows(home)),
         ],
     )
     return runs

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
+from data_packing.account import account
 from data_packing.document import Document, Image
 from data_packing.ledger import Ledger
 from data_packing.plan import PlannedPack, micro_packs
@@ -74,6 +75,22 @@ def test_a_resumed_run_with_adapters_dropout_ridge_and_workers_is_bit_identical(
     _same_bits(two, "lora", "lora-again")
 
 
+def test_a_run_over_several_windows_goes_on_inside_a_later_one(one: Runs, two: Runs) -> None:
+    _same_bits(two, "windows", "windows-again")
+    assert one.losses("windows") == pytest.approx(two.losses("windows"), abs=CLOSE)
+    assert len(two.losses("windows")) == 10
+    recipe = load_recipe(two.path / "windows.yaml")
+    model, processor, _ = build.model(recipe.model, recipe, torch.float32)
+    plan = build.plan(recipe, model, processor, 0)
+    after = [step.after for step in plan.steps()]
+    assert plan.corpus.windows == 2
+    assert after[5].visit > 0
+    assert after[-1].visit > 1, "the run should come back to a window"
+    ledger = Ledger.load(two.folder("windows").ledger)
+    assert ledger.counts == account(plan, plan.end).ledger.counts
+    assert sum(counts.used for counts in ledger.counts.values()) == 72
+
+
 def _same_bits(runs: Runs, whole: str, again: str) -> None:
     assert runs.losses(again) == runs.losses(whole)
     for read in (runs.weights, runs.state):
@@ -99,7 +116,7 @@ def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(one: Runs, two: R
 def test_a_rank_without_images_does_not_hang_zero_3(two: Runs) -> None:
     recipe = load_recipe(two.path / "text.yaml")
     model, processor, _ = build.model(recipe.model, recipe, torch.float32)
-    plan = build.data(recipe, model, processor, 0, lambda _: None).plan
+    plan = build.plan(recipe, model, processor, 0)
     text_source = 1
 
     def images(pack: PlannedPack | None) -> bool:

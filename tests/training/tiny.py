@@ -125,10 +125,14 @@ def broken(count: int) -> Iterator[Document]:
 
 
 def make_data(folder: Path, count: int = 48) -> None:
-    """Write the shards captions-000000.tar, texts-000000.tar and broken-000000.tar."""
+    """Write the shards captions-000000.tar, texts-000000.tar and broken-000000.tar.
+
+    The captions are there a second time in shards of six, small-000000.tar and on.
+    """
     write_shards(captions(count), folder, "captions")
     write_shards(texts(count // 2), folder, "texts")
     write_shards(broken(count // 2), folder, "broken")
+    write_shards(captions(count, "small"), folder, "small", 6)
 
 
 def make_all(folder: Path, count: int = 48) -> Path:
