@@ -62,8 +62,8 @@ def too_many(refused: Sequence[Refusal], documents: int, limit: float, where: st
         f"{len(refused):,} of {documents:,} {where} cannot be used, more than data.max_refused "
         f"({limit:.1%}) allows. Reasons, each with its first document:\n"
         + "\n".join(lines)
-        + "\nMend the data and shard it again (mllm data info counts what sharding refused, "
-        "mllm data lint looks for the rest), or raise data.max_refused."
+        + "\nMend the data and shard it again (mllm data lint, with --model and --tokens, names "
+        "every one), or raise data.max_refused."
     )
 
 

@@ -11,6 +11,7 @@ from packing_toys import captions, image, png
 from typer.testing import CliRunner
 
 from data_packing.document import Document, Image, Text
+from data_packing.ledger import Refusal
 from data_packing.sharding import write_shards
 from mllm import cli
 
@@ -73,6 +74,23 @@ def test_lint_writes_every_defect_as_a_line(folder: Path) -> None:
     ]
     assert lines[-1]["level"] == "summary"
     assert (lines[-1]["errors"], lines[-1]["warnings"], lines[-1]["documents"]) == (1, 3, 5)
+
+
+def test_lint_lists_what_sharding_refused(tmp_path: Path) -> None:
+    write_shards([*good(), Refusal("t", "gone", "no caption")], tmp_path, "t")
+    table = run("lint", tmp_path)
+    assert table.exit_code == 1
+    assert "refused when sharded" in table.stdout
+    assert "t gone: no caption" in table.stdout
+    result = run("lint", tmp_path, "--json")
+    assert result.exit_code == 1
+    first, last = map(json.loads, result.stdout.splitlines())
+    assert (first["kind"], first["key"], first["detail"]) == (
+        "refused when sharded",
+        "gone",
+        "no caption",
+    )
+    assert last["kinds"] == {"refused when sharded": 1}
 
 
 def test_wrong_use_is_an_error_for_people(folder: Path, tmp_path: Path) -> None:
