@@ -48,8 +48,10 @@ def train(
 def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Say what a run will be: tokens, packs, steps, documents left out, parameters."""
     from mllm.recipe import load_all
+    from mllm.training.sources import check_paths
 
-    load_all(recipe, overrides or [])  # a mistake is refused before torch is loaded
+    # a mistake is refused before torch is loaded
+    check_paths([stage for _, stage in load_all(recipe, overrides or [])])
     quiet()
     from mllm.training.forecast import forecast
 

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from mllm import cli
 from mllm.training.forecast import forecast
 from tests.training import tiny
+
+RUNNER = CliRunner()
 
 
 def test_a_folder_is_forecast_before_its_first_stage_has_run(home: Path, tmp_path: Path) -> None:
@@ -51,6 +55,15 @@ def test_documents_that_do_not_fit_are_named(home: Path, tmp_path: Path) -> None
     assert "all in the run's ledger.jsonl" in text
     assert "training would stop: " in text
     assert "raise data.max_refused" in text
+
+
+def test_a_path_of_data_is_refused_before_anything_is_printed(home: Path, tmp_path: Path) -> None:
+    file = tiny.write_recipe(tmp_path / "r.yaml", tiny.recipe(home, tmp_path / "out"))
+    wrong = str(tmp_path / "none-*.tar")
+    result = RUNNER.invoke(cli.app, ["plan", str(file), f"data.sources.0.path={wrong}"])
+    assert isinstance(result.exception, ValueError)
+    assert f"data.sources.0.path: no shard matches {wrong}" in str(result.exception)
+    assert result.output == ""
 
 
 def test_patches_that_hold_no_image_are_refused(home: Path, tmp_path: Path) -> None:
