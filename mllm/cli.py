@@ -46,7 +46,10 @@ def train(
 
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Say what a run will be: tokens, packs, steps, documents left out, parameters."""
+    """Say what a run will be: tokens, packs, steps, documents left out, parameters.
+
+    Exit status: 0 when it can be trained, 1 when training would stop, 2 wrong use.
+    """
     from mllm.recipe import load_all
     from mllm.training.sources import check_paths
 
@@ -55,7 +58,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
     quiet()
     from mllm.training.forecast import forecast
 
-    forecast(recipe, overrides or [])
+    raise typer.Exit(forecast(recipe, overrides or []))
 
 
 @app.command()

@@ -22,16 +22,19 @@ RANKS = (2, 8, 64)
 """For which the waiting of ranks is told, where a step has a pack for each."""
 
 
-def forecast(path: Path, overrides: Sequence[str], console: Console | None = None) -> None:
+def forecast(path: Path, overrides: Sequence[str], console: Console | None = None) -> int:
     """Print what every stage of a recipe or folder will be.
 
     A stage that starts from one that has not run yet is forecast with that stage's parts.
+
+    Returns:
+        The exit status: 1 where the training of a stage would stop for want of usable documents.
 
     Raises:
         ValueError: as `mllm train` would refuse it.
     """
     console = console or Console()
-    stages = load_all(path, overrides)
+    stages, status = load_all(path, overrides), 0
 
     def say(phase: str) -> None:
         console.print(f"{phase} …", markup=False, highlight=False)
@@ -47,6 +50,8 @@ def forecast(path: Path, overrides: Sequence[str], console: Console | None = Non
             build.check_refused(recipe, data.plan)
         except ValueError as error:
             console.print(f"  training would stop: {error}", markup=False, highlight=False)
+            status = 1
+    return status
 
 
 def origin(recipe: Recipe, stages: Sequence[Recipe]) -> ModelSection:

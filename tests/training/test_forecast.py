@@ -27,7 +27,7 @@ def test_a_folder_is_forecast_before_its_first_stage_has_run(home: Path, tmp_pat
     tiny.write_recipe(tmp_path / "staged" / "1.yaml", first)
     tiny.write_recipe(tmp_path / "staged" / "2.yaml", second)
     console = Console(record=True, width=160, force_terminal=False)
-    forecast(tmp_path / "staged", [], console)
+    assert forecast(tmp_path / "staged", [], console) == 0
     text = console.export_text()
     assert text.count("counting tokens of captions …") == 2
     assert text.index("counting tokens") < text.index("5 of 4 packs")
@@ -49,12 +49,28 @@ def test_documents_that_do_not_fit_are_named(home: Path, tmp_path: Path) -> None
     )
     file = tiny.write_recipe(tmp_path / "r.yaml", values)
     console = Console(record=True, width=200, force_terminal=False)
-    forecast(file, [], console)
+    assert forecast(file, [], console) == 1
     text = console.export_text()
     assert "refused: captions captions-" in text
     assert "all in the run's ledger.jsonl" in text
     assert "training would stop: " in text
     assert "raise data.max_refused" in text
+
+
+def test_a_training_that_would_stop_exits_with_1_after_all_is_printed(
+    home: Path, tmp_path: Path
+) -> None:
+    good = tiny.recipe(home, tmp_path / "out")
+    bad = tiny.recipe(home, tmp_path / "out", data__packing={"tokens": 24}, run__tokens_per_step=96)
+    for name, values in (("1", bad), ("2", good)):
+        values["run"]["output"] = str(tmp_path / "out" / name)
+        tiny.write_recipe(tmp_path / "staged" / f"{name}.yaml", values)
+    result = RUNNER.invoke(cli.app, ["plan", str(tmp_path / "staged")])
+    assert result.exit_code == 1
+    assert result.output.index("training would stop") < result.output.index("2.yaml")
+    assert result.output.count("packing efficiency") == 2
+    result = RUNNER.invoke(cli.app, ["plan", str(tmp_path / "staged" / "2.yaml")])
+    assert result.exit_code == 0, result.output
 
 
 def test_a_path_of_data_is_refused_before_anything_is_printed(home: Path, tmp_path: Path) -> None:
