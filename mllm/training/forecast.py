@@ -18,6 +18,7 @@ from mllm.recipe import MODULES, ConnectorSection, ModelSection, Recipe, load_al
 from mllm.training import build, engine
 
 SHOWN_REASONS = 10
+UNREACHED = "  unreached: the run ends before them, or a weight below 1 leaves them out"
 RANKS = (2, 8, 64)
 """For which the waiting of ranks is told, where a step has a pack for each."""
 
@@ -124,6 +125,8 @@ def print_plan(console: Console, recipe: Recipe, data: build.Data) -> None:
     facts: dict[str, Any] = data.plan.summary()
     precision, why = engine.choose_precision(recipe)
     console.print(data.plan.ledger.table())
+    if facts["unreached"]:
+        console.print(UNREACHED, highlight=False)
     console.print(mixture_table(data.plan))
     table = Table(title="Run", show_header=False)
     rows = {

@@ -34,6 +34,7 @@ def test_a_folder_is_forecast_before_its_first_stage_has_run(home: Path, tmp_pat
     assert "10 of 2 packs" in text
     assert "packing efficiency" in text
     assert text.count("100.00%") == 6  # one source: asked, got and tokens, in both stages
+    assert "unreached:" not in text
     assert "slowest rank / mean" in text
     assert text.count(" of 2 ") == 3  # packs of the second stage's steps, and the waiting of both
     adapters = 2 * sum(
@@ -80,6 +81,14 @@ def test_a_path_of_data_is_refused_before_anything_is_printed(home: Path, tmp_pa
     assert isinstance(result.exception, ValueError)
     assert f"data.sources.0.path: no shard matches {wrong}" in str(result.exception)
     assert result.output == ""
+
+
+def test_unreached_documents_are_explained(home: Path, tmp_path: Path) -> None:
+    values = tiny.recipe(home, tmp_path / "out", run__epochs=None, run__tokens=300)
+    console = Console(record=True, width=80, force_terminal=False)
+    forecast(tiny.write_recipe(tmp_path / "r.yaml", values), [], console)
+    lines = console.export_text().splitlines()
+    assert "  unreached: the run ends before them, or a weight below 1 leaves them out" in lines
 
 
 def test_patches_that_hold_no_image_are_refused(home: Path, tmp_path: Path) -> None:
