@@ -34,7 +34,7 @@ from data_packing.files import load_arrays, pack_strings, save_arrays, unpack_st
 from data_packing.ledger import Refusal
 from data_packing.shard_file import DUPLICATE, ShardFile
 from data_packing.shards import index_path, read_refusals
-from data_packing.storage import is_remote, local_folder, place, upload
+from data_packing.storage import WEB, is_remote, local_folder, place, upload
 
 Item = Document | Refusal
 Draft = Callable[[], Item]
@@ -141,6 +141,11 @@ def _checked(folder: str | Path, name: str, documents_per_shard: int) -> Path:
         raise ValueError(f"shard name {name!r}: use letters, digits, '-' and '_' only")
     if documents_per_shard < 1:
         raise ValueError(f"documents_per_shard is {documents_per_shard}; it must be at least 1")
+    if (kind := str(folder).partition("://")[0].lower()) in WEB and "://" in str(folder):
+        raise ValueError(
+            f"{folder}: nothing can be written over {kind}://; give a folder, or a URL of a store "
+            "such as s3://bucket/name"
+        )
     return place(folder)
 
 

@@ -104,7 +104,9 @@ def lint(
 
 @data.command()
 def shard(
-    source: Annotated[Path, typer.Argument(help="A folder or a file of documents.")],
+    source: Annotated[
+        str, typer.Argument(help="A folder, a file or a pattern of documents, on this machine.")
+    ],
     out: Annotated[str, typer.Argument(help="The folder for the shards, or a URL (s3://…).")],
     format: Annotated[
         str | None, typer.Option(help="How it is written (docs/formats.md); default: detected.")
@@ -112,7 +114,7 @@ def shard(
     name: Annotated[str | None, typer.Option(help="The shards' name; default: OUT's.")] = None,
     documents_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
     images: Annotated[
-        Path | None, typer.Option(help="Where paths in records start; default: at their file.")
+        str | None, typer.Option(help="Where paths in records start; default: at their file.")
     ] = None,
     frames: Annotated[int, typer.Option(min=1, help="Images that one clip becomes.")] = 8,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
@@ -121,16 +123,20 @@ def shard(
     from data_packing.formats import Options, detect, drafts
     from data_packing.sharding import identity_of
     from data_packing.sharding import shard as write
+    from data_packing.storage import here
 
+    path, folder = here(source), None if images is None else here(images)
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"--images {images}: there is no such folder")
     if format is None:
-        format = detect(source)
+        format = detect(path)
         typer.echo(f"{source} is read as {format}; --format names another")
     last = out.rstrip("/").rpartition("/")[2]
-    options = Options(images, frames)
+    options = Options(folder, frames)
     with _progress() as advance:
         report = write(
-            partial(drafts, source, format, options),
-            {"format": format, "options": options, "files": identity_of(source)},
+            partial(drafts, path, format, options),
+            {"format": format, "options": options, "files": identity_of(path)},
             out,
             name or re.sub(r"[^A-Za-z0-9_-]+", "-", last).strip("-_") or "data",
             documents_per_shard,

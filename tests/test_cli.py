@@ -128,6 +128,35 @@ def test_the_format_is_found_and_said(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("more", [[], ["--format", "llava"]])
+@pytest.mark.parametrize("kind", ["http", "https", "s3", "hf"])
+def test_a_source_that_is_a_url_is_refused_with_what_to_do(
+    tmp_path: Path, kind: str, more: list[str]
+) -> None:
+    url, out = f"{kind}://example.org/talks.jsonl", tmp_path / "shards"
+    result = RUNNER.invoke(cli.app, ["data", "shard", url, str(out), *more])
+    assert isinstance(result.exception, ValueError)
+    assert str(result.exception).startswith(f"{url}: shards are made of files of this machine")
+    assert "download" in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_url_of_a_file_is_its_path(tmp_path: Path) -> None:
+    source = pictures(tmp_path).rename(tmp_path / "my pictures")
+    url, out = f"file://{str(source).replace(' ', '%20')}", tmp_path / "shards"
+    result = RUNNER.invoke(cli.app, ["data", "shard", url, str(out)])
+    assert result.exit_code == 0, result.output
+    assert "2 documents with 2 images" in result.output
+
+
+def test_shards_cannot_be_written_over_http(tmp_path: Path) -> None:
+    source, out = pictures(tmp_path), "https://example.org/shards"
+    result = RUNNER.invoke(cli.app, ["data", "shard", str(source), out])
+    assert isinstance(result.exception, ValueError)
+    assert "nothing can be written over https://" in str(result.exception)
+    assert "allow" not in str(result.exception)
+
+
 def test_an_unknown_format_names_the_nearest(tmp_path: Path) -> None:
     result = RUNNER.invoke(
         cli.app, ["data", "shard", str(tmp_path), str(tmp_path), "--format", "caption"]

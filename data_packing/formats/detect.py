@@ -12,15 +12,16 @@ from data_packing.formats.llamafactory import NOTE, describes_sets
 from data_packing.formats.rows import first_records
 from data_packing.formats.table import ENDINGS, HIDDEN, count_of, is_pattern, layout_of, row_files
 from data_packing.shards import expand
+from data_packing.storage import here
 
 
 def detect(path: str | Path) -> str:
     """The name of the format that a file, a folder or a pattern has.
 
     Raises:
-        ValueError: nothing there, no known format, or several; it says what was seen.
+        ValueError: nothing there, a URL, no known format, or several; it says what was seen.
     """
-    path = Path(path).expanduser()
+    path = here(path)
     if path.is_dir():
         return _of_folder(path)
     file = path
