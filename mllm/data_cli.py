@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from data_packing.wording import counted
+
 if TYPE_CHECKING:
     from data_packing.executors import Executor
+    from data_packing.ledger import Refusal
     from data_packing.scan import Rules
 
 data = typer.Typer(help="Prepare data, and look at it.", no_args_is_help=True)
@@ -121,7 +124,7 @@ def shard(
 ) -> None:
     """Turn documents into shards that training reads. Run it again to go on where it stopped."""
     from data_packing.formats import Options, detect, drafts
-    from data_packing.sharding import identity_of
+    from data_packing.sharding import NothingUsable, identity_of
     from data_packing.sharding import shard as write
     from data_packing.storage import here
 
@@ -133,16 +136,19 @@ def shard(
         typer.echo(f"{source} is read as {format}; --format names another")
     last = out.rstrip("/").rpartition("/")[2]
     options = Options(folder, frames)
-    with _progress() as advance:
-        report = write(
-            partial(drafts, path, format, options),
-            {"format": format, "options": options, "files": identity_of(path)},
-            out,
-            name or re.sub(r"[^A-Za-z0-9_-]+", "-", last).strip("-_") or "data",
-            documents_per_shard,
-            workers,
-            lambda done: advance(done, None),
-        )
+    try:
+        with _progress() as advance:
+            report = write(
+                partial(drafts, path, format, options),
+                {"format": format, "options": options, "files": identity_of(path)},
+                out,
+                name or re.sub(r"[^A-Za-z0-9_-]+", "-", last).strip("-_") or "data",
+                documents_per_shard,
+                workers,
+                lambda done: advance(done, None),
+            )
+    except NothingUsable as error:
+        raise ValueError("\n".join([str(error), *_astray(error.refused, images)])) from None
     typer.echo(
         f"{report.documents:,} documents with {report.images:,} images in {len(report.paths)} "
         f"shards ({report.bytes / 2**20:,.1f} MiB) in {out}; {len(report.refused):,} refused"
@@ -151,6 +157,20 @@ def shard(
         typer.echo(f"  {refusal.key}: {refusal.reason}")
     if len(report.refused) > SHOWN_REFUSALS:
         typer.echo(f"  … and {len(report.refused) - SHOWN_REFUSALS:,} more")
+    for line in _astray(report.refused, images):
+        typer.echo(line)
+
+
+def _astray(refused: Sequence[Refusal], images: str | None) -> Iterator[str]:
+    """What to do where records were refused because their images are not where they say."""
+    from data_packing.formats.media import astray
+
+    if count := sum(astray(item.reason) for item in refused):
+        start = f"in {images}" if images else "at their file"
+        yield (
+            f"{counted(count, 'record')} named an image or clip that was not found: paths started "
+            f"{start}; --images FOLDER says where else"
+        )
 
 
 @data.command()
