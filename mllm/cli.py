@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -82,10 +81,9 @@ def quiet() -> None:
     """Keep the libraries' own progress bars and notices off a person's screen."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpu_count() else "cpu")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
+    from mllm.inference.quiet import quiet as quiet_transformers
 
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
 
 
 def main() -> None:

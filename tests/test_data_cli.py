@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from data_packing.document import Document, Image, Text
 from data_packing.ledger import Refusal
 from data_packing.sharding import write_shards
 from mllm import cli
+from tests.evaluation.tiny import make_model, save_stage
+from tests.test_cli import command_line
 
 RUNNER = CliRunner()
 
@@ -91,6 +94,19 @@ def test_lint_lists_what_sharding_refused(tmp_path: Path) -> None:
         "no caption",
     )
     assert last["kinds"] == {"refused when sharded": 1}
+
+
+def test_lint_with_a_model_keeps_the_libraries_quiet(tmp_path: Path) -> None:
+    model, processor = make_model(tmp_path / "parts")
+    stage = save_stage(tmp_path / "1", model, processor, tmp_path / "parts" / "llama")
+    settings = stage / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 4}))
+    write_shards(good(), tmp_path / "shards", "t", 1)
+    arguments = ["data", "lint", str(tmp_path / "shards"), "--model", str(stage)]
+    done = command_line(*arguments, "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert "2 shards: clean" in done.stdout
+    assert re.fullmatch(r"2 documents in .* documents/s\n", done.stderr)
 
 
 def test_wrong_use_is_an_error_for_people(folder: Path, tmp_path: Path) -> None:
