@@ -61,7 +61,7 @@ def indexes(
     found, executor = [], Executor("local", workers)
     sources = shards(recipe)
     for paths, name in zip(sources, source_names(sources), strict=True):
-        phase(f"counting tokens of {name}")
+        phase(f"token counts of {name}")
         found.append(build_index(paths, processor.cost, processor.text_fingerprint, executor, name))
     return found
 

@@ -29,8 +29,8 @@ def test_a_folder_is_forecast_before_its_first_stage_has_run(home: Path, tmp_pat
     console = Console(record=True, width=160, force_terminal=False)
     assert forecast(tmp_path / "staged", [], console) == 0
     text = console.export_text()
-    assert text.count("counting tokens of captions …") == 2
-    assert text.index("counting tokens") < text.index("5 of 4 packs")
+    assert text.count("token counts of captions …") == 2
+    assert text.index("token counts") < text.index("5 of 4 packs")
     assert "10 of 2 packs" in text
     assert "packing efficiency" in text
     assert text.count("100.00%") == 6  # one source: asked, got and tokens, in both stages
