@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_packing.wording import counted
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -57,7 +59,7 @@ def too_many(refused: Sequence[Refusal], documents: int, limit: float, where: st
         for items in sorted(reasons.values(), key=len, reverse=True)[:REASONS]
     ]
     if len(reasons) > REASONS:
-        lines.append(f"  … and {len(reasons) - REASONS:,} more reasons")
+        lines.append(f"  … and {counted(len(reasons) - REASONS, 'more reason')}")
     raise ValueError(
         f"{len(refused):,} of {documents:,} {where} cannot be used, more than data.max_refused "
         f"({limit:.1%}) allows. Reasons, each with its first document:\n"

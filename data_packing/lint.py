@@ -24,6 +24,7 @@ from data_packing.ledger import Refusal
 from data_packing.scan import Chunk, Rules, cached_index, divided, read_chunk, scan
 from data_packing.shards import index_path, load_index, read_refusals
 from data_packing.slices import cut_one
+from data_packing.wording import counted
 
 TINY = 10
 """Pixels; an image with a shorter side is one that nobody can see."""
@@ -244,7 +245,7 @@ def check_document(document: Document, rules: Rules | None, tokens: int | None) 
     found: Found = []
     texts = [part for part in document.parts if isinstance(part, Text)]
     if not any(text.learned and text.text.strip() for text in texts):
-        found.append(("no learned text", f"{len(texts)} texts, none learned"))
+        found.append(("no learned text", f"{counted(len(texts), 'text')}, none learned"))
     for number, text in enumerate(texts, start=1):
         found += [(kind, f"text {number}: {why}") for kind, why in _text_defects(text.text)]
     for number, image in enumerate(document.images, start=1):
@@ -256,7 +257,8 @@ def check_document(document: Document, rules: Rules | None, tokens: int | None) 
 
 def _text_defects(text: str) -> Iterator[tuple[str, str]]:
     if not text.strip():
-        yield "empty text", f"{len(text)} characters, all of them space" if text else "nothing"
+        length = counted(len(text), "character")
+        yield "empty text", f"{length}, nothing but space" if text else "nothing"
     if at := text.count("\N{REPLACEMENT CHARACTER}"):
         first = text.index("\N{REPLACEMENT CHARACTER}")
         yield "replacement character", f"{at} of them, the first after {_before(text, first)}"

@@ -150,8 +150,9 @@ def shard(
     except NothingUsable as error:
         raise ValueError("\n".join([str(error), *_astray(error.refused, images)])) from None
     typer.echo(
-        f"{report.documents:,} documents with {report.images:,} images in {len(report.paths)} "
-        f"shards ({report.bytes / 2**20:,.1f} MiB) in {out}; {len(report.refused):,} refused"
+        f"{counted(report.documents, 'document')} with {counted(report.images, 'image')} in "
+        f"{counted(len(report.paths), 'shard')} ({report.bytes / 2**20:,.1f} MiB) in {out}; "
+        f"{len(report.refused):,} refused"
     )
     for refusal in report.refused[:SHOWN_REFUSALS]:
         typer.echo(f"  {refusal.key}: {refusal.reason}")
@@ -201,7 +202,8 @@ def index(
         for counts in count_tokens(paths, processor.cost, processor.text_fingerprint, passes):
             done += len(counts["offset"])
             advance(done, None)
-    typer.echo(f"{done:,} documents in {len(paths):,} shards are counted for {model}")
+    where = f"{counted(done, 'document')} in {counted(len(paths), 'shard')}"
+    typer.echo(f"counted for {model}: {where}")
 
 
 @data.command()
@@ -234,7 +236,7 @@ def preview(
         console.print(f"{phase} …", markup=False, highlight=False)
 
     seen = write(recipe, overrides or [], out, packs, step, say)
-    typer.echo(f"{len(seen.packs):,} packs of {seen.facts['packs']:,} in {out}")
+    typer.echo(f"{counted(len(seen.packs), 'pack')} of {seen.facts['packs']:,} in {out}")
 
 
 def _executor(name: str, sources: dict[str, list[Path]], workers: int | None) -> Executor:
@@ -286,7 +288,7 @@ def _progress() -> Iterator[Callable[[int, int | None], None]]:
     with bar:
         yield advance
     seconds = time.monotonic() - began
-    line = f"{seen[0]:,} documents in {seconds:.1f} s, {_rate(seen[0], seconds)}"
+    line = f"{counted(seen[0], 'document')} in {seconds:.1f} s, {_rate(seen[0], seconds)}"
     console.print(line, markup=False, highlight=False)
 
 

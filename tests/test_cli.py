@@ -100,7 +100,7 @@ def test_documents_become_shards(tmp_path: Path) -> None:
         cli.app, ["data", "shard", str(source), str(out), "--format", "captions"]
     )
     assert result.exit_code == 0, result.output
-    assert "2 documents with 2 images in 1 shards" in result.output
+    assert "2 documents with 2 images in 1 shard " in result.output
     assert "1 refused" in result.output
     assert "nameless" in result.output
     assert [p.name for p in sorted(out.glob("*.tar"))] == ["shards-000000.tar"]

@@ -7,6 +7,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from data_packing.wording import counted
 from mllm.evaluation.chart import loss_curve
 from mllm.evaluation.measure import BARS, Bar
 from mllm.evaluation.wording import (
@@ -215,7 +216,7 @@ def _parts(figures: dict[str, Any]) -> str:
     sources = figures.get("caption_gap", {}).get("parts", {}).get("sources", {})
     text = figures.get("text", {}).get("parts", {})
     items = [
-        f"{escape(name)}: gap {part['gap']:+.2f} nats over {part['images']} images"
+        f"{escape(name)}: gap {part['gap']:+.2f} nats over {counted(part['images'], 'image')}"
         for name, part in sources.items()
     ]
     category = figures.get("category", {}).get("parts", {})

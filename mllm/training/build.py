@@ -12,6 +12,7 @@ from data_packing.executors import Executor
 from data_packing.index import Index, build_index, source_names
 from data_packing.ledger import too_many
 from data_packing.plan import Plan
+from data_packing.wording import counted
 from mllm.recipe import ModelSection, Recipe
 from mllm.training import groups, lora
 from mllm.training.pack_cost import pack_cost
@@ -112,8 +113,9 @@ def outline(plan: Plan) -> str:
     """The plan in one line."""
     facts = plan.summary()
     line = (
-        f"{facts['documents']:,} documents ({facts['refused']} refused, {facts['split']} split) "
-        f"in {facts['packs']:,} packs {facts['efficiency']:.1%} full, {facts['steps']:,} steps"
+        f"{counted(facts['documents'], 'document')} ({facts['refused']} refused, "
+        f"{facts['split']} split) in {counted(facts['packs'], 'pack')} "
+        f"{facts['efficiency']:.1%} full, {counted(facts['steps'], 'step')}"
     )
     if facts["refused"]:
         first = facts["reasons"][0]

@@ -14,6 +14,7 @@ from torch import nn
 
 from data_packing.balance import straggler
 from data_packing.plan import Plan
+from data_packing.wording import counted
 from mllm.recipe import MODULES, ConnectorSection, ModelSection, Recipe, load_all
 from mllm.training import build, engine
 
@@ -133,7 +134,7 @@ def print_plan(console: Console, recipe: Recipe, data: build.Data) -> None:
         "useful tokens": f"{facts['tokens']:,}",
         "packs": f"{facts['packs']:,} of {recipe.data.packing.tokens:,} tokens",
         "packing efficiency": f"{facts['efficiency']:.2%}",
-        "steps": f"{facts['steps']:,} of {facts['packs_per_step']} packs",
+        "steps": f"{facts['steps']:,} of {counted(facts['packs_per_step'], 'pack')}",
         "slowest rank / mean": waiting(data.plan),
         "precision here": f"{precision} ({why})" if why else precision,
         "plan": facts["hash"][:16],

@@ -81,7 +81,7 @@ def test_good_shards_are_clean(tmp_path: Path) -> None:
     shards_of(good(), tmp_path)
     report = lint(find_sources([str(tmp_path)]))
     assert report == Report(shards=1, documents=3, images=3)
-    assert verdict(report) == "3 documents with 3 images in 1 shards: clean"
+    assert verdict(report) == "3 documents with 3 images in 1 shard: clean"
 
 
 DOCUMENTS: list[tuple[str, Document]] = [
@@ -286,7 +286,7 @@ def test_the_table_and_the_summary_name_kinds_numbers_and_keys(tmp_path: Path) -
     assert "key3" not in text
     assert summary(report)["kinds"] == {"replacement character": 5, "undecodable image": 1}
     assert (report.count("error"), report.count("warning")) == (1, 5)
-    assert "1 errors, 5 warnings" in verdict(report)
+    assert "1 error, 5 warnings" in verdict(report)
 
 
 def test_no_kind_is_both() -> None:
