@@ -187,7 +187,7 @@ HEADERS = (
     "ranks",
     "dealing",
     "max/mean",
-    "with rests",
+    "with the rest",
     "steps differ",
     "bar",
 )
@@ -236,9 +236,8 @@ def as_markdown(rows: Sequence[Row], command: str) -> str:
         f"{platform.python_version()}, numpy {np.__version__}. A simulation: no model runs.",
         "",
         "`max/mean`: the sum of the slowest rank's cost over the sum of the mean, one pack per "
-        "rank and step, over full steps. `with rests`: the same over all steps; the packs left "
-        "over at the end of a block of 65,536 documents make a short step in which some ranks "
-        "have nothing (the random rows have one such step in all). `steps differ`: standard "
+        "rank and step, over full steps. `with the rest`: the same with the last step, which has "
+        "what is left over, so that some ranks have nothing. `steps differ`: standard "
         "deviation of the steps' mean cost, the price of sorting: what one step learns from is "
         "more alike.",
         "",

@@ -28,8 +28,15 @@ from rich.console import Console
 
 from mllm.evaluation import machine
 from mllm.evaluation.measure import BARS, Bar
-from mllm.evaluation.page import interval_text, value_text
 from mllm.evaluation.report import evaluate, progress, write
+from mllm.evaluation.wording import (
+    interval_text,
+    limit_text,
+    loss_text,
+    percent_text,
+    value_text,
+    whole_text,
+)
 from mllm.recipe import load, stages
 
 RECIPES = Path("recipes/quickstart")
@@ -146,13 +153,12 @@ def _figure_rows(name: str, bar: Bar, seeds: Sequence[Seed]) -> tuple[list[str],
     figures = [seed.report["figures"][name] for seed in seeds]
     cells = [value_text(bar, f["value"]) if "value" in f else "–" for f in figures]
     values = [figure["value"] for figure in figures if "value" in figure]
-    limit = f"{'≥' if bar.least else '≤'} {value_text(bar, bar.limit)} {bar.unit}"
     met = bool(values) and all(map(bar.met, values)) and len(values) == len(seeds)
     mean = value_text(bar, statistics.fmean(values)) if values else "–"
     spread = f"{value_text(bar, min(values))} to {value_text(bar, max(values))}" if values else "–"
     verdict = "reached by every seed" if met else "not reached by every seed"
     low_high = [interval_text(bar, f) if "value" in f else str(f["reason"]) for f in figures]
-    return [bar.title, *cells, mean, spread, limit, verdict], [bar.title, *low_high]
+    return [bar.title, *cells, mean, spread, limit_text(bar), verdict], [bar.title, *low_high]
 
 
 def _parts(seeds: Sequence[Seed]) -> list[str]:
@@ -165,12 +171,12 @@ def _parts(seeds: Sequence[Seed]) -> list[str]:
         rows.append(
             [
                 str(seed.seed),
-                _two(gap.get("right")),
-                _two(gap.get("shuffled")),
-                _percent(category.get("right")),
-                _percent(category.get("blank")),
-                _two(text.get("before")),
-                _two(text.get("after")),
+                loss_text(gap.get("right")),
+                loss_text(gap.get("shuffled")),
+                percent_text(category.get("right")),
+                percent_text(category.get("blank")),
+                loss_text(text.get("before")),
+                loss_text(text.get("after")),
                 str(figures["choice"].get("trials", "–")),
             ]
         )
@@ -190,10 +196,10 @@ def _times(seeds: Sequence[Seed]) -> list[str]:
                     str(stage["steps"]),
                     f"{stage['tokens']:,}",
                     f"{stage['seconds']:.0f}",
-                    _whole(stage["tokens_per_second"]),
-                    _whole(cost.get("wall")),
-                    _whole(cost.get("cpu")),
-                    f"{_two(stage['first_loss'])} → {_two(stage['last_loss'])}",
+                    whole_text(stage["tokens_per_second"]),
+                    whole_text(cost.get("wall")),
+                    whole_text(cost.get("cpu")),
+                    f"{loss_text(stage['first_loss'])} → {loss_text(stage['last_loss'])}",
                 ]
             )
     heads = ["seed", "stage", "steps", "useful tokens", "training s", "tokens/s"]
@@ -230,18 +236,6 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         "|" + " --- |" * len(heads),
         *("| " + " | ".join(row) + " |" for row in clean),
     ]
-
-
-def _two(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _whole(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.0f} %"
 
 
 def _children_cpu() -> float:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_packing.wording import counted
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -57,13 +59,13 @@ def too_many(refused: Sequence[Refusal], documents: int, limit: float, where: st
         for items in sorted(reasons.values(), key=len, reverse=True)[:REASONS]
     ]
     if len(reasons) > REASONS:
-        lines.append(f"  … and {len(reasons) - REASONS:,} more reasons")
+        lines.append(f"  … and {counted(len(reasons) - REASONS, 'more reason')}")
     raise ValueError(
         f"{len(refused):,} of {documents:,} {where} cannot be used, more than data.max_refused "
         f"({limit:.1%}) allows. Reasons, each with its first document:\n"
         + "\n".join(lines)
-        + "\nMend the data and shard it again (mllm data info counts what sharding refused, "
-        "mllm data lint looks for the rest), or raise data.max_refused."
+        + "\nMend the data and shard it again (mllm data lint, with --model and --tokens, names "
+        "every one), or raise data.max_refused."
     )
 
 

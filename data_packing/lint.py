@@ -20,9 +20,11 @@ from data_packing.document import Document, DocumentError, Image, Text
 from data_packing.executors import HERE, Executor
 from data_packing.files import unpack_strings
 from data_packing.images import TooManyPixels, decode
+from data_packing.ledger import Refusal
 from data_packing.scan import Chunk, Rules, cached_index, divided, read_chunk, scan
-from data_packing.shards import index_path, load_index
+from data_packing.shards import index_path, load_index, read_refusals
 from data_packing.slices import cut_one
+from data_packing.wording import counted
 
 TINY = 10
 """Pixels; an image with a shorter side is one that nobody can see."""
@@ -32,6 +34,7 @@ ERRORS = {
     "damaged index": "an index that cannot be read",
     "truncated shard": "a tar file that ends too early",
     "changed shard": "a tar file that is not the one that was indexed",
+    "refused when sharded": "a record that is not in the shards, with the reason",
     "damaged document": "bytes that are no document",
     "duplicate key": "two documents of a source with one key",
     "no learned text": "a document that teaches nothing",
@@ -62,7 +65,7 @@ class Defect:
     Attributes:
         kind: a key of ERRORS or WARNINGS.
         source, shard: where.
-        key: of the document; empty when the shard as a file is meant.
+        key: of the document or record; empty when the shard as a file is meant.
         detail: what exactly, written for a person.
     """
 
@@ -131,9 +134,13 @@ def lint(
         max(1, executor.workers)
     ) as pool:  # hashing leaves the interpreter free
         checked = list(pool.map(check_shard, shards))
-    for shard, (defects, own) in zip(shards, checked, strict=True):
+    for shard, (defects, own, refused) in zip(shards, checked, strict=True):
         report.shards += 1
         report.defects += [Defect(k, shard.source, str(shard.shard), "", d) for k, d in defects]
+        report.defects += [
+            Defect("refused when sharded", shard.source, str(shard.shard), item.key, item.reason)
+            for item in refused
+        ]
         report.defects += _repeated(shard, own, keys.setdefault(shard.source, {}))
         chunks += divided(shard.source, shard.shard, len(own))
     total, first = sum(chunk.stop - chunk.start for chunk in chunks), dict[bytes, str]()
@@ -166,28 +173,29 @@ def _repeated(shard: Chunk, own: Sequence[str], seen: dict[str, Path]) -> list[D
     return defects
 
 
-def check_shard(chunk: Chunk) -> tuple[Found, list[str]]:
-    """What is wrong with a shard as a file, and the keys of its documents."""
+def check_shard(chunk: Chunk) -> tuple[Found, list[str], list[Refusal]]:
+    """What is wrong with a shard as a file, the keys of its documents, and what was refused."""
     shard, name = chunk.shard, chunk.shard.name
     if not index_path(shard).is_file():
         found = [("missing index", f"{index_path(shard).name} does not lie beside {name}")]
-        return found + _torn(shard), []
+        return found + _torn(shard), [], []
     try:
         index = load_index(shard)
-        keys = unpack_strings(index, "keys")
+        keys, refused = unpack_strings(index, "keys"), read_refusals(index, chunk.source)
         if not len(keys) == len(index["offset"]) == len(index["size"]):
             raise ValueError(f"{index_path(shard)} names {len(keys)} of its documents")
     except (ValueError, KeyError) as error:
-        return [("damaged index", str(error))], []
+        return [("damaged index", str(error))], [], []
     actual, expected = shard.stat().st_size, int(index["tar_size"])
     sizes = f"{actual:,} bytes, its index says {expected:,}"
     if actual < expected:
-        return [("truncated shard", sizes)], keys
+        return [("truncated shard", sizes)], keys, refused
     if actual > expected:
-        return [("changed shard", sizes)], keys
+        return [("changed shard", sizes)], keys, refused
     if _sha256(shard) != index["sha256"].tobytes():
-        return [("changed shard", "the same size, but other bytes than were indexed")], keys
-    return [], keys
+        found = [("changed shard", "the same size, but other bytes than were indexed")]
+        return found, keys, refused
+    return [], keys, refused
 
 
 def _torn(shard: Path) -> Found:
@@ -237,7 +245,7 @@ def check_document(document: Document, rules: Rules | None, tokens: int | None) 
     found: Found = []
     texts = [part for part in document.parts if isinstance(part, Text)]
     if not any(text.learned and text.text.strip() for text in texts):
-        found.append(("no learned text", f"{len(texts)} texts, none learned"))
+        found.append(("no learned text", f"{counted(len(texts), 'text')}, none learned"))
     for number, text in enumerate(texts, start=1):
         found += [(kind, f"text {number}: {why}") for kind, why in _text_defects(text.text)]
     for number, image in enumerate(document.images, start=1):
@@ -249,7 +257,8 @@ def check_document(document: Document, rules: Rules | None, tokens: int | None) 
 
 def _text_defects(text: str) -> Iterator[tuple[str, str]]:
     if not text.strip():
-        yield "empty text", f"{len(text)} characters, all of them space" if text else "nothing"
+        length = counted(len(text), "character")
+        yield "empty text", f"{length}, nothing but space" if text else "nothing"
     if at := text.count("\N{REPLACEMENT CHARACTER}"):
         first = text.index("\N{REPLACEMENT CHARACTER}")
         yield "replacement character", f"{at} of them, the first after {_before(text, first)}"

@@ -10,6 +10,7 @@ from itertools import groupby
 
 from data_packing.ledger import Ledger, Refusal
 from data_packing.preview import Preview, ShownDocument, ShownImage, ShownPack, Token
+from data_packing.wording import counted
 
 __all__ = ["page"]
 
@@ -47,7 +48,7 @@ def _head(preview: Preview, title: str) -> str:
     learned = sum(pack.learned for pack in packs)
     documents = sum(len(pack.documents) for pack in packs)
     tiles = [
-        _tile("Run", f"{facts['steps']:,}", "steps", f"{facts['packs']:,} packs"),
+        _tile("Run", f"{facts['steps']:,}", "steps", counted(facts["packs"], "pack")),
         _tile(
             "Fill",
             f"{100 * facts['efficiency']:.1f} %",
@@ -65,8 +66,8 @@ def _head(preview: Preview, title: str) -> str:
             "Shown here",
             f"{len(packs):,}",
             "packs",
-            f"{_steps(packs)}: {documents:,} documents, {shown:,} tokens, {learned:,} learned "
-            f"({_percent(learned, shown)})",
+            f"{_steps(packs)}: {counted(documents, 'document')}, {shown:,} tokens, "
+            f"{learned:,} learned ({_percent(learned, shown)})",
         ),
     ]
     return (

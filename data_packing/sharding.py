@@ -47,6 +47,21 @@ _POLL_SECONDS = 0.2
 _ORPHAN_CHECK = 64  # records between two looks at whether the parent lives
 
 
+class NothingUsable(ValueError):
+    """Every record was refused.
+
+    Attributes:
+        refused: all of them.
+    """
+
+    def __init__(self, shards: Path, refused: list[Refusal]) -> None:
+        reasons = "".join(f"\n  {item.key}: {item.reason}" for item in refused[:5])
+        if len(refused) > 5:
+            reasons += f"\n  … and {len(refused) - 5:,} more"
+        super().__init__(f"no usable document for the shards {shards}{reasons}")
+        self.refused = refused
+
+
 @dataclass(slots=True)
 class ShardReport:
     """What was written, and what it was given that cannot be used."""
@@ -76,20 +91,20 @@ def write_shards(
         documents_per_shard: records per shard, the refused ones included.
 
     Raises:
-        ValueError: a bad name, or no usable document at all.
+        ValueError: a bad name, or no usable document at all (NothingUsable).
         OSError: the disk is full or not writable, with a path in it.
     """
     folder = _checked(folder, name, documents_per_shard)
     aside = Path(tempfile.mkdtemp(prefix=f"{name}-")) if is_remote(folder) else None
     draft = aside or folder / f".{name}.{os.getpid()}.tmp"
-    try:
-        with _named(folder):
+    with _named(folder), _made(folder):
+        try:
             draft.mkdir(parents=True, exist_ok=True)
             drafts = (lambda item=item: item for item in documents)
             _write(drafts, draft, name, documents_per_shard)
             return _finish(draft, folder, name)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def shard(
@@ -120,7 +135,7 @@ def shard(
     if is_remote(folder):
         draft = local_folder(folder / name) / "writing"
     identity = {**identity, "name": name, "documents_per_shard": documents_per_shard}
-    with _named(folder):
+    with _named(folder), _made(folder):
         draft.mkdir(parents=True, exist_ok=True)
         with _claimed(draft):
             _keep_only_if_same(draft, identity)
@@ -141,6 +156,8 @@ def _checked(folder: str | Path, name: str, documents_per_shard: int) -> Path:
         raise ValueError(f"shard name {name!r}: use letters, digits, '-' and '_' only")
     if documents_per_shard < 1:
         raise ValueError(f"documents_per_shard is {documents_per_shard}; it must be at least 1")
+    if str(folder).lower().startswith(("http://", "https://")):
+        raise ValueError(f"{folder}: nothing can be written over http; give a folder or s3://…")
     return place(folder)
 
 
@@ -154,6 +171,19 @@ def _named(folder: Path) -> Iterator[None]:
             raise  # our own
         if error.filename is None or str(error.filename).startswith(f"{folder}/."):
             error.filename = str(folder)
+        raise
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Where nothing was written after all, take away the folders that were made for it."""
+    made = [] if is_remote(folder) else [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # what holds something stays
+            for path in made:
+                path.rmdir()
         raise
 
 
@@ -320,8 +350,7 @@ def _finish(draft: Path, folder: Path, name: str) -> ShardReport:
         report.bytes += path.stat().st_size
         report.refused += read_refusals(arrays, name)
     if not report.documents:
-        reasons = "".join(f"\n  {item.key}: {item.reason}" for item in report.refused[:5])
-        raise ValueError(f"no usable document for the shards {folder / name}{reasons}")
+        raise NothingUsable(folder / name, report.refused)
     if not is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
     _remove_old(folder, name)

@@ -22,10 +22,11 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from upath import UPath
 
-__all__ = ["Blocks", "is_remote", "local_folder", "place", "reaching", "read", "upload"]
+__all__ = ["Blocks", "here", "is_remote", "local_folder", "place", "reaching", "read", "upload"]
 
 BLOCK = 2**20
 """Bytes that are fetched and kept together."""
@@ -68,6 +69,25 @@ def place(text: str | Path, allow_http: bool = False) -> Path:
     except ValueError as error:
         raise ValueError(f"{text}: fsspec knows no {kind}:// ({error})") from error
     return there  # type: ignore[return-value]
+
+
+def here(text: str | Path) -> Path:
+    """A path of this machine, where nothing else will do: what is made into shards.
+
+    Raises:
+        ValueError: the text is a URL, other than of a file.
+    """
+    if not isinstance(text, str):
+        return text.expanduser()
+    found = _URL.match(text)
+    if found is None:
+        return Path(text).expanduser()
+    if found[1].lower() == "file":
+        return Path(unquote(text[found.end() :]))
+    raise ValueError(
+        f"{text}: shards are made of files of this machine, not of a URL: download them (with the "
+        "images that they name) and give their path. The shards themselves may lie at a URL"
+    )
 
 
 @contextmanager

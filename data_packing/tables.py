@@ -11,6 +11,7 @@ from rich.text import Text
 
 from data_packing.info import Facts, Spread, together
 from data_packing.lint import ERRORS, WARNINGS, Defect, Report
+from data_packing.wording import counted
 
 SHOWN_KEYS = 3
 SHOWN_REASONS = 12
@@ -103,7 +104,7 @@ def _refused(refused: Counter[str]) -> Table:
     for reason, count in refused.most_common(SHOWN_REASONS):
         table.add_row(Text(reason), f"{count:,}")
     if len(refused) > SHOWN_REASONS:
-        table.add_row(f"… and {len(refused) - SHOWN_REASONS:,} more reasons", "")
+        table.add_row(f"… and {counted(len(refused) - SHOWN_REASONS, 'more reason')}", "")
     return table
 
 
@@ -154,9 +155,10 @@ def _lines(found: Iterable[Defect]) -> Iterator[str]:
 def verdict(report: Report) -> str:
     """The result in one line."""
     looked = (
-        f"{report.documents:,} documents with {report.images:,} images in {report.shards:,} shards"
+        f"{counted(report.documents, 'document')} with {counted(report.images, 'image')} "
+        f"in {counted(report.shards, 'shard')}"
     )
     if not report.defects:
         return f"{looked}: clean"
     errors, warnings = report.count("error"), report.count("warning")
-    return f"{looked}: {errors:,} errors, {warnings:,} warnings"
+    return f"{looked}: {counted(errors, 'error')}, {counted(warnings, 'warning')}"

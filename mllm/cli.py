@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -46,14 +45,19 @@ def train(
 
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Say what a run will be: tokens, packs, steps, documents left out, parameters."""
-    from mllm.recipe import load_all
+    """Say what a run will be: tokens, packs, steps, documents left out, parameters.
 
-    load_all(recipe, overrides or [])  # a mistake is refused before torch is loaded
+    Exit status: 0 when it can be trained, 1 when training would stop, 2 wrong use.
+    """
+    from mllm.recipe import load_all
+    from mllm.training.sources import check_paths
+
+    # a mistake is refused before torch is loaded
+    check_paths([stage for _, stage in load_all(recipe, overrides or [])])
     quiet()
     from mllm.training.forecast import forecast
 
-    forecast(recipe, overrides or [])
+    raise typer.Exit(forecast(recipe, overrides or []))
 
 
 @app.command()
@@ -77,10 +81,9 @@ def quiet() -> None:
     """Keep the libraries' own progress bars and notices off a person's screen."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpu_count() else "cpu")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
+    from mllm.inference.quiet import quiet as quiet_transformers
 
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from data_packing.wording import counted
+
 if TYPE_CHECKING:
     from data_packing.executors import Executor
+    from data_packing.ledger import Refusal
     from data_packing.scan import Rules
 
 data = typer.Typer(help="Prepare data, and look at it.", no_args_is_help=True)
@@ -104,7 +107,9 @@ def lint(
 
 @data.command()
 def shard(
-    source: Annotated[Path, typer.Argument(help="A folder or a file of documents.")],
+    source: Annotated[
+        str, typer.Argument(help="A folder, a file or a pattern of documents, on this machine.")
+    ],
     out: Annotated[str, typer.Argument(help="The folder for the shards, or a URL (s3://…).")],
     format: Annotated[
         str | None, typer.Option(help="How it is written (docs/formats.md); default: detected.")
@@ -112,39 +117,61 @@ def shard(
     name: Annotated[str | None, typer.Option(help="The shards' name; default: OUT's.")] = None,
     documents_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
     images: Annotated[
-        Path | None, typer.Option(help="Where paths in records start; default: at their file.")
+        str | None, typer.Option(help="Where paths in records start; default: at their file.")
     ] = None,
     frames: Annotated[int, typer.Option(min=1, help="Images that one clip becomes.")] = 8,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
 ) -> None:
     """Turn documents into shards that training reads. Run it again to go on where it stopped."""
     from data_packing.formats import Options, detect, drafts
-    from data_packing.sharding import identity_of
+    from data_packing.sharding import NothingUsable, identity_of
     from data_packing.sharding import shard as write
+    from data_packing.storage import here
 
+    path, folder = here(source), None if images is None else here(images)
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"--images {images}: there is no such folder")
     if format is None:
-        format = detect(source)
+        format = detect(path)
         typer.echo(f"{source} is read as {format}; --format names another")
     last = out.rstrip("/").rpartition("/")[2]
-    options = Options(images, frames)
-    with _progress() as advance:
-        report = write(
-            partial(drafts, source, format, options),
-            {"format": format, "options": options, "files": identity_of(source)},
-            out,
-            name or re.sub(r"[^A-Za-z0-9_-]+", "-", last).strip("-_") or "data",
-            documents_per_shard,
-            workers,
-            lambda done: advance(done, None),
-        )
+    options = Options(folder, frames)
+    try:
+        with _progress() as advance:
+            report = write(
+                partial(drafts, path, format, options),
+                {"format": format, "options": options, "files": identity_of(path)},
+                out,
+                name or re.sub(r"[^A-Za-z0-9_-]+", "-", last).strip("-_") or "data",
+                documents_per_shard,
+                workers,
+                lambda done: advance(done, None),
+            )
+    except NothingUsable as error:
+        raise ValueError("\n".join([str(error), *_astray(error.refused, images)])) from None
     typer.echo(
-        f"{report.documents:,} documents with {report.images:,} images in {len(report.paths)} "
-        f"shards ({report.bytes / 2**20:,.1f} MiB) in {out}; {len(report.refused):,} refused"
+        f"{counted(report.documents, 'document')} with {counted(report.images, 'image')} in "
+        f"{counted(len(report.paths), 'shard')} ({report.bytes / 2**20:,.1f} MiB) in {out}; "
+        f"{len(report.refused):,} refused"
     )
     for refusal in report.refused[:SHOWN_REFUSALS]:
         typer.echo(f"  {refusal.key}: {refusal.reason}")
     if len(report.refused) > SHOWN_REFUSALS:
         typer.echo(f"  … and {len(report.refused) - SHOWN_REFUSALS:,} more")
+    for line in _astray(report.refused, images):
+        typer.echo(line)
+
+
+def _astray(refused: Sequence[Refusal], images: str | None) -> Iterator[str]:
+    """What to do where records were refused because their images are not where they say."""
+    from data_packing.formats.media import astray
+
+    if count := sum(astray(item.reason) for item in refused):
+        start = f"in {images}" if images else "at their file"
+        yield (
+            f"{counted(count, 'record')} named an image or clip that was not found: paths started "
+            f"{start}; --images FOLDER says where else"
+        )
 
 
 @data.command()
@@ -175,7 +202,8 @@ def index(
         for counts in count_tokens(paths, processor.cost, processor.text_fingerprint, passes):
             done += len(counts["offset"])
             advance(done, None)
-    typer.echo(f"{done:,} documents in {len(paths):,} shards are counted for {model}")
+    where = f"{counted(done, 'document')} in {counted(len(paths), 'shard')}"
+    typer.echo(f"counted for {model}: {where}")
 
 
 @data.command()
@@ -208,7 +236,7 @@ def preview(
         console.print(f"{phase} …", markup=False, highlight=False)
 
     seen = write(recipe, overrides or [], out, packs, step, say)
-    typer.echo(f"{len(seen.packs):,} packs of {seen.facts['packs']:,} in {out}")
+    typer.echo(f"{counted(len(seen.packs), 'pack')} of {seen.facts['packs']:,} in {out}")
 
 
 def _executor(name: str, sources: dict[str, list[Path]], workers: int | None) -> Executor:
@@ -260,7 +288,7 @@ def _progress() -> Iterator[Callable[[int, int | None], None]]:
     with bar:
         yield advance
     seconds = time.monotonic() - began
-    line = f"{seen[0]:,} documents in {seconds:.1f} s, {_rate(seen[0], seconds)}"
+    line = f"{counted(seen[0], 'document')} in {seconds:.1f} s, {_rate(seen[0], seconds)}"
     console.print(line, markup=False, highlight=False)
 
 

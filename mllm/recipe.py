@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from mllm.recipe_parts import MODULES, model_problems, ridge_problems, train_problems
-from mllm.recipe_yaml import Path_, RecipeError, Source, flatten, nearest, override, read
+from mllm.recipe_yaml import Path_, RecipeError, Source, closest, flatten, nearest, override, read
 
 __all__ = ["MODULES", "Recipe", "RecipeError", "load", "load_all", "stages"]
 
@@ -253,7 +253,7 @@ def load(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(source.values)
     except ValidationError as error:
-        lines = [_explain(source, detail) for detail in error.errors()]
+        lines = [_explain(source, detail) for detail in _causes(error.errors())]
         raise RecipeError("\n".join(dict.fromkeys(lines))) from None
     problems = list(_impossible(recipe))
     if problems:
@@ -335,6 +335,16 @@ def _impossible(recipe: Recipe) -> Iterable[tuple[Path_, str]]:
             )
         if name in recipe.objectives[:i]:
             yield ("objectives", i), f"the objective {name!r} is given twice"
+
+
+def _causes(details: list[ErrorDetails]) -> list[ErrorDetails]:
+    """The errors without the keys that are missing because they were misspelt."""
+    meant = {
+        (*detail["loc"][:-1], closest(str(detail["loc"][-1]), _fields(detail["loc"][:-1])))
+        for detail in details
+        if detail["type"] == "extra_forbidden"
+    }
+    return [item for item in details if item["type"] != "missing" or item["loc"] not in meant]
 
 
 def _explain(source: Source, detail: ErrorDetails) -> str:

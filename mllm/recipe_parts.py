@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from math import isqrt
 from typing import TYPE_CHECKING, Any
 
-from mllm.recipe_yaml import Path_, nearest
+from mllm.recipe_yaml import Path_, closest, nearest
 
 if TYPE_CHECKING:
     from mllm.recipe import ConnectorSection, EncoderSection, ModelSection, TrainSection
@@ -146,6 +146,8 @@ def _connector(connector: ConnectorSection) -> Iterable[tuple[Path_, str]]:
         yield from _options(path, f"connector {name}", given, CONNECTOR_OPTIONS[name])
     tokens = connector.visual_tokens
     if tokens is None and name == "average_pool":
+        if "visual_tokens" in (closest(each, CONNECTOR_OPTIONS[name]) for each in given):
+            return  # it is misspelt, and the unknown option says so
         yield path, "model.connector.visual_tokens is missing: average_pool needs a square number"
     elif tokens is not None and name in (None, "average_pool") and isqrt(tokens) ** 2 != tokens:
         low = max(1, isqrt(tokens))

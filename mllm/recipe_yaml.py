@@ -176,13 +176,19 @@ def _assign(source: Source, parts: list[str], value: Any, assignment: str) -> No
     source.places[written] = place
 
 
+def closest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name that is meant, None where none is like it."""
+    close = difflib.get_close_matches(name, sorted(valid), n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A helpful ending for 'unknown name': the nearest valid one, then all of them."""
     names = sorted(valid)
     if not names:
         return ""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    guess = f"did you mean {close[0]!r}? " if close else ""
+    close = closest(name, names)
+    guess = f"did you mean {close!r}? " if close else ""
     shown = ", ".join(names[:40]) + (", …" if len(names) > 40 else "")
     return f"; {guess}Valid: {shown}"
 

@@ -89,7 +89,7 @@ def test_a_full_disk_while_sharding_is_one_message_and_leaves_no_shard(tmp_path:
     assert done.returncode == 2
     assert done.stderr.startswith(f"mllm: {out}: file too large; ")
     assert "Traceback" not in done.stderr
-    assert list(out.iterdir()) == []
+    assert not out.exists()
 
 
 def test_documents_become_shards(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_documents_become_shards(tmp_path: Path) -> None:
         cli.app, ["data", "shard", str(source), str(out), "--format", "captions"]
     )
     assert result.exit_code == 0, result.output
-    assert "2 documents with 2 images in 1 shards" in result.output
+    assert "2 documents with 2 images in 1 shard " in result.output
     assert "1 refused" in result.output
     assert "nameless" in result.output
     assert [p.name for p in sorted(out.glob("*.tar"))] == ["shards-000000.tar"]
@@ -126,6 +126,84 @@ def test_the_format_is_found_and_said(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert reason in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_images_that_are_not_found_are_answered_with_where_to_look(tmp_path: Path) -> None:
+    source = pictures(tmp_path)
+    good = '{"image": "pictures/cat.png", "caption": "a cat"}\n'
+    lost = '{"image": "cat.png", "caption": "a cat"}\n{"image": "/x/y.png", "caption": "y"}\n'
+    bad = '{"image": "pictures/cat.png"}\n'
+    file, out = tmp_path / "talk.jsonl", tmp_path / "new" / "shards"
+    file.write_text(good + lost + bad)
+    result = RUNNER.invoke(cli.app, ["data", "shard", str(file), str(out)])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == (
+        "2 records named an image or clip that was not found: paths started at their file; "
+        "--images FOLDER says where else"
+    )
+    file.write_text(good + bad)
+    result = RUNNER.invoke(cli.app, ["data", "shard", str(file), str(out)])
+    assert "--images" not in result.output
+    file.write_text(lost)
+    for arguments in ([], ["--images", str(out)]):
+        result = RUNNER.invoke(
+            cli.app, ["data", "shard", str(file), str(tmp_path / "o" / "p"), *arguments]
+        )
+        assert isinstance(result.exception, ValueError)
+        last = str(result.exception).splitlines()[-1]
+        assert last.startswith("2 records named an image or clip that was not found")
+        assert "--images FOLDER" in last
+        assert (f"started in {out}" in last) == bool(arguments)
+        assert not (tmp_path / "o").exists()
+    found = ["data", "shard", str(file), str(tmp_path / "o"), "--images", str(source)]
+    assert RUNNER.invoke(cli.app, found).exit_code == 0
+
+
+def test_a_folder_that_was_there_stays_where_nothing_is_usable(tmp_path: Path) -> None:
+    file, out = tmp_path / "talk.jsonl", tmp_path / "shards"
+    file.write_text('{"image": "no.png", "caption": "a cat"}\n')
+    out.mkdir()
+    result = RUNNER.invoke(cli.app, ["data", "shard", str(file), str(out / "a" / "b")])
+    assert "no usable document" in str(result.exception)
+    assert list(out.iterdir()) == []
+
+
+def test_a_folder_of_images_must_be_there(tmp_path: Path) -> None:
+    source, none = pictures(tmp_path), str(tmp_path / "none")
+    out = tmp_path / "shards"
+    result = RUNNER.invoke(cli.app, ["data", "shard", str(source), str(out), "--images", none])
+    assert isinstance(result.exception, ValueError)
+    assert f"--images {none}: there is no such folder" in str(result.exception)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--format", "llava"]])
+@pytest.mark.parametrize("kind", ["http", "https", "s3", "hf"])
+def test_a_source_that_is_a_url_is_refused_with_what_to_do(
+    tmp_path: Path, kind: str, more: list[str]
+) -> None:
+    url, out = f"{kind}://example.org/talks.jsonl", tmp_path / "shards"
+    result = RUNNER.invoke(cli.app, ["data", "shard", url, str(out), *more])
+    assert isinstance(result.exception, ValueError)
+    assert str(result.exception).startswith(f"{url}: shards are made of files of this machine")
+    assert "download" in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_url_of_a_file_is_its_path(tmp_path: Path) -> None:
+    source = pictures(tmp_path).rename(tmp_path / "my pictures")
+    url, out = f"file://{str(source).replace(' ', '%20')}", tmp_path / "shards"
+    result = RUNNER.invoke(cli.app, ["data", "shard", url, str(out)])
+    assert result.exit_code == 0, result.output
+    assert "2 documents with 2 images" in result.output
+
+
+def test_shards_cannot_be_written_over_http(tmp_path: Path) -> None:
+    source, out = pictures(tmp_path), "https://example.org/shards"
+    result = RUNNER.invoke(cli.app, ["data", "shard", str(source), out])
+    assert isinstance(result.exception, ValueError)
+    assert "nothing can be written over http" in str(result.exception)
+    assert "allow" not in str(result.exception)
 
 
 def test_an_unknown_format_names_the_nearest(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from packing_toys import captions, image, png
 from typer.testing import CliRunner
 
 from data_packing.document import Document, Image, Text
+from data_packing.ledger import Refusal
 from data_packing.sharding import write_shards
 from mllm import cli
+from tests.evaluation.tiny import make_model, save_stage
+from tests.test_cli import command_line
 
 RUNNER = CliRunner()
 
@@ -73,6 +77,36 @@ def test_lint_writes_every_defect_as_a_line(folder: Path) -> None:
     ]
     assert lines[-1]["level"] == "summary"
     assert (lines[-1]["errors"], lines[-1]["warnings"], lines[-1]["documents"]) == (1, 3, 5)
+
+
+def test_lint_lists_what_sharding_refused(tmp_path: Path) -> None:
+    write_shards([*good(), Refusal("t", "gone", "no caption")], tmp_path, "t")
+    table = run("lint", tmp_path)
+    assert table.exit_code == 1
+    assert "refused when sharded" in table.stdout
+    assert "t gone: no caption" in table.stdout
+    result = run("lint", tmp_path, "--json")
+    assert result.exit_code == 1
+    first, last = map(json.loads, result.stdout.splitlines())
+    assert (first["kind"], first["key"], first["detail"]) == (
+        "refused when sharded",
+        "gone",
+        "no caption",
+    )
+    assert last["kinds"] == {"refused when sharded": 1}
+
+
+def test_lint_with_a_model_keeps_the_libraries_quiet(tmp_path: Path) -> None:
+    model, processor = make_model(tmp_path / "parts")
+    stage = save_stage(tmp_path / "1", model, processor, tmp_path / "parts" / "llama")
+    settings = stage / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 4}))
+    write_shards(good(), tmp_path / "shards", "t", 1)
+    arguments = ["data", "lint", str(tmp_path / "shards"), "--model", str(stage)]
+    done = command_line(*arguments, "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert "2 shards: clean" in done.stdout
+    assert re.fullmatch(r"2 documents in .* documents/s\n", done.stderr)
 
 
 def test_wrong_use_is_an_error_for_people(folder: Path, tmp_path: Path) -> None:

@@ -341,6 +341,32 @@ def test_reading_a_recipe_loads_no_torch(recipe: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "meant"),
+    [
+        ("packing: {", "packin: {", "packing"),
+        ("tokens: 1024", "tokns: 1024", "tokens"),
+        ("rank: 8", "rnak: 8", "rank"),
+        ("\nrun: {", "\nruns: {", "run"),
+        ("visual_tokens: 16", "visual_token: 16", "visual_tokens"),
+    ],
+)
+def test_a_misspelt_key_is_not_also_missing(recipe: Path, old: str, new: str, meant: str) -> None:
+    recipe.write_text(GOOD.replace(old, new, 1))
+    with pytest.raises(RecipeError) as refusal:
+        load(recipe)
+    (line,) = str(refusal.value).splitlines()
+    assert f"did you mean {meant!r}?" in line
+
+
+def test_a_missing_key_that_no_unknown_one_is_like_is_named_too(recipe: Path) -> None:
+    recipe.write_text(GOOD.replace("packing: {", "unlike: {", 1))
+    with pytest.raises(RecipeError) as refusal:
+        load(recipe)
+    assert "unknown key 'data.unlike'" in str(refusal.value)
+    assert "data.packing is missing" in str(refusal.value)
+
+
 def test_all_mistakes_are_named_at_once(recipe: Path) -> None:
     with pytest.raises(RecipeError) as refusal:
         load(recipe, ["optimizer.warmpu=1", "run.zero=9"])

@@ -25,6 +25,7 @@ from data_packing.formats.llamafactory import read_llamafactory
 from data_packing.formats.table import read_layout
 from data_packing.formats.webdataset import read_webdataset
 from data_packing.ledger import Refusal
+from data_packing.storage import here
 
 READERS: dict[str, Reader] = {
     "captions": read_captions,
@@ -55,8 +56,8 @@ def read(
         options: where images lie, how many frames a clip gives.
 
     Raises:
-        ValueError: an unknown format, nothing there, or a data set of another format; it says what
-            was seen. What is found on reading is raised with the first document.
+        ValueError: an unknown format, nothing there, a URL, or a data set of another format; it
+            says what was seen. What is found on reading is raised with the first document.
     """
     return (draft() for draft in drafts(path, format, options))
 
@@ -65,7 +66,7 @@ def drafts(
     path: str | Path, format: str | None = None, options: Options = DEFAULT
 ) -> Iterator[Draft]:
     """The records of a data set before their images are opened; arguments and errors as `read`."""
-    path = Path(path).expanduser()
+    path = here(path)
     if format is None:
         format = detect(path)
     if format not in READERS:

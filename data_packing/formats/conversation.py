@@ -16,6 +16,7 @@ from typing import Any
 from data_packing.document import DocumentError, Part, Role, Text
 from data_packing.formats.common import shown
 from data_packing.formats.media import Media
+from data_packing.wording import counted
 
 ROLES: dict[str, Role] = {
     "human": "user",
@@ -209,7 +210,9 @@ def _placed(turns: list[Turn], waiting: dict[str, list[Any]], leading: bool) -> 
         if leading and values and not marks[kind]:
             turns = _in_front(turns, [Piece(kind)] * len(values))
         elif marks[kind] != len(values):
-            raise DocumentError(f"{marks[kind]} <{kind}> in the text but {len(values)} {kind}s")
+            raise DocumentError(
+                f"{marks[kind]} <{kind}> in the text but {counted(len(values), kind)}"
+            )
     return turns
 
 

@@ -12,15 +12,16 @@ from data_packing.formats.llamafactory import NOTE, describes_sets
 from data_packing.formats.rows import first_records
 from data_packing.formats.table import ENDINGS, HIDDEN, count_of, is_pattern, layout_of, row_files
 from data_packing.shards import expand
+from data_packing.storage import here
 
 
 def detect(path: str | Path) -> str:
     """The name of the format that a file, a folder or a pattern has.
 
     Raises:
-        ValueError: nothing there, no known format, or several; it says what was seen.
+        ValueError: nothing there, a URL, no known format, or several; it says what was seen.
     """
-    path = Path(path).expanduser()
+    path = here(path)
     if path.is_dir():
         return _of_folder(path)
     file = path
@@ -49,11 +50,11 @@ def _of_folder(path: Path) -> str:
     if (path / NOTE).is_file() and _is_description(path / NOTE):
         return "llamafactory"
     seen = _seen(path)
-    pairs = seen["captions"] if seen["images or clips"] else 0
+    pairs = seen["caption"] if seen["image or clip"] else 0
     tables = sum(count for kind, count in seen.items() if kind in ENDINGS)
     candidates = [
         name
-        for name, count in (("captions", pairs), ("tars", seen["tars"]), ("records", tables))
+        for name, count in (("captions", pairs), ("tars", seen["tar"]), ("records", tables))
         if count
     ]
     if len(candidates) > 1:
@@ -64,7 +65,7 @@ def _of_folder(path: Path) -> str:
         return "webdataset"
     if candidates == ["records"]:
         return layout_of(path, row_files(path))
-    if seen["images or clips"] or seen["captions"]:
+    if seen["image or clip"] or seen["caption"]:
         return "captions"
     found = f"only {count_of(seen)}" if seen else "nothing"
     raise ValueError(
@@ -81,13 +82,13 @@ def _seen(path: Path) -> Counter[str]:
         if file.name.startswith(HIDDEN) or not file.is_file():
             continue
         if is_media(file):
-            seen["images or clips"] += 1
+            seen["image or clip"] += 1
         elif ending == ".txt":
-            seen["captions"] += 1
+            seen["caption"] += 1
         elif ending == ".tar":
-            seen["tars"] += 1
+            seen["tar"] += 1
         else:
-            seen[ending if ending in ENDINGS else f"{ending or 'nameless'} files"] += 1
+            seen[ending if ending in ENDINGS else f"{ending or 'nameless'} file"] += 1
     return seen
 
 

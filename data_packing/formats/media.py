@@ -6,6 +6,8 @@ Paths must stay inside one folder. Nothing is fetched from a network.
 from __future__ import annotations
 
 import base64
+import errno
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +20,9 @@ from data_packing.formats.common import shown
 from data_packing.video import FRAMES, sample_frames
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|//")
+_ASTRAY = re.compile(
+    rf"(image|video) .*(: {re.escape(os.strerror(errno.ENOENT))}| lies outside of .*)", re.DOTALL
+)
 _DATA = re.compile(r"data:([^;,]*)([^,]*),", re.IGNORECASE)
 _HOLDERS = ("bytes", "url", "path", "image_url", "video_url", "image", "video")
 
@@ -109,6 +114,11 @@ def inside(folder: Path, name: str, what: str) -> Path:
     if not is_inside:
         raise DocumentError(f"{what} {shown(name)} lies outside of {folder}")
     return path
+
+
+def astray(reason: str) -> bool:
+    """Whether a reason says that no file is where the record has it: perhaps the wrong folder."""
+    return _ASTRAY.fullmatch(reason) is not None
 
 
 def _renamed(error: DocumentError, found: bytes | Path, name: str, what: str) -> str:

@@ -19,6 +19,7 @@ from data_packing.formats.media import Media
 from data_packing.formats.rows import first_records, rows
 from data_packing.ledger import Refusal
 from data_packing.shards import expand
+from data_packing.wording import counted
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
 HIDDEN = (".", "_")
@@ -116,7 +117,10 @@ def row_files(path: Path) -> list[RowFile]:
 
 def count_of(kinds: Counter[str]) -> str:
     """How many there are of each, in words."""
-    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
+    return ", ".join(
+        f"{count:,} {kind}" if kind in ENDINGS else counted(count, kind)
+        for kind, count in sorted(kinds.items())
+    )
 
 
 def _several(files: list[Path]) -> list[RowFile]:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
 
+from data_packing.wording import counted
 from mllm.evaluation.chart import loss_curve
 from mllm.evaluation.measure import BARS, Bar
+from mllm.evaluation.wording import (
+    interval_text,
+    limit_text,
+    loss_text,
+    percent_text,
+    value_text,
+    whole_text,
+)
 
-__all__ = ["figure_text", "interval_text", "page", "value_text"]
+__all__ = ["page"]
 
 Report = dict[str, Any]
 
@@ -41,38 +49,6 @@ def page(report: Report, pictures: dict[str, str]) -> str:
         + "\n".join(sections)
         + "\n</main></body></html>\n"
     )
-
-
-def value_text(bar: Bar, value: float, sign: bool = True) -> str:
-    """A value of a figure as people read it, without its unit."""
-    if bar.unit in ("%", "points"):
-        value *= 100
-        text = f"{value:.1f}".removesuffix(".0")
-        text = f"+{text}" if sign and bar.unit == "points" and value >= 0 else text
-    else:
-        text = f"{value:+.2f}" if sign else f"{value:.2f}"
-    return text.replace("-", "−")
-
-
-def interval_text(bar: Bar, figure: dict[str, Any]) -> str:
-    """The 95 % interval of a figure."""
-    return f"{value_text(bar, figure['low'])} to {value_text(bar, figure['high'])}"
-
-
-def figure_text(name: str, figure: dict[str, Any]) -> str:
-    """A figure in one line for a terminal."""
-    bar = BARS[name]
-    if "value" not in figure:
-        return f"{bar.title}: not measured ({figure.get('reason', 'no reason given')})"
-    mark = "reached" if bar.met(figure["value"]) else "NOT reached"
-    return (
-        f"{bar.title}: {value_text(bar, figure['value'])} {bar.unit} "
-        f"(95 % interval {interval_text(bar, figure)}; bar {_limit(bar)}: {mark})"
-    )
-
-
-def _limit(bar: Bar) -> str:
-    return f"{'≥' if bar.least else '≤'} {value_text(bar, bar.limit)} {bar.unit}"
 
 
 def _head(report: Report, title: str) -> str:
@@ -108,7 +84,7 @@ def _tile(bar: Bar, figure: dict[str, Any]) -> str:
         f'<p class="note">95 % interval {interval_text(bar, figure)}</p>'
         f'<p class="note">{escape(_beside(bar, figure))}</p>'
         f'<span class="badge {"good" if met else "bad"}">{"✓" if met else "✗"} bar '
-        f"{_limit(bar)}</span></section>"
+        f"{limit_text(bar)}</span></section>"
     )
 
 
@@ -135,13 +111,13 @@ def _stages(stages: Sequence[dict[str, Any]]) -> str:
         rows.append(
             [
                 name,
-                _count(stage.get("steps")),
-                _count(stage.get("tokens")),
-                _count(stage.get("learned")),
+                whole_text(stage.get("steps")),
+                whole_text(stage.get("tokens")),
+                whole_text(stage.get("learned")),
                 _minutes(stage.get("seconds")),
-                _count(stage.get("tokens_per_second")),
-                _percent(stage.get("wait_share")),
-                f"{_loss(stage.get('first_loss'))} → {_loss(stage.get('last_loss'))}",
+                whole_text(stage.get("tokens_per_second")),
+                percent_text(stage.get("wait_share")),
+                f"{loss_text(stage.get('first_loss'))} → {loss_text(stage.get('last_loss'))}",
                 _documents(stage.get("documents", {})),
             ]
         )
@@ -203,8 +179,8 @@ def _details(figures: dict[str, Any], gaps: dict[str, Any]) -> str:
                 f"{value_text(bar, figure['value'])} {bar.unit}" if known else "–",
                 interval_text(bar, figure) if known else "–",
                 "–" if chance is None else f"{value_text(bar, chance)} {bar.unit}",
-                _limit(bar),
-                _count(figure.get("trials")),
+                limit_text(bar),
+                whole_text(figure.get("trials")),
             ]
         )
     heads = ["figure", "value", "95 % interval", "chance", "bar", "trials or tokens"]
@@ -223,8 +199,8 @@ def _gaps(gaps: dict[str, Any]) -> str:
             escape(name),
             f"{gap['parts']['right']:.2f}",
             f"{gap['parts']['shuffled']:.2f}",
-            f"{gap['value']:+.2f}",
-            f"{gap['low']:+.2f} to {gap['high']:+.2f}",
+            value_text(BARS["caption_gap"], gap["value"]),
+            interval_text(BARS["caption_gap"], gap),
         ]
         for name, gap in gaps.items()
         if "value" in gap
@@ -240,7 +216,7 @@ def _parts(figures: dict[str, Any]) -> str:
     sources = figures.get("caption_gap", {}).get("parts", {}).get("sources", {})
     text = figures.get("text", {}).get("parts", {})
     items = [
-        f"{escape(name)}: gap {part['gap']:+.2f} nats over {part['images']} images"
+        f"{escape(name)}: gap {part['gap']:+.2f} nats over {counted(part['images'], 'image')}"
         for name, part in sources.items()
     ]
     category = figures.get("category", {}).get("parts", {})
@@ -320,17 +296,5 @@ def _documents(counts: dict[str, dict[str, int]]) -> str:
     return f'<div class="nowrap">{"<br>".join(texts) or "–"}</div>'
 
 
-def _count(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}"
-
-
 def _minutes(seconds: float | None) -> str:
     return "–" if seconds is None else f"{int(seconds // 60)}:{int(seconds % 60):02d} min"
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.0f} %"
-
-
-def _loss(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:.2f}"

@@ -22,8 +22,9 @@ from rich.table import Table
 
 from mllm.evaluation import machine
 from mllm.evaluation.measure import BARS, HeldOutData, Unmeasured
-from mllm.evaluation.page import figure_text, page
+from mllm.evaluation.page import page
 from mllm.evaluation.stages import Stage, last_finished, original_model, read_stages
+from mllm.evaluation.wording import figure_text, interval_text, limit_text, value_text
 from mllm.inference.quiet import quiet
 
 __all__ = ["evaluate", "main", "write"]
@@ -122,20 +123,17 @@ def write(report: dict[str, Any], pictures: dict[str, str], folder: str | Path) 
 
 def table(report: dict[str, Any]) -> Table:
     """The figures for a terminal."""
-    from mllm.evaluation.page import interval_text, value_text
-
     shown = Table(title=f"Held-out figures of {report['model']}")
     for column in ("figure", "value", "95 % interval", "bar", ""):
         shown.add_column(column, justify="left" if column == "figure" else "right")
     for name, figure in report["figures"].items():
         bar = BARS[name]
-        limit = f"{'≥' if bar.least else '≤'} {value_text(bar, bar.limit)} {bar.unit}"
         if "value" not in figure:
-            shown.add_row(bar.title, "–", "–", limit, "not measured")
+            shown.add_row(bar.title, "–", "–", limit_text(bar), "not measured")
             continue
         mark = "[green]reached[/]" if figure["met"] else "[red]not reached[/]"
         value = f"{value_text(bar, figure['value'])} {bar.unit}"
-        shown.add_row(bar.title, value, interval_text(bar, figure), limit, mark)
+        shown.add_row(bar.title, value, interval_text(bar, figure), limit_text(bar), mark)
     return shown
 
 

@@ -99,8 +99,10 @@ def talk(
                 print(f"({image.width} × {image.height} pixels)")
             elif command == "/new":
                 conversation = Conversation()
-            elif command == "/help" or command.startswith("/"):
+            elif command == "/help":
                 print(HELP)
+            elif command.startswith("/"):
+                print(f"unknown command {command}; there are\n{HELP}")
             elif line:
                 conversation.remember(line, answer(conversation.ask(line)))
         except DocumentError as error:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from data_packing.document import Document, DocumentError
 from data_packing.sample import IGNORED, Sample
+from data_packing.wording import counted
 from mllm.models.connectors.base import Connector
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
@@ -87,8 +88,9 @@ def fit(
     """
     if len(samples) < _FEWEST:
         raise ValueError(
-            f"init: ridge found {len(samples)} documents of one image and a short text; it needs "
-            f"at least {_FEWEST}: put captions among the sources or set connector.init: random"
+            f"init: ridge found {counted(len(samples), 'document')} of one image and a short text; "
+            f"it needs at least {_FEWEST}: put captions among the sources or set connector.init: "
+            "random"
         )
     was_training = model.training
     model.eval()

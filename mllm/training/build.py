@@ -14,6 +14,7 @@ from data_packing.executors import Executor
 from data_packing.index import Index, build_index, source_names
 from data_packing.ledger import Ledger, too_many
 from data_packing.plan import Plan
+from data_packing.wording import counted
 from mllm.recipe import ModelSection, Recipe
 from mllm.training import groups, lora
 from mllm.training.pack_cost import pack_cost
@@ -121,8 +122,8 @@ def outline(plan: Plan) -> str:
     read = sum(index.records for index in window.indexes)
     split = sum(len(units.split) for units in window.slices)
     line = (
-        f"{plan.total_steps:,} steps of {plan.packs_per_step:,} packs from {read:,} documents "
-        f"({len(refused):,} refused, {split:,} split)"
+        f"{counted(plan.total_steps, 'step')} of {counted(plan.packs_per_step, 'pack')} from "
+        f"{counted(read, 'document')} ({len(refused):,} refused, {split:,} split)"
     )
     if plan.corpus.windows > 1:
         line += f" in the first of {plan.corpus.windows:,} windows"

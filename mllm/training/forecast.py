@@ -15,24 +15,29 @@ from data_packing.account import Account, summary
 from data_packing.balance import straggler
 from data_packing.ledger import Ledger
 from data_packing.plan import STEPS, Plan
+from data_packing.wording import counted
 from mllm.recipe import MODULES, ConnectorSection, ModelSection, Recipe, load_all
 from mllm.training import build, engine
 
 SHOWN_REASONS = 10
+UNREACHED = "  unreached: the run ends before them, or a weight below 1 leaves them out"
 RANKS = (2, 8, 64)
 """For which the waiting of ranks is told, where a step has a pack for each."""
 
 
-def forecast(path: Path, overrides: Sequence[str], console: Console | None = None) -> None:
+def forecast(path: Path, overrides: Sequence[str], console: Console | None = None) -> int:
     """Print what every stage of a recipe or folder will be.
 
     A stage that starts from one that has not run yet is forecast with that stage's parts.
+
+    Returns:
+        The exit status: 1 where the training of a stage would stop for want of usable documents.
 
     Raises:
         ValueError: as `mllm train` would refuse it.
     """
     console = console or Console()
-    stages = load_all(path, overrides)
+    stages, status = load_all(path, overrides), 0
 
     def say(phase: str) -> None:
         console.print(f"{phase} …", markup=False, highlight=False)
@@ -48,6 +53,8 @@ def forecast(path: Path, overrides: Sequence[str], console: Console | None = Non
             build.check_refused(recipe, ledger)
         except ValueError as error:
             console.print(f"  training would stop: {error}", markup=False, highlight=False)
+            status = 1
+    return status
 
 
 def origin(recipe: Recipe, stages: Sequence[Recipe]) -> ModelSection:
@@ -120,13 +127,15 @@ def print_plan(console: Console, recipe: Recipe, plan: Plan) -> Ledger:
     facts, found = summary(plan)
     precision, why = engine.choose_precision(recipe)
     console.print(found.ledger.table())
+    if facts["unreached"]:
+        console.print(UNREACHED, highlight=False)
     console.print(mixture_table(plan, found))
     table = Table(title="Run", show_header=False)
     rows = {
         "useful tokens": f"{facts['tokens']:,}",
         "packs": f"{facts['packs']:,} of {recipe.data.packing.tokens:,} tokens",
         "packing efficiency": f"{facts['efficiency']:.2%}",
-        "steps": f"{facts['steps']:,} of {facts['packs_per_step']} packs",
+        "steps": f"{facts['steps']:,} of {counted(facts['packs_per_step'], 'pack')}",
         "slowest rank / mean": waiting(plan),
         "windows": f"{facts['windows']:,}",
         "precision here": f"{precision} ({why})" if why else precision,

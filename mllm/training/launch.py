@@ -23,6 +23,7 @@ from typing import IO, Any
 
 from rich.console import Console
 
+from data_packing.wording import counted
 from mllm.recipe import Recipe, load_all
 from mllm.training.control import CONTROL, ERROR, EVENTS, PARENT, STOP, parent_mark
 from mllm.training.progress import Screen, complain, duration
@@ -128,7 +129,7 @@ def train_stage(
     screen = Screen(file.stem, console)
     finished = folder.finished()
     if finished is not None:
-        screen.note(f"already finished ({finished['steps']} steps), in {folder.path}")
+        screen.note(f"already finished ({counted(finished['steps'], 'step')}), in {folder.path}")
         return 0
     with full_disk_is_clear(folder.path), locked(folder):
         return Launch(file, overrides, folder, ranks, screen).run()
@@ -256,7 +257,7 @@ class Launch:
         command = [*launcher(), "--num_gpus", str(self.ranks.count)]
         command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
         command += ["--module", "mllm.training.worker", str(self.file), *self.overrides]
-        self.screen.event({"phase": f"starting {self.ranks.count} workers"})
+        self.screen.event({"phase": f"starting {counted(self.ranks.count, 'worker')}"})
         return subprocess.Popen(
             command,
             env=environment,
@@ -313,8 +314,9 @@ class Launch:
         finished = self.folder.finished() or {}
         seconds = float(finished.get("seconds", 0.0))
         self.screen.note(
-            f"finished: {finished.get('steps')} steps, {finished.get('tokens', 0):,} useful tokens "
-            f"in {duration(seconds)}, saved in {self.folder.path}"
+            f"finished: {counted(finished.get('steps', 0), 'step')}, "
+            f"{finished.get('tokens', 0):,} useful tokens in {duration(seconds)}, "
+            f"saved in {self.folder.path}"
         )
         return 0
 

@@ -11,6 +11,7 @@ import torch
 from data_packing.files import atomic
 from data_packing.preview import Preview, Token, look
 from data_packing.preview_page import page
+from data_packing.wording import counted
 from mllm.recipe import Recipe, RecipeError, load, load_all
 from mllm.training import build
 from mllm.training.forecast import origin
@@ -42,7 +43,7 @@ def preview(
     section = origin(recipe, _neighbours(file, recipe))
     model, processor, _ = build.model(section, recipe, torch.float32)
     plan = build.plan(recipe, model, processor, recipe.data.workers, say, judge=False)
-    say(f"reading {packs:,} packs")
+    say(f"reading {counted(packs, 'pack')}")
     seen = look(
         plan,
         processor.encode,

@@ -45,6 +45,17 @@ def parent_id(recipe: Recipe) -> str | None:
     return None
 
 
+def check_paths(recipes: Sequence[Recipe]) -> None:
+    """Refuse models and data that are not there, before anything is loaded.
+
+    Raises:
+        ValueError: as `check_models` and `shards`.
+    """
+    check_models(recipes)
+    for recipe in recipes:
+        shards(recipe)
+
+
 def check_models(recipes: Sequence[Recipe]) -> None:
     """Refuse paths of models that are no folder of one, before a worker starts.
 

@@ -143,7 +143,7 @@ def test_turns_that_cannot_be_used(tmp_path: Path) -> None:
         ({"messages": talk(("user", ASK), hi)}, "1 <image> in the text but 0 images"),
         (
             {"messages": talk(hello, hi), "images": ["one.png"]},
-            "0 <image> in the text but 1 images",
+            "0 <image> in the text but 1 image",
         ),
         ({"messages": talk(("system", ASK), hi), "image": "one.png"}, "in a turn of the system"),
         ({"messages": talk(hello, hi), "image": "a", "images": ["b"]}, "are filled, and differ"),

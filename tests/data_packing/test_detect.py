@@ -130,7 +130,7 @@ def test_what_is_unknown_or_ambiguous_is_refused_with_what_was_seen(tmp_path: Pa
     fails(tmp_path / "*.tar", "no shard matches")
     fails(folder, "folder holds nothing: no images")
     (folder / "a.csv").write_text("a,b")
-    fails(folder, "holds only 1 .csv files: no images")
+    fails(folder, "holds only 1 .csv file: no images")
     for content, reason in {
         b"": r"is empty \(0 bytes\)",
         b"a,b\n1,2\n": r"is not JSON, JSON lines, parquet, Arrow or tar; it starts 'a,b",
@@ -156,7 +156,7 @@ def test_what_is_unknown_or_ambiguous_is_refused_with_what_was_seen(tmp_path: Pa
     (folder / "one.png").write_bytes(png())
     (folder / "one.txt").write_text("a bee")
     write_tar(folder / "a.tar", {"a.png": png()})
-    fails(folder, "holds 1 .csv files, 1 captions, 1 images or clips, 1 tars: which is meant")
+    fails(folder, "holds 1 .csv file, 1 caption, 1 image or clip, 1 tar: which is meant")
     two = tmp_path / "two"
     two.mkdir()
     for name in ("train.json", "test.json"):

@@ -15,9 +15,11 @@ from rich.console import Console
 
 from data_packing.document import Document, DocumentError, Image, Text
 from data_packing.executors import Executor
+from data_packing.ledger import Refusal
 from data_packing.lint import ERRORS, WARNINGS, Report, content_hash, lint, summary
 from data_packing.sample import Cost
 from data_packing.scan import Rules, find_sources
+from data_packing.shard_file import DUPLICATE
 from data_packing.sharding import write_shards
 from data_packing.shards import index_path
 from data_packing.tables import lint_tables, verdict
@@ -41,7 +43,9 @@ def found_in(folder: Path, **options: object) -> list[tuple[str, str]]:
     return [(defect.kind, defect.key) for defect in report.defects]
 
 
-def shards_of(documents: Iterable[Document], folder: Path, per_shard: int = 100) -> list[Path]:
+def shards_of(
+    documents: Iterable[Document | Refusal], folder: Path, per_shard: int = 100
+) -> list[Path]:
     return write_shards(documents, folder, "s", per_shard).paths
 
 
@@ -77,7 +81,7 @@ def test_good_shards_are_clean(tmp_path: Path) -> None:
     shards_of(good(), tmp_path)
     report = lint(find_sources([str(tmp_path)]))
     assert report == Report(shards=1, documents=3, images=3)
-    assert verdict(report) == "3 documents with 3 images in 1 shards: clean"
+    assert verdict(report) == "3 documents with 3 images in 1 shard: clean"
 
 
 DOCUMENTS: list[tuple[str, Document]] = [
@@ -223,6 +227,24 @@ def test_what_a_model_says_is_asked(tmp_path: Path) -> None:
     assert ("document above a pack", "cut") not in found_in(tmp_path, rules=RULES, tokens=61)
 
 
+def test_records_that_sharding_refused_are_errors_with_key_and_reason(tmp_path: Path) -> None:
+    refused = [Refusal("toys", f"gone{number}", f"no caption {number}") for number in range(2)]
+    paths = shards_of([refused[0], *good(), refused[1], good(1)[0]], tmp_path, 4)
+    report = lint(find_sources([str(tmp_path)]))
+    assert [(d.kind, d.level, d.shard, d.key, d.detail) for d in report.defects] == [
+        ("refused when sharded", "error", str(paths[0]), "gone0", "no caption 0"),
+        ("refused when sharded", "error", str(paths[1]), "gone1", "no caption 1"),
+        ("refused when sharded", "error", str(paths[1]), "good0", DUPLICATE),
+    ]
+    assert report.documents == 3
+    cut(paths[1])
+    assert found_in(tmp_path)[:3] == [
+        ("refused when sharded", "gone0"),
+        ("truncated shard", ""),
+        ("refused when sharded", "gone1"),
+    ]
+
+
 def test_tokens_without_a_model_are_refused(tmp_path: Path) -> None:
     shards_of(good(), tmp_path)
     with pytest.raises(ValueError, match="only known with a model"):
@@ -264,7 +286,7 @@ def test_the_table_and_the_summary_name_kinds_numbers_and_keys(tmp_path: Path) -
     assert "key3" not in text
     assert summary(report)["kinds"] == {"replacement character": 5, "undecodable image": 1}
     assert (report.count("error"), report.count("warning")) == (1, 5)
-    assert "1 errors, 5 warnings" in verdict(report)
+    assert "1 error, 5 warnings" in verdict(report)
 
 
 def test_no_kind_is_both() -> None:

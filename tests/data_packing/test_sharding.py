@@ -160,7 +160,7 @@ def test_what_happens_to_a_process_is_said(
 ) -> None:
     with pytest.raises(kind, match=reason):
         shard(partial(read, source), {}, tmp_path / "out", "s", 7, 2)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def repeated(source: Path) -> Iterator[Draft]:

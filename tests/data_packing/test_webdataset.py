@@ -132,7 +132,7 @@ def test_members_that_cannot_be_used_are_named(tmp_path: Path) -> None:
             "b/8": "no caption beside png",
             "b/8 (again)": "do not follow the others",
             "b/9": "the json is not JSON",
-            "b/10": "2 <image> in the text but 1 images",
+            "b/10": "2 <image> in the text but 1 image",
             "b/11": "image x.png is not beside the record in the tar",
             "b/12": "no image or clip beside pickle",
             "b/13": "both a caption (txt) and a record (json)",

@@ -156,6 +156,13 @@ def test_a_conversation_goes_on_after_mistakes(
     assert [part.role for part in asked[1].parts] == ["user", "user", "assistant", "user"]
 
 
+def test_an_unknown_command_is_said_to_be_one(capsys: pytest.CaptureFixture[str]) -> None:
+    chats.talk(lambda document: "", chats.Conversation(), reader("/help", "/foo bar"))
+    known, unknown = capsys.readouterr().out.split("/quit", 1)
+    assert known.startswith("/image PATH")
+    assert "unknown command /foo; there are\n/image PATH" in unknown
+
+
 def test_what_the_template_refuses_is_said_and_forgotten(
     generator: Generator, capsys: pytest.CaptureFixture[str]
 ) -> None:

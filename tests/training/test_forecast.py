@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from mllm import cli
 from mllm.training.forecast import forecast
 from tests.training import tiny
+
+RUNNER = CliRunner()
 
 
 def test_a_folder_is_forecast_before_its_first_stage_has_run(home: Path, tmp_path: Path) -> None:
@@ -25,13 +29,14 @@ def test_a_folder_is_forecast_before_its_first_stage_has_run(home: Path, tmp_pat
     console = Console(record=True, width=160, force_terminal=False)
     for cache in home.rglob("*.tokens-*.npz"):
         cache.unlink()
-    forecast(tmp_path / "staged", [], console)
+    assert forecast(tmp_path / "staged", [], console) == 0
     text = console.export_text()
     assert text.count("counting tokens of captions …") == 1  # the second stage has the same words
     assert text.index("counting tokens") < text.index("5 of 4 packs")
     assert "10 of 2 packs" in text
     assert "packing efficiency" in text
     assert text.count("100.00%") == 6  # one source: asked, got and tokens, in both stages
+    assert "unreached:" not in text
     assert "slowest rank / mean" in text
     assert text.count(" of 2 ") == 3  # packs of the second stage's steps, and the waiting of both
     adapters = 2 * sum(
@@ -47,12 +52,45 @@ def test_documents_that_do_not_fit_are_named(home: Path, tmp_path: Path) -> None
     )
     file = tiny.write_recipe(tmp_path / "r.yaml", values)
     console = Console(record=True, width=200, force_terminal=False)
-    forecast(file, [], console)
+    assert forecast(file, [], console) == 1
     text = console.export_text()
     assert "refused: captions captions-" in text
     assert "all in the run's ledger.jsonl" in text
     assert "training would stop: " in text
     assert "raise data.max_refused" in text
+
+
+def test_a_training_that_would_stop_exits_with_1_after_all_is_printed(
+    home: Path, tmp_path: Path
+) -> None:
+    good = tiny.recipe(home, tmp_path / "out")
+    bad = tiny.recipe(home, tmp_path / "out", data__packing={"tokens": 24}, run__tokens_per_step=96)
+    for name, values in (("1", bad), ("2", good)):
+        values["run"]["output"] = str(tmp_path / "out" / name)
+        tiny.write_recipe(tmp_path / "staged" / f"{name}.yaml", values)
+    result = RUNNER.invoke(cli.app, ["plan", str(tmp_path / "staged")])
+    assert result.exit_code == 1
+    assert result.output.index("training would stop") < result.output.index("2.yaml")
+    assert result.output.count("packing efficiency") == 2
+    result = RUNNER.invoke(cli.app, ["plan", str(tmp_path / "staged" / "2.yaml")])
+    assert result.exit_code == 0, result.output
+
+
+def test_a_path_of_data_is_refused_before_anything_is_printed(home: Path, tmp_path: Path) -> None:
+    file = tiny.write_recipe(tmp_path / "r.yaml", tiny.recipe(home, tmp_path / "out"))
+    wrong = str(tmp_path / "none-*.tar")
+    result = RUNNER.invoke(cli.app, ["plan", str(file), f"data.sources.0.path={wrong}"])
+    assert isinstance(result.exception, ValueError)
+    assert f"data.sources.0.path: no shard matches {wrong}" in str(result.exception)
+    assert result.output == ""
+
+
+def test_unreached_documents_are_explained(home: Path, tmp_path: Path) -> None:
+    values = tiny.recipe(home, tmp_path / "out", run__epochs=None, run__tokens=300)
+    console = Console(record=True, width=80, force_terminal=False)
+    forecast(tiny.write_recipe(tmp_path / "r.yaml", values), [], console)
+    lines = console.export_text().splitlines()
+    assert "  unreached: the run ends before them, or a weight below 1 leaves them out" in lines
 
 
 def test_patches_that_hold_no_image_are_refused(home: Path, tmp_path: Path) -> None:
