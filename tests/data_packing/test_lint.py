@@ -91,6 +91,9 @@ DOCUMENTS: list[tuple[str, Document]] = [
     ("empty text", Document((image(16, 16), Text("a"), Text(" \n")), "toys", "x")),
     ("replacement character", Document((Text("a caf\ufffd"),), "toys", "x")),
     ("control character", Document((Text("a\tb\r\nc\x07"),), "toys", "x")),
+    ("empty text", Document((Text("a", variants=(("de", " "),)),), "toys", "x")),
+    ("replacement character", Document((Text("a", variants=(("de", "\ufffd"),)),), "toys", "x")),
+    ("control character", Document((Text("a", variants=(("de", "\x07"),)),), "toys", "x")),
 ]
 
 
@@ -141,9 +144,11 @@ def test_what_a_document_says_decides_its_hash() -> None:
         Document((image(), Text("a"), Text("b"))),
         Document((image(), Text("ab", learned=False))),
         Document((image(), Text("abc"))),
+        Document((image(), Text("ab", variants=(("c", ""),)))),
+        Document((image(), Text("ab", variants=(("d", "c"),)))),
     ]
     assert content_hash(Document(base.parts, "s", "k")) == content_hash(base)
-    assert len({content_hash(each) for each in [base, *others]}) == 6
+    assert len({content_hash(each) for each in [base, *others]}) == 8
     sly = Document((Text("aNone\0True\0b"),))
     assert content_hash(sly) != content_hash(Document((Text("a"), Text("b"))))
 
@@ -221,6 +226,16 @@ def test_what_a_model_says_is_asked(tmp_path: Path) -> None:
     ]
     assert ("document above a pack", "cut") in found_in(tmp_path, rules=RULES, tokens=60)
     assert ("document above a pack", "cut") not in found_in(tmp_path, rules=RULES, tokens=61)
+
+
+def test_variants_are_looked_at_like_other_texts(tmp_path: Path) -> None:
+    variants = (("alt", "turn <end> turn"), ("de", "Biene\ufffd"))
+    shards_of([Document((Text("a"), Text("a bee", variants=variants)), "toys", "x")], tmp_path)
+    report = lint(find_sources([str(tmp_path)]), rules=RULES)
+    assert [(defect.kind, defect.detail) for defect in report.defects] == [
+        ("replacement character", "text 2, variant 'de': 1 of them, the first after 'Biene'"),
+        ("special token in text", "text 2, variant 'alt' contains '<end>'"),
+    ]
 
 
 def test_tokens_without_a_model_are_refused(tmp_path: Path) -> None:
