@@ -119,9 +119,10 @@ TrainValue = Annotated[TrainSection, BeforeValidator(_frozen_word)]
 
 
 class SourceSection(Section):
-    """Shards of one source. `weight` = passes over it per epoch."""
+    """Shards of one source. `weight` = passes over it per epoch; `text` = which text variant."""
 
     path: str
+    text: str | None = Field(default=None, min_length=1)
     weight: Number = Field(default=1.0, gt=0, le=1e6)
 
 

@@ -59,10 +59,11 @@ def indexes(
 ) -> list[Index]:
     """Count the tokens of every document; the counts are kept beside the shards."""
     found, executor = [], Executor("local", workers)
-    sources = shards(recipe)
-    for paths, name in zip(sources, source_names(sources), strict=True):
+    sources, texts = shards(recipe), [source.text for source in recipe.data.sources]
+    cost, counted_by = processor.cost, processor.text_fingerprint
+    for paths, name, text in zip(sources, source_names(sources, texts), texts, strict=True):
         phase(f"counting tokens of {name}")
-        found.append(build_index(paths, processor.cost, processor.text_fingerprint, executor, name))
+        found.append(build_index(paths, cost, counted_by, executor, name, text))
     return found
 
 
