@@ -22,11 +22,27 @@ class Text:
         text: the words as written.
         role: who says it in a conversation; None in a raw document.
         learned: whether the model learns to produce it.
+        variants: (name, other words for the same place), such as a translation; kept in the order
+            of the names, so that equal texts are equal.
+
+    Raises:
+        DocumentError: two variants of one name, or one without a name.
     """
 
     text: str
     role: Role | None = None
     learned: bool = True
+    variants: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.variants:
+            return
+        names = [name for name, _ in self.variants]
+        if "" in names:
+            raise DocumentError("a variant of a text has no name")
+        if len(set(names)) < len(names):
+            raise DocumentError(f"two variants of a text have one name: {_quoted(sorted(names))}")
+        object.__setattr__(self, "variants", tuple(sorted(self.variants)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +145,8 @@ class Document:
                 if isinstance(part, Image):
                     parts.append(replace(part, role=role))
                 else:
-                    text = part if isinstance(part, str) else part.text
-                    parts.append(Text(text, role, learned=role == "assistant"))
+                    text = Text(part) if isinstance(part, str) else part
+                    parts.append(replace(text, role=role, learned=role == "assistant"))
         return cls(tuple(parts), source, key)
 
     @property
@@ -150,6 +166,30 @@ class Document:
             if part.role != "system":
                 return number
         return len(self.parts)
+
+    def with_variant(self, name: str) -> Document:
+        """Return the document with one variant in the place of every text that has variants.
+
+        A text without variants stays.
+
+        Raises:
+            DocumentError: no text has the variant, or one has others and not this one.
+        """
+        texts = [part for part in self.parts if isinstance(part, Text)]
+        known = sorted({own for text in texts for own, _ in text.variants})
+        if name not in known:
+            raise DocumentError(f"no text variant {name!r}; it has {_quoted(known) or 'none'}")
+        for number, text in enumerate(texts, start=1):
+            own = [each for each, _ in text.variants]
+            if own and name not in own:
+                raise DocumentError(f"text {number} has no variant {name!r}; it has {_quoted(own)}")
+        parts = tuple(
+            replace(part, text=dict(part.variants)[name], variants=())
+            if isinstance(part, Text) and part.variants
+            else part
+            for part in self.parts
+        )
+        return replace(self, parts=parts)
 
     def pieces(self) -> list[tuple[int, int]]:
         """Return the ranges of parts [start, stop) that must stay together.
@@ -199,3 +239,7 @@ class Document:
             if isinstance(part, Image):
                 return True
         return False
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,13 +30,17 @@ _READS = 32  # at a time, where each takes long
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a document lies: its shard, its row there, its bytes and their CRC-32."""
+    """Where a document lies: its shard, its row there, its bytes and their CRC-32.
+
+    `text` is the variant of its text that the source takes.
+    """
 
     path: Path
     row: int
     offset: int
     size: int
     crc: int
+    text: str | None = None
 
     def key(self) -> str:
         """The key of the document, from the shard's index; its row where that is another one."""
@@ -63,6 +68,7 @@ class Index:
         refused: documents that are in no piece: bad records, and what `cost` refused.
         refused_documents: how many of the N are among them.
         fingerprint: hash of everything above and of the shards' bytes.
+        text: the text variant that is counted and read, None for the documents as written.
     """
 
     name: str
@@ -82,6 +88,7 @@ class Index:
     fingerprint: str
     _shard_start: NDArray[np.int64]
     _files: OpenFiles
+    text: str | None = None
     _keys: tuple[Path, list[str]] | None = None
 
     def __len__(self) -> int:
@@ -98,17 +105,18 @@ class Index:
         shard = int(self.shard[number])
         row = number - int(self._shard_start[shard])
         offset, size = int(self.offset[number]), int(self.size[number])
-        return Place(self.paths[shard], row, offset, size, int(self.crc[number]))
+        return Place(self.paths[shard], row, offset, size, int(self.crc[number]), self.text)
 
     def read(self, number: int) -> Document:
-        """Read one document by its number.
+        """Read one document by its number, with the text that was counted.
 
         Raises:
-            DocumentError: its bytes are damaged.
+            DocumentError: its bytes are damaged, or it lacks the text variant.
             OSError: the shard cannot be read.
         """
         place = self.place(number)
-        return parse_span(self._files.read(place.path, place.offset, place.size), place.crc)
+        span = self._files.read(place.path, place.offset, place.size)
+        return parse_span(span, place.crc, place.text)
 
     def key(self, number: int) -> str:
         """The key of a document, without reading the document."""
@@ -128,6 +136,7 @@ def build_index(
     fingerprint: str,
     executor: Executor = HERE,
     name: str | None = None,
+    text: str | None = None,
     *,
     begin: float = 0.0,
     stop: Callable[[], bool] = lambda: False,
@@ -140,7 +149,10 @@ def build_index(
         cost: what a document costs; raises DocumentError to refuse it. Picklable.
         fingerprint: names what `cost` depends on (tokenizer, template); the cache is kept by it.
         executor: who counts tokens; several processes or machines share out the shards.
-        name: of the source, in the ledger; from the first shard's file name when left out.
+        name: of the source, in the ledger; from the first shard's file name (and the variant) when
+            left out.
+        text: the variant of the texts to use; documents without it are refused. None uses the
+            texts as written.
         begin: where to begin counting, from 0 (the first shard) to 1. Processes that share a disk
             and begin at different places find what the others have counted, and so share the work.
         stop: asked after each shard whether to give up.
@@ -153,22 +165,22 @@ def build_index(
     shards = [place(path) for path in paths]
     if not shards:
         raise ValueError("no shards to index")
+    token = _token(fingerprint, text)
     with ThreadPoolExecutor(_READS if is_remote(shards[0]) else 1) as threads:
-        found = threads.map(partial(_counted, fingerprint=fingerprint), shards)
+        found = threads.map(partial(_counted, token=token), shards)
         counted = {s: counts for s, counts in zip(shards, found, strict=True) if counts}
     missing = [shard for shard in shards if shard not in counted]
     if missing:
         tell(len(missing))
     turn = int(begin * len(missing))
     missing = missing[turn:] + missing[:turn]
-    for shard, counts in zip(
-        missing, count_tokens(missing, cost, fingerprint, executor), strict=True
-    ):
-        counted[shard] = counts
+    counts = count_tokens(missing, cost, fingerprint, executor, text)
+    for shard, arrays in zip(missing, counts, strict=True):
+        counted[shard] = arrays
         if stop():
             raise InterruptedError("indexing was stopped")
     ordered = [counted[shard] for shard in shards]
-    return _assemble(shards, ordered, fingerprint, name or source_name(shards))
+    return _assemble(shards, ordered, fingerprint, name or source_name(shards, text), text)
 
 
 def count_tokens(
@@ -176,21 +188,31 @@ def count_tokens(
     cost: Callable[[Document], Cost],
     fingerprint: str,
     executor: Executor = HERE,
+    text: str | None = None,
 ) -> Iterator[dict[str, NDArray[Any]]]:
     """Yield the index of each shard with its token counts; arguments and errors as `build_index`.
 
     What was counted is kept beside the shard, or on this machine if it lies elsewhere.
     """
-    return executor.each(partial(_token_counts, cost=cost, fingerprint=fingerprint), shards)
+    work = partial(_token_counts, cost=cost, token=_token(fingerprint, text), text=text)
+    return executor.each(work, shards)
 
 
-def source_names(sources: Sequence[Sequence[Path]]) -> list[str]:
+def source_names(
+    sources: Sequence[Sequence[Path]], texts: Sequence[str | None] | None = None
+) -> list[str]:
     """A name for each source, from its shards: `captions` for captions-000000.tar.
+
+    A source that takes a text variant has it in its name: `captions:alt`.
 
     Sources that would share one are told apart by as many folders as that takes (`a/captions`,
     `b/captions`), and by a number when they lie in one folder.
     """
-    parts = [(*p[0].absolute().parent.parts[1:], source_name(list(p))) for p in sources]
+    variants = [None] * len(sources) if texts is None else texts
+    parts = [
+        (*paths[0].absolute().parent.parts[1:], source_name(paths, text))
+        for paths, text in zip(sources, variants, strict=True)
+    ]
     names: list[str] = []
     for own in parts:
         rivals = {other for other in parts if other[-1] == own[-1] and other != own}
@@ -203,25 +225,29 @@ def source_names(sources: Sequence[Sequence[Path]]) -> list[str]:
     return names
 
 
-def _token_counts(shard: Path, *, cost: Callable[[Document], Cost], fingerprint: str) -> _Arrays:
+def _token_counts(
+    shard: Path, *, cost: Callable[[Document], Cost], token: str, text: str | None
+) -> _Arrays:
     """The token counts of a shard, from the cache beside it or counted now."""
-    counted = _counted(shard, fingerprint)
+    counted = _counted(shard, token)
     if counted is not None:
         return counted
     index = read_index(shard)
-    counts = _count(shard, index, cost)
-    cache = _cache(shard, fingerprint)
+    counts = _count(shard, index, cost, text)
+    if text is not None:
+        counts |= pack_strings("text", [text])  # for people: `info` says what was counted
+    cache = _cache(shard, token)
     with suppress(OSError):  # a folder that cannot be written costs time, nothing else
         cache.parent.mkdir(parents=True, exist_ok=True)
         save_arrays(cache, counts)
     return index | counts
 
 
-def _counted(shard: Path, fingerprint: str) -> _Arrays | None:
+def _counted(shard: Path, token: str) -> _Arrays | None:
     """The index of a shard with its token counts, if they are there."""
     index = read_index(shard)
     try:
-        counts = load_arrays(_cache(shard, fingerprint))
+        counts = load_arrays(_cache(shard, token))
         if np.array_equal(counts["sha256"], index["sha256"]):
             return index | counts
     except (FileNotFoundError, ValueError, KeyError):
@@ -229,13 +255,20 @@ def _counted(shard: Path, fingerprint: str) -> _Arrays | None:
     return None
 
 
-def _cache(shard: Path, fingerprint: str) -> Path:
+def _cache(shard: Path, token: str) -> Path:
     home = local_folder(shard) if is_remote(shard) else shard.parent
-    token = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
     return home / (shard.name.removesuffix(".tar") + f".tokens-{token}.npz")
 
 
-def _count(shard: Path, index: _Arrays, cost: Callable[[Document], Cost]) -> _Arrays:
+def _token(fingerprint: str, text: str | None) -> str:
+    """What token counts are kept under."""
+    about = fingerprint if text is None else json.dumps([fingerprint, text])
+    return hashlib.sha256(about.encode()).hexdigest()[:16]
+
+
+def _count(
+    shard: Path, index: _Arrays, cost: Callable[[Document], Cost], variant: str | None
+) -> _Arrays:
     overhead: list[int] = []
     piece_count: list[int] = []
     piece_text: list[int] = []
@@ -247,7 +280,7 @@ def _count(shard: Path, index: _Arrays, cost: Callable[[Document], Cost]) -> _Ar
             try:
                 size, offset = int(index["size"][number]), int(index["offset"][number])
                 span, crc = files.read(shard, offset, size), int(index["crc"][number])
-                price = _checked_cost(parse_span(span, crc), cost)
+                price = _checked_cost(parse_span(span, crc, variant), cost)
             except DocumentError as error:
                 price = Cost(0, ())
                 refused.append(number)
@@ -287,12 +320,15 @@ def _checked_cost(document: Document, cost: Callable[[Document], Cost]) -> Cost:
     return price
 
 
-def source_name(shards: list[Path]) -> str:
-    """What people call a source: its first shard's name without the number."""
-    return re.sub(r"-\d+$", "", shards[0].name.removesuffix(".tar"))
+def source_name(shards: Sequence[Path], text: str | None = None) -> str:
+    """What people call a source: its first shard's name without the number; its text variant."""
+    name = re.sub(r"-\d+$", "", shards[0].name.removesuffix(".tar"))
+    return name if text is None else f"{name}:{text}"
 
 
-def _assemble(shards: list[Path], counted: list[_Arrays], fingerprint: str, name: str) -> Index:
+def _assemble(
+    shards: list[Path], counted: list[_Arrays], fingerprint: str, name: str, text: str | None
+) -> Index:
     def joined(name: str, dtype: Any) -> NDArray[Any]:
         return np.concatenate([arrays[name] for arrays in counted]).astype(dtype, copy=False)
 
@@ -311,6 +347,8 @@ def _assemble(shards: list[Path], counted: list[_Arrays], fingerprint: str, name
             refused_documents += len(numbers)
     used = [_used_images(arrays) for arrays in counted]
     digest = hashlib.sha256(fingerprint.encode())
+    if text is not None:  # two variants may be equally long everywhere
+        digest.update(json.dumps({"text": text}).encode())
     for arrays in counted:
         for field in ("sha256", "offset", "size", "overhead", "piece_count", "piece_text"):
             digest.update(np.ascontiguousarray(arrays[field]).tobytes())
@@ -334,6 +372,7 @@ def _assemble(shards: list[Path], counted: list[_Arrays], fingerprint: str, name
         fingerprint=digest.hexdigest(),
         _shard_start=_starts(np.array(documents, dtype=np.int64)),
         _files=OpenFiles(),
+        text=text,
     )
 
 

@@ -27,6 +27,7 @@ _CACHE = re.compile(r"\.tokens-([0-9a-f]+)\.npz")
 CHARACTERS = "characters of a text"
 IMAGES = "images of a document"
 HEIGHT, WIDTH = "height of an image", "width of an image"
+_COUNTERS = ("kinds", "formats", "scripts", "variants", "refused")
 TEXT_TOKENS, TOKENS = "text tokens of a document", "tokens with images"
 
 
@@ -78,10 +79,12 @@ class Facts:
             no image) and conversations.
         formats: of images, by the file's own header; "unreadable" where that fails.
         scripts: letters by script, see writing.py.
+        variants: texts that have a variant, by its name.
         refused: records that are not in the shards, by reason without names and numbers.
         unreadable: documents whose bytes are damaged.
         measures: numbers of which the spread is shown.
-        caches: token cache → text tokens of documents that it has counted, one array per shard.
+        caches: token cache, and the text variant that it is of → text tokens of documents that it
+            has counted, one array per shard.
     """
 
     shards: int = 0
@@ -94,6 +97,7 @@ class Facts:
     kinds: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
     scripts: Counter[str] = field(default_factory=Counter)
+    variants: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     measures: dict[str, list[NDArray[np.int64]]] = field(default_factory=dict)
     caches: dict[str, list[NDArray[np.int64]]] = field(default_factory=dict)
@@ -103,7 +107,7 @@ class Facts:
         for name in ("shards", "bytes", "documents", "images", "texts", "learned_texts"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.unreadable += other.unreadable
-        for name in ("kinds", "formats", "scripts", "refused"):
+        for name in _COUNTERS:
             getattr(self, name).update(getattr(other, name))
         for name in ("measures", "caches"):
             for key, arrays in getattr(other, name).items():
@@ -117,7 +121,7 @@ class Facts:
         joined = dict(self.measures)
         for cache, arrays in sorted(self.caches.items()):
             if TEXT_TOKENS not in joined and len(arrays) == self.shards:
-                joined[f"{TEXT_TOKENS} ({cache[:8]})"] = arrays
+                joined[f"{TEXT_TOKENS} ({cache})"] = arrays
         found = {name: Spread.of(np.concatenate(arrays)) for name, arrays in joined.items()}
         return {name: spread for name, spread in found.items() if spread is not None}
 
@@ -125,7 +129,7 @@ class Facts:
         """For scripts."""
         names = ("shards", "bytes", "documents", "images", "texts", "learned_texts", "unreadable")
         values: dict[str, Any] = {name: getattr(self, name) for name in names}
-        for name in ("kinds", "formats", "scripts", "refused"):
+        for name in _COUNTERS:
             values[name] = dict(getattr(self, name).most_common())
         values["spreads"] = {
             name: {
@@ -210,11 +214,12 @@ def _caches(
             ends = np.concatenate([[0], np.cumsum(counts["piece_count"], dtype=np.int64)])
             sums = np.concatenate([[0], np.cumsum(counts["piece_text"], dtype=np.int64)])
             tokens = sums[ends[1:]] - sums[ends[:-1]] + counts["overhead"]
+            variant = unpack_strings(counts, "text") if "text" in counts else []
         except (ValueError, KeyError, IndexError):
             continue  # a damaged cache: it is only a cache
         used = np.ones(len(tokens), dtype=bool)
         used[counts["cost_refused"]] = False
-        yield match[1], [tokens[used].astype(np.int64)]
+        yield ", ".join([match[1][:8], *variant]), [tokens[used].astype(np.int64)]
 
 
 def count_chunk(chunk: Chunk, rules: Rules | None) -> Facts:
@@ -235,6 +240,7 @@ def count_chunk(chunk: Chunk, rules: Rules | None) -> Facts:
             else:
                 facts.texts += 1
                 facts.learned_texts += part.learned
+                facts.variants.update(name for name, _ in part.variants)
                 facts.scripts.update(count_scripts(part.text))
                 lengths.append(len(part.text))
         if rules is not None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -235,8 +236,13 @@ def content_hash(document: Document) -> bytes:
     for part in document.parts:
         data = part.data if isinstance(part, Image) else part.text.encode("utf-8", "surrogatepass")
         learned = part.learned if isinstance(part, Text) else None
-        digest.update(f"{part.role}\0{learned}\0{len(data)}\0".encode())
+        variants = part.variants if isinstance(part, Text) else ()
+        digest.update(f"{part.role}\0{learned}\0{len(data)}\0{len(variants)}\0".encode())
         digest.update(data)
+        for said in chain.from_iterable(variants):
+            words = said.encode("utf-8", "surrogatepass")
+            digest.update(f"{len(words)}\0".encode())
+            digest.update(words)
     return digest.digest()
 
 
@@ -246,13 +252,21 @@ def check_document(document: Document, rules: Rules | None, tokens: int | None) 
     texts = [part for part in document.parts if isinstance(part, Text)]
     if not any(text.learned and text.text.strip() for text in texts):
         found.append(("no learned text", f"{counted(len(texts), 'text')}, none learned"))
-    for number, text in enumerate(texts, start=1):
-        found += [(kind, f"text {number}: {why}") for kind, why in _text_defects(text.text)]
+    for place, words in _said(texts):
+        found += [(kind, f"{place}: {why}") for kind, why in _text_defects(words)]
     for number, image in enumerate(document.images, start=1):
         found += [(kind, f"image {number}: {why}") for kind, why in _image_defects(image)]
     if rules is not None:
         found += _model_defects(document, texts, rules, tokens)
     return found
+
+
+def _said(texts: Sequence[Text]) -> Iterator[tuple[str, str]]:
+    """All words of a document, its variants too: (where, words)."""
+    for number, text in enumerate(texts, start=1):
+        yield f"text {number}", text.text
+        for name, words in text.variants:
+            yield f"text {number}, variant {name!r}", words
 
 
 def _text_defects(text: str) -> Iterator[tuple[str, str]]:
@@ -291,10 +305,10 @@ def _image_defects(image: Image) -> Iterator[tuple[str, str]]:
 def _model_defects(
     document: Document, texts: Sequence[Text], rules: Rules, tokens: int | None
 ) -> Iterator[tuple[str, str]]:
-    special = [(number, rules.special(text.text)) for number, text in enumerate(texts, start=1)]
-    named = [(number, token) for number, token in special if token is not None]
-    for number, token in named:
-        yield "special token in text", f"text {number} contains {token!r}"
+    special = [(place, rules.special(words)) for place, words in _said(texts)]
+    named = [(place, token) for place, token in special if token is not None]
+    for place, token in named:
+        yield "special token in text", f"{place} contains {token!r}"
     if named:
         return
     try:

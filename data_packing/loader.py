@@ -191,7 +191,8 @@ class _Reader:
             try:
                 if isinstance(span, OSError):
                     raise span
-                samples.append(encode_entry(parse_span(span, place.crc), entry, self.encode)[1])
+                document = parse_span(span, place.crc, place.text)
+                samples.append(encode_entry(document, entry, self.encode)[1])
             except DocumentError as error:
                 first = None if entry.whole else entry.start_piece
                 refused.append(Refusal(source, place.key(), str(error), first))

@@ -246,7 +246,7 @@ class Plan:
         self.hash = self._hash(processor_fingerprint)
         if self.corpus.windows == 1:
             if not any(map(len, self.first.slices)):
-                raise ValueError("no source has a usable document (see the ledger for the reasons)")
+                raise ValueError(f"no source has a usable document{self._reason()}")
             if self.mixture(0).length == 0:
                 raise ValueError("the weights are so small that the epochs hold no document")
 
@@ -358,6 +358,13 @@ class Plan:
     def block(self, visit: int, number: int, head: int = 0) -> Block:
         """A block of a visit; its first `head` packs complete the step before it."""
         return self._blocks.get((visit, number, head))
+
+    def _reason(self) -> str:
+        """Why a document of the first window is refused, if one is."""
+        for source, index in enumerate(self.first.indexes):
+            for refusal in self.first.refused(source)[:1]:
+                return f"; the first refused: {index.name} {refusal.key}: {refusal.reason}"
+        return ""
 
     def _walk(self, cursor: Cursor) -> Iterator[tuple[list[Taken], Cursor]]:
         """The packs of each step from a cursor on, and where the next one starts.

@@ -10,6 +10,7 @@ import os
 import re
 import tarfile
 import zlib
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -93,7 +94,7 @@ class ShardFile:
         files: list[tuple[str, bytes]] = []
         for part in document.parts:
             if isinstance(part, Text):
-                entries.append({"text": part.text, "role": part.role, "learned": part.learned})
+                entries.append(_text_entry(part))
                 continue
             known = (extension for magic, extension in _EXTENSIONS if part.data.startswith(magic))
             file_name = f"{len(files)}.{next(known, 'img')}"
@@ -169,11 +170,19 @@ def _fault(document: Document, source: str, seen: set[str]) -> Refusal | None:
     try:
         for part in document.parts:
             if isinstance(part, Text):
-                part.text.encode("utf-8")
+                for words in (part.text, *chain.from_iterable(part.variants)):
+                    words.encode("utf-8")
         document.key.encode("utf-8")
     except UnicodeEncodeError:
         return Refusal(source, repr(document.key)[1:-1], "text holds half a character (surrogate)")
     return None
+
+
+def _text_entry(text: Text) -> dict[str, Any]:
+    entry: dict[str, Any] = {"text": text.text, "role": text.role, "learned": text.learned}
+    if text.variants:  # left out where there are none, so that such shards keep their bytes
+        entry["variants"] = dict(text.variants)
+    return entry
 
 
 def _member_name(key: str) -> str:

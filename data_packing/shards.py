@@ -117,16 +117,17 @@ def read_document(shard: str | Path, number: int) -> Document:
     return parse_span(span, int(arrays["crc"][number]))
 
 
-def parse_span(span: bytes, crc: int | None = None) -> Document:
+def parse_span(span: bytes, crc: int | None = None, text: str | None = None) -> Document:
     """Make a document from the bytes of its members in the tar file.
 
     Nothing is written to disk, and only members of the document itself are looked at.
 
     Args:
         crc: of the bytes when they were indexed; without it they are taken as they are.
+        text: the text variant to take, None for the document as it was written.
 
     Raises:
-        DocumentError: the bytes are damaged, or not those that were indexed.
+        DocumentError: the bytes are damaged, not those that were indexed, or without the variant.
     """
     if crc is not None and zlib.crc32(span) != crc:
         raise DocumentError("not the bytes that were indexed: the shard changed or is damaged")
@@ -143,11 +144,12 @@ def parse_span(span: bytes, crc: int | None = None) -> Document:
             at += padded(size)
         record = json.loads(members["json"])
         parts = tuple(_part(entry, members) for entry in record["parts"])
-        return Document(parts, record["source"], record["key"])
+        document = Document(parts, record["source"], record["key"])
     except DocumentError:
         raise
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise DocumentError(f"damaged shard: {type(error).__name__}: {error}") from error
+    return document if text is None else document.with_variant(text)
 
 
 def expand(pattern: str | Path, allow_http: bool = False) -> list[Path]:
@@ -225,7 +227,8 @@ def _part(entry: dict[str, Any], members: dict[str, bytes]) -> Part:
     role = entry["role"]
     if "image" in entry:
         return Image(members[entry["image"]], int(entry["height"]), int(entry["width"]), role)
-    return Text(entry["text"], role, bool(entry["learned"]))
+    variants = tuple(dict(entry.get("variants", ())).items())
+    return Text(entry["text"], role, bool(entry["learned"]), variants)
 
 
 def padded(size: int) -> int:

@@ -22,9 +22,11 @@ def info_tables(facts: dict[str, Facts]) -> Group:
     """Counts, spreads and kinds of every source, and of all together."""
     rows = facts if len(facts) == 1 else {**facts, "all": together(facts)}
     tables: list[RenderableType] = [_counts(rows), _spreads(rows), _contents(rows)]
-    refused = together(facts).refused
-    if refused:
-        tables.append(_refused(refused))
+    everything = together(facts)
+    if everything.variants:
+        tables.append(_variants(rows))
+    if everything.refused:
+        tables.append(_refused(everything.refused))
     return Group(*tables)
 
 
@@ -96,6 +98,14 @@ def _contents(rows: dict[str, Facts]) -> Table:
         table.add_row(
             Text(name), _listed(kinds), _listed(facts.formats), Text(", ".join(scripts) or "none")
         )
+    return table
+
+
+def _variants(rows: dict[str, Facts]) -> Table:
+    table = _table("Text variants", ["source", "texts that have one"])
+    for name, facts in rows.items():
+        _line_before_all(table, name)
+        table.add_row(Text(name), _listed(facts.variants))
     return table
 
 

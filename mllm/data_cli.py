@@ -178,6 +178,9 @@ def _astray(refused: Sequence[Refusal], images: str | None) -> Iterator[str]:
 def index(
     shards: Shards,
     model: Annotated[Path, typer.Option(help="A folder with a processor, such as a stage's.")],
+    text: Annotated[
+        str | None, typer.Option(help="The text variant to count; default: the texts as written.")
+    ] = None,
     workers: Workers = None,
     executor: Passes = "local",
     allow_http: AllowHttp = False,
@@ -197,13 +200,16 @@ def index(
     processor = Processor.from_pretrained(model)
     paths = [path for group in sources.values() for path in group]
     with _progress() as advance:
-        done = 0
+        done = refused = 0
         passes = _executor(executor, sources, workers)
-        for counts in count_tokens(paths, processor.cost, processor.text_fingerprint, passes):
+        for counts in count_tokens(paths, processor.cost, processor.text_fingerprint, passes, text):
             done += len(counts["offset"])
+            refused += len(counts["cost_refused"])
             advance(done, None)
-    where = f"{counted(done, 'document')} in {counted(len(paths), 'shard')}"
-    typer.echo(f"counted for {model}: {where}")
+    line = f"counted for {model}: {counted(done, 'document')} in {counted(len(paths), 'shard')}"
+    if text is not None:
+        line += f", with the text {text!r}"
+    typer.echo(f"{line}; {refused:,} refused" if refused else line)
 
 
 @data.command()

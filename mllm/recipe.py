@@ -121,10 +121,12 @@ TrainValue = Annotated[TrainSection, BeforeValidator(_frozen_word)]
 class SourceSection(Section):
     """Shards of one source.
 
-    `weight` = passes over it per epoch; `cap` = the most documents that an epoch takes of it.
+    `weight` = passes over it per epoch; `text` = which text variant; `cap` = the most documents
+    that an epoch takes of it.
     """
 
     path: str
+    text: str | None = Field(default=None, min_length=1)
     weight: Number = Field(default=1.0, gt=0, le=1e6)
     cap: Whole | None = Field(default=None, gt=0)
 

@@ -94,6 +94,13 @@ def test_overrides_are_read_as_yaml(
     assert getattr(getattr(load(recipe, [override]), section), key) == value
 
 
+def test_a_source_may_choose_a_text_and_is_another_run_with_it(recipe: Path) -> None:
+    plain, chosen = load(recipe), load(recipe, ["data.sources.1.text=alt"])
+    assert [source.text for source in chosen.data.sources] == [None, "alt"]
+    assert chosen.hash() != plain.hash()
+    assert not any("text" in key for key in plain.identity())  # old runs can still be resumed
+
+
 def test_overrides_reach_lists_and_dotted_modules(recipe: Path) -> None:
     read = load(
         recipe,
@@ -246,6 +253,11 @@ REFUSALS = {
     "no number in betas": (["optimizer.betas=[.nan, 0.9]"], "optimizer.betas.0: expected a finite"),
     "infinite whole number": (["run.seed=.inf"], "run.seed: expected a valid integer"),
     "endless weight": (["data.sources.0.weight=1e300"], "less than or equal to"),
+    "a text without a name": (
+        ["data.sources.0.text=''"],
+        "data.sources.0.text: String should have at least 1 character",
+    ),
+    "a text by number": (["data.sources.0.text=1"], "data.sources.0.text: expected a valid string"),
     "endless epochs": (["run.epochs=99999999999999999999"], "less than or equal to 100000"),
     "endless step": (["run.tokens_per_step=1e30"], "less than or equal to"),
     "yes for a whole number": (["data.workers=true"], "data.workers: expected a valid integer"),

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_packing.document import DocumentError, Part, Text
+from data_packing.document import DocumentError, Part
 from data_packing.formats.common import shown
 from data_packing.formats.conversation import Turn, converse, listed, pair, read_turns, say
 from data_packing.formats.media import Media
 from data_packing.formats.pages import mmc4_parts, obelics_parts
+from data_packing.formats.variants import COLUMN, has_variants, read_variants, text_of
 
 Record = dict[str, Any]
 CAPTIONS = ("caption", "text", "txt")
@@ -90,20 +91,27 @@ def _columns(record: Record, media: Media) -> Iterator[Part]:
     images, clips = listed(record, "image", "images"), listed(record, "video", "videos")
     if not images and not clips:
         raise DocumentError("no image")
-    texts = {name: record[name] for name in CAPTIONS if record.get(name) is not None}
-    if not texts:
-        raise DocumentError(f"no caption (looked for {', '.join(CAPTIONS)})")
-    name, text = next(iter(texts.items()))
+    caption, variants = _caption(record), read_variants(record)
+    if caption is None and not variants:
+        raise DocumentError(f"no caption (looked for {', '.join((*CAPTIONS, COLUMN))})")
+    yield from map(media.image, images)
+    for clip in clips:
+        yield from media.clip(clip)
+    yield text_of(caption, variants)
+
+
+def _caption(record: Record) -> str | None:
+    name = next((name for name in CAPTIONS if record.get(name) is not None), None)
+    if name is None:
+        return None
+    text = record[name]
     if isinstance(text, list) and len(text) == 1:
         text = text[0]
     if not isinstance(text, str):
         raise DocumentError(f'"{name}" must be one text, not {shown(repr(text))}')
     if not text.strip():
         raise DocumentError(f'"{name}" is empty')
-    yield from map(media.image, images)
-    for clip in clips:
-        yield from media.clip(clip)
-    yield Text(text.strip())
+    return text.strip()
 
 
 def _system(record: Record) -> list[Turn]:
@@ -145,9 +153,8 @@ def _is_page(record: Record) -> bool:
 
 def _is_caption(record: Record) -> bool:
     media = ("image", "images", "video", "videos")
-    return any(record.get(name) is not None for name in media) and any(
-        name in record for name in CAPTIONS
-    )
+    has_text = has_variants(record) or any(name in record for name in CAPTIONS)
+    return has_text and any(record.get(name) is not None for name in media)
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -170,7 +177,9 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "interleaved": Layout('parallel lists "texts" and "images"', _is_page, obelics_parts),
     "mmc4": Layout('"text_list" and "image_info"', _has("text_list", "image_info"), mmc4_parts),
-    "columns": Layout('"image" and "caption" (or "text")', _is_caption, _columns),
+    "columns": Layout(
+        '"image", and "caption" (or "text") or a mapping "texts"', _is_caption, _columns
+    ),
 }
 """Every layout by its name."""
 

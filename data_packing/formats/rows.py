@@ -164,7 +164,7 @@ def _table_row(place: str, row: pyarrow.RecordBatch) -> Row:
     import pyarrow
 
     try:
-        return Row(place, row.to_pylist()[0])
+        return Row(place, row.to_pylist(maps_as_pydicts="strict")[0])
     except UnicodeDecodeError as error:
         return Row(place, None, f"text that is not UTF-8 (byte {error.start})")
     except (pyarrow.ArrowException, ValueError, OverflowError, KeyError) as error:

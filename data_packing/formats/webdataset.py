@@ -1,7 +1,8 @@
 """WebDataset: tar files in which the members of one name, one after another, are one document.
 
-`0001.jpg` and `0001.txt` are an image and its caption. A sidecar `0001.json` may hold the caption,
-or a record in one of the layouts; its images and clips are the other members of that name.
+`0001.jpg` and `0001.txt` are an image and its caption, `0001.alt.txt` is its text named `alt`. A
+sidecar `0001.json` may hold the caption and named texts, or a record in one of the layouts; its
+images and clips are the other members of that name.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_packing import video
-from data_packing.document import Document, DocumentError, Part, Text
+from data_packing.document import Document, DocumentError, Part
 from data_packing.formats import captions
 from data_packing.formats.common import DEFAULT, Draft, Options, refused, shown
 from data_packing.formats.containers import container
@@ -24,6 +25,7 @@ from data_packing.formats.layouts import CAPTIONS, LAYOUTS, layouts_of
 from data_packing.formats.media import Media
 from data_packing.formats.table import names_of, source_of
 from data_packing.formats.tars import Member, members
+from data_packing.formats.variants import read_variants, text_of
 from data_packing.ledger import Refusal
 from data_packing.shards import expand
 
@@ -32,12 +34,13 @@ TEXTS = ("txt", "text", "caption", "cap")
 
 @dataclass(slots=True)
 class _Group:
-    """The members of one name, by kind: ending → bytes."""
+    """The members of one name, by kind: ending → bytes; named texts by their name."""
 
     name: str
     images: dict[str, bytes] = field(default_factory=dict)
     clips: dict[str, bytes] = field(default_factory=dict)
     texts: dict[str, bytes] = field(default_factory=dict)
+    variants: dict[str, bytes] = field(default_factory=dict)
     sidecar: bytes | None = None
     others: list[str] = field(default_factory=list)
 
@@ -117,17 +120,37 @@ def _sorted(name: str, found: list[Member]) -> _Group:
             group.texts[ending] = member.data
         elif ending == "json":
             group.sidecar = member.data
+        elif variant := _variant(member.name):
+            group.variants[variant] = member.data
         else:
             group.others.append(ending)
+    _check_names(group)
     return group
+
+
+def _variant(name: str) -> str:
+    """The name of a text: `alt` of `0001.alt.txt`, nothing where the member is no such text."""
+    rest = name.rpartition("/")[2].partition(".")[2]
+    return rest[: -len(".txt")] if rest.lower().endswith(".txt") else ""
+
+
+def _check_names(group: _Group) -> None:
+    """Refuse `1.5.jpg` with `1.5.txt`: two names with a dot, not an image 1 and its text `5`."""
+    for name in (*group.images, *group.clips):
+        stem, _, last = _ending(name).rpartition(".")
+        if stem and stem in (variant.lower() for variant in group.variants):
+            raise DocumentError(
+                f"{stem}.txt and {stem}.{last}: names end at the first dot, so it is not clear "
+                "which images the text is of"
+            )
 
 
 def _parts(group: _Group, options: Options) -> Iterator[Part]:
     record = {} if group.sidecar is None else _record(group.sidecar)
     layouts = [name for name in layouts_of(record) if name != "columns"]
     if layouts:
-        if group.texts:
-            raise DocumentError(f"both a caption ({'.'.join(group.texts)}) and a record (json)")
+        if named := _captions(group):
+            raise DocumentError(f"both a caption ({', '.join(named)}) and a record (json)")
         if len(layouts) > 1:
             raise DocumentError(f"the json can be {' or '.join(layouts)}")
         media = Media(Path(), options.frames, _by_names(group))
@@ -137,13 +160,15 @@ def _parts(group: _Group, options: Options) -> Iterator[Part]:
         raise DocumentError("a shard of this project already: give it to a recipe as it is")
     if not group.images and not group.clips:
         raise DocumentError(f"no image or clip beside {_seen(group)}")
-    caption = _caption(group, record)
+    caption, variants = _caption(group, record), _variants(group, record)
+    if caption is None and not variants:
+        raise DocumentError(f"no caption beside {_seen(group)}")
     media = Media(Path(), options.frames, {})
     for name, data in group.images.items():
         yield media.image({"bytes": data, "path": name})
     for name, data in group.clips.items():
         yield from media.clip({"bytes": data, "path": name})
-    yield Text(caption)
+    yield text_of(caption, variants)
 
 
 def _record(data: bytes) -> dict[str, Any]:
@@ -158,28 +183,48 @@ def _record(data: bytes) -> dict[str, Any]:
     return record
 
 
-def _caption(group: _Group, record: dict[str, Any]) -> str:
+def _caption(group: _Group, record: dict[str, Any]) -> str | None:
+    """The text that has no name of its own; None where named ones must do."""
     if len(group.texts) > 1:
-        raise DocumentError(f"several captions: {', '.join(group.texts)}")
+        raise DocumentError(
+            f"several captions: {', '.join(group.texts)}; give them names (alt.txt, synthetic.txt)"
+        )
     for ending, data in group.texts.items():
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DocumentError(f"the {ending} is not UTF-8 (byte {error.start})") from error
-        if not text.strip():
-            raise DocumentError(f"the {ending} is empty")
-        return text.strip()
+        return _decoded(data, ending)
     said = next((record[name] for name in CAPTIONS if record.get(name) is not None), None)
     if said is None:
-        raise DocumentError(f"no caption beside {_seen(group)}")
+        return None
     if not isinstance(said, str) or not said.strip():
         raise DocumentError(f"the caption in the json must be a text, not {shown(repr(said))}")
     return said.strip()
 
 
+def _variants(group: _Group, record: dict[str, Any]) -> dict[str, str]:
+    """The named texts: those that are members, in the order of the tar, then those of the json."""
+    found = {name: _decoded(data, f"{name}.txt") for name, data in group.variants.items()}
+    for name, words in read_variants(record).items():
+        if found.setdefault(name, words) != words:
+            raise DocumentError(f"the text {shown(repr(name))} in {name}.txt and json differ")
+    return found
+
+
+def _decoded(data: bytes, ending: str) -> str:
+    try:
+        text = data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DocumentError(f"the {ending} is not UTF-8 (byte {error.start})") from error
+    if not text:
+        raise DocumentError(f"the {ending} is empty")
+    return text
+
+
+def _captions(group: _Group) -> list[str]:
+    return [*group.texts, *(f"{name}.txt" for name in group.variants)]
+
+
 def _seen(group: _Group) -> str:
     names = [_ending(name) for name in (*group.images, *group.clips)]
-    names += [*group.texts, *(["json"] if group.sidecar is not None else []), *group.others]
+    names += [*_captions(group), *(["json"] if group.sidecar is not None else []), *group.others]
     return ", ".join(name or "(no ending)" for name in names) or "nothing"
 
 

@@ -72,7 +72,8 @@ def plan(
         ValueError: shards are missing or damaged, nothing can be used, or too much is refused.
     """
     sources, packing, run = shards(recipe), recipe.data.packing, recipe.run
-    names = source_names(sources)
+    texts = [source.text for source in recipe.data.sources]
+    names = source_names(sources, texts)
     executor = Executor("local", workers)
     first = current_thread()
 
@@ -83,7 +84,15 @@ def plan(
 
         cost, fingerprint = processor.cost, processor.text_fingerprint
         return build_index(
-            paths, cost, fingerprint, executor, names[source], begin=share, stop=stop, tell=tell
+            paths,
+            cost,
+            fingerprint,
+            executor,
+            names[source],
+            texts[source],
+            begin=share,
+            stop=stop,
+            tell=tell,
         )
 
     return Plan(

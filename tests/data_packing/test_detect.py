@@ -40,6 +40,7 @@ RECORDS: dict[str, dict[str, Any]] = {
     "finevision": {"images": ["one.png"], "texts": [{"user": "What?", "assistant": ANSWER}]},
     "columns": {"image": "one.png", "caption": "a bee"},
 }
+NAMED = {"image": "one.png", "texts": {"alt": "a bee", "de": "eine Biene"}}
 
 
 def write_json(path: Path, *records: Any) -> Path:
@@ -66,6 +67,13 @@ def test_every_layout_is_found_and_read_whatever_the_file_is_called(
         assert [d.parts for d in gather(path, name)[0].values()] == [
             d.parts for d in documents.values()
         ]
+
+
+@pytest.mark.parametrize("more", [{}, {"caption": "a bee"}, {"url": "x"}])
+def test_a_mapping_of_texts_is_no_page(more: dict[str, str], tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "set.jsonl", {**NAMED, **more})
+    assert detect(path) == "columns"
+    assert detect(write_parquet(tmp_path / "set.parquet", [{**NAMED, **more}])) == "columns"
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -172,7 +180,7 @@ def test_records_of_two_layouts_are_ambiguous_but_may_be_named(tmp_path: Path) -
         detect(path)
     documents, refused = gather(path, "columns")
     assert list(documents) == ["line 2"]
-    assert refused == {"1": "no caption (looked for caption, text, txt)"}
+    assert refused == {"1": "no caption (looked for caption, text, txt, texts)"}
     mixed = write_lines(tmp_path / "b.jsonl", RECORDS["llava"], RECORDS["sharegpt"])
     assert detect(mixed) == "sharegpt"
     assert len(gather(mixed)[0]) == 2

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -122,3 +124,40 @@ def test_a_missing_image_file_is_named(tmp_path) -> None:
 def test_a_document_without_anything_but_the_system_has_no_pieces() -> None:
     assert Document((Text("rules", "system"),)).pieces() == []
     assert Document(()).pieces() == []
+
+
+def test_a_variant_takes_the_place_of_every_text_that_has_variants() -> None:
+    both = Text("a", variants=(("de", "b"), ("alt", "c")))
+    document = Document((PICTURE, both, Text("kept"), replace(both, learned=False)), "s", "k")
+    chosen = document.with_variant("de")
+    assert chosen.parts == (PICTURE, Text("b"), Text("kept"), Text("b", learned=False))
+    assert (chosen.source, chosen.key) == ("s", "k")
+    assert both == Text("a", variants=(("alt", "c"), ("de", "b")))
+    assert hash(both) == hash(Text("a", variants=(("alt", "c"), ("de", "b"))))
+
+
+def test_a_variant_that_is_missing_is_not_replaced_by_a_neighbour() -> None:
+    half = (Text("a", variants=(("de", "b"),)), Text("c", variants=(("alt", "d"), ("fr", "e"))))
+    with pytest.raises(DocumentError, match="text 1 has no variant 'alt'; it has 'de'$"):
+        Document(half).with_variant("alt")
+    with pytest.raises(DocumentError, match="no text variant 'it'; it has 'alt', 'de', 'fr'$"):
+        Document(half).with_variant("it")
+    with pytest.raises(DocumentError, match="no text variant 'it'; it has none$"):
+        Document(parts_of("ia")).with_variant("it")
+
+
+def test_variants_have_names_of_their_own() -> None:
+    with pytest.raises(DocumentError, match="two variants of a text have one name: 'a', 'a'"):
+        Text("t", variants=(("a", "x"), ("a", "y")))
+    with pytest.raises(DocumentError, match="has no name"):
+        Text("t", variants=(("", "x"),))
+
+
+def test_a_conversation_keeps_the_variants_of_its_texts() -> None:
+    answer = Text("a bee", variants=(("de", "eine Biene"),))
+    document = Document.conversation([("user", [PICTURE, "what?"]), ("assistant", [answer])])
+    assert document.parts[2] == replace(answer, role="assistant")
+    assert document.with_variant("de").parts[1:] == (
+        Text("what?", "user", learned=False),
+        Text("eine Biene", "assistant"),
+    )

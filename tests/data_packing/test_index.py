@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import hashlib
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
-from packing_toys import captions, cost, index_of, page
+from packing_toys import captions, cost, image, index_of, page
 
 from data_packing.document import Document, DocumentError, Text
 from data_packing.executors import Executor
-from data_packing.index import build_index
+from data_packing.index import build_index, source_names
 from data_packing.ledger import Refusal
 from data_packing.sample import Cost
 from data_packing.sharding import write_shards
@@ -125,3 +127,81 @@ def test_a_document_of_system_parts_alone_is_refused(tmp_path: Path) -> None:
     index = index_of([*captions(1), lonely], tmp_path)
     assert [item.key for item in index.refused] == ["lonely"]
     assert "nothing to learn" in index.refused[0].reason
+
+
+def named(count: int, *names: str) -> list[Document]:
+    """Captions `z`, with variants of one length that differ by their letter: a name's first."""
+    return [
+        Document((image(), Text("z", variants=tuple((n, n[0] * (k + 2)) for n in names))), "t", key)
+        for k, key in enumerate(f"k{number}" for number in range(count))
+    ]
+
+
+def test_an_index_of_a_variant_counts_and_reads_it(tmp_path: Path) -> None:
+    documents = named(3, "alt", "synthetic")
+    paths = write_shards(documents, tmp_path, "toys").paths
+    plain, alt, other = (
+        build_index(paths, cost, "f", text=text) for text in (None, "alt", "synthetic")
+    )
+    assert plain.piece_text.tolist() == [1, 1, 1]
+    assert alt.piece_text.tolist() == other.piece_text.tolist() == [2, 3, 4]
+    assert (plain.text, alt.text, other.text) == (None, "alt", "synthetic")
+    assert (plain.name, alt.name, other.name) == ("toys", "toys:alt", "toys:synthetic")
+    assert len({index.fingerprint for index in (plain, alt, other)}) == 3
+    assert plain.read(1) == documents[1]
+    assert alt.read(1) == documents[1].with_variant("alt")
+    assert pickle.loads(pickle.dumps(other)).read(2).parts[1] == Text("ssss")
+
+
+def test_a_document_without_the_variant_is_refused_with_the_reason(tmp_path: Path) -> None:
+    documents = [*named(1, "alt"), *captions(1, start=5), *named(3, "de", "alt")[2:]]
+    paths = write_shards([*documents, Refusal("raw", "bad", "broken")], tmp_path, "toys").paths
+    index = build_index(paths, cost, "f", text="de")
+    assert index.refused == [
+        Refusal("toys:de", "bad", "broken"),
+        Refusal("toys:de", "k0", "no text variant 'de'; it has 'alt'"),
+        Refusal("toys:de", "k5", "no text variant 'de'; it has none"),
+    ]
+    assert index.refused_documents == 2
+    assert index.piece_start.tolist() == [0, 0, 0, 1]
+    with pytest.raises(DocumentError, match="no text variant"):
+        index.read(0)
+
+
+def test_the_counts_of_one_variant_are_not_those_of_another(tmp_path: Path) -> None:
+    paths = write_shards(named(3, "alt", "de"), tmp_path, "toys").paths
+    calls = []
+
+    def counting(document: Document) -> Cost:
+        calls.append(document.parts[1])
+        return cost(document)
+
+    for text, letter in ((None, "z"), ("alt", "a"), ("de", "d")):
+        build_index(paths, counting, "f", text=text)
+        assert len(calls) == 3, text
+        assert {part.text[0] for part in calls if isinstance(part, Text)} == {letter}
+        calls.clear()
+        build_index(paths, counting, "f", text=text)
+        assert not calls
+    assert len(list(tmp_path.glob("*.tokens-*.npz"))) == 3
+    write_shards(named(2, "alt"), tmp_path, "toys")
+    assert not list(tmp_path.glob("*.tokens-*.npz"))
+
+
+def test_the_cache_of_no_variant_is_what_it_always_was(tmp_path: Path) -> None:
+    paths = write_shards(named(2, "alt"), tmp_path, "toys").paths
+    build_index(paths, cost, "f")
+    (cache,) = tmp_path.glob("*.tokens-*.npz")
+    assert cache.name == f"toys-000000.tokens-{hashlib.sha256(b'f').hexdigest()[:16]}.npz"
+    assert np.load(cache).files == [
+        *("sha256", "overhead", "piece_count", "piece_text", "piece_images", "cost_refused"),
+        *("cost_reasons", "cost_reasons_ends"),
+    ]
+
+
+def test_a_source_listed_with_several_variants_has_several_names(tmp_path: Path) -> None:
+    shards = [write_shards(named(1, "alt"), tmp_path / name, "toys").paths for name in "ab"]
+    a, b = shards
+    assert source_names([a, a], ["alt", "de"]) == ["toys:alt", "toys:de"]
+    assert source_names([a, a, a], ["alt", None, "alt"]) == ["toys:alt", "toys", "toys:alt (2)"]
+    assert source_names([a, b, b], ["alt", "alt", "de"]) == ["a/toys:alt", "b/toys:alt", "toys:de"]

@@ -196,3 +196,30 @@ def test_no_shard_of_nothing_breaks_the_tables() -> None:
     console = Console(file=io.StringIO(), record=True, width=80)
     console.print(info_tables({"empty": Facts()}))
     assert "empty" in console.export_text()
+
+
+def test_variants_are_counted_by_name_where_there_are_any(folder: Path) -> None:
+    named = [
+        Document((image(), Text("a", variants=(("alt", "b"), *more))), "toys", f"k{number}")
+        for number, more in enumerate([(("de", "c"),), (), ()])
+    ]
+    paths = write_shards(named, folder, "named").paths
+    build_index(paths, cost, "toy", text="alt")
+    build_index(paths, cost, "toy", text="de")
+    facts = survey(find_sources([str(folder)]))
+    assert facts["named"].variants == {"alt": 3, "de": 1}
+    assert facts["named"].to_json()["variants"] == {"alt": 3, "de": 1}
+    assert together(facts).variants == {"alt": 3, "de": 1}
+    tokens = {name: s.count for name, s in facts["named"].spreads().items() if "tokens" in name}
+    assert sorted((name.split(", ")[1], count) for name, count in tokens.items()) == [
+        ("alt)", 3),
+        ("de)", 1),
+    ]
+    console = Console(file=io.StringIO(), record=True, width=80)
+    console.print(info_tables(facts))
+    text = console.export_text()
+    assert "Text variants" in text
+    assert "3 alt, 1 de" in text
+    assert max(map(len, text.splitlines())) <= 80
+    console.print(info_tables({"toys": facts["toys"]}))
+    assert "Text variants" not in console.export_text()

@@ -95,6 +95,9 @@ DOCUMENTS: list[tuple[str, Document]] = [
     ("empty text", Document((image(16, 16), Text("a"), Text(" \n")), "toys", "x")),
     ("replacement character", Document((Text("a caf\ufffd"),), "toys", "x")),
     ("control character", Document((Text("a\tb\r\nc\x07"),), "toys", "x")),
+    ("empty text", Document((Text("a", variants=(("de", " "),)),), "toys", "x")),
+    ("replacement character", Document((Text("a", variants=(("de", "\ufffd"),)),), "toys", "x")),
+    ("control character", Document((Text("a", variants=(("de", "\x07"),)),), "toys", "x")),
 ]
 
 
@@ -145,9 +148,11 @@ def test_what_a_document_says_decides_its_hash() -> None:
         Document((image(), Text("a"), Text("b"))),
         Document((image(), Text("ab", learned=False))),
         Document((image(), Text("abc"))),
+        Document((image(), Text("ab", variants=(("c", ""),)))),
+        Document((image(), Text("ab", variants=(("d", "c"),)))),
     ]
     assert content_hash(Document(base.parts, "s", "k")) == content_hash(base)
-    assert len({content_hash(each) for each in [base, *others]}) == 6
+    assert len({content_hash(each) for each in [base, *others]}) == 8
     sly = Document((Text("aNone\0True\0b"),))
     assert content_hash(sly) != content_hash(Document((Text("a"), Text("b"))))
 
@@ -242,6 +247,16 @@ def test_records_that_sharding_refused_are_errors_with_key_and_reason(tmp_path: 
         ("refused when sharded", "gone0"),
         ("truncated shard", ""),
         ("refused when sharded", "gone1"),
+    ]
+
+
+def test_variants_are_looked_at_like_other_texts(tmp_path: Path) -> None:
+    variants = (("alt", "turn <end> turn"), ("de", "Biene\ufffd"))
+    shards_of([Document((Text("a"), Text("a bee", variants=variants)), "toys", "x")], tmp_path)
+    report = lint(find_sources([str(tmp_path)]), rules=RULES)
+    assert [(defect.kind, defect.detail) for defect in report.defects] == [
+        ("replacement character", "text 2, variant 'de': 1 of them, the first after 'Biene'"),
+        ("special token in text", "text 2, variant 'alt' contains '<end>'"),
     ]
 
 

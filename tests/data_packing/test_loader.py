@@ -17,7 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from packing_toys import SIDE, captions, dealt_order, encode, image, image_cost, index_of, page, png
+from packing_toys import (
+    SIDE,
+    captions,
+    cost,
+    dealt_order,
+    encode,
+    image,
+    image_cost,
+    index_of,
+    page,
+    png,
+)
 
 from data_packing import loader as loader_module
 from data_packing import plan as plan_module
@@ -25,11 +36,12 @@ from data_packing.account import account
 from data_packing.balance import PackCost
 from data_packing.document import Document, DocumentError, Image, Text
 from data_packing.files import OpenFiles, save_arrays
-from data_packing.index import Index
+from data_packing.index import Index, build_index, source_names
 from data_packing.loader import Loader
 from data_packing.pack import TENSORS, Pack
 from data_packing.plan import Cursor, Plan, PlannedStep, micro_packs
 from data_packing.sample import Sample
+from data_packing.sharding import write_shards
 from data_packing.shards import index_path, load_index
 
 Steps = list[tuple[PlannedStep, list[Pack]]]
@@ -61,16 +73,20 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan_of(index: Index) -> Plan:
+    return plan_over([index], [1.0], epochs=2)
+
+
+def plan_over(indexes: list[Index], weights: list[float], epochs: int) -> Plan:
     return Plan(
-        [index],
-        [1.0],
+        indexes,
+        weights,
         processor_fingerprint="p",
         image_cost=image_cost,
         tokens=128,
         patches=64,
         tokens_per_step=640,
         seed=0,
-        epochs=2,
+        epochs=epochs,
     )
 
 
@@ -438,3 +454,32 @@ def test_a_document_that_loses_all_its_slices_is_refused_in_the_ledger(
     counts = ledger.counts["toys"]
     assert (counts.used, counts.split, counts.refused) == (before[0] - 1, before[1] - 1, 1)
     assert [(item.key, item.reason) for item in ledger.refused] == [("page0", "no good")]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_source_listed_twice_gives_each_its_own_words(tmp_path: Path, workers: int) -> None:
+    documents = [
+        Document((image(), Text("z", variants=(("alt", "a" * n), ("syn", "s" * n)))), "t", f"k{n}")
+        for n in range(1, 40)
+    ]
+    paths = write_shards(documents, tmp_path, "toys", 10).paths
+    names = source_names([paths, paths], ["alt", "syn"])
+    indexes = [
+        build_index(paths, cost, "f", name=name, text=text)
+        for name, text in zip(names, ["alt", "syn"], strict=True)
+    ]
+    assert indexes[0].piece_text.tolist() == indexes[1].piece_text.tolist()
+    plan = plan_over(indexes, [0.25, 0.75], epochs=4)
+    assert plan.hash != plan_over(indexes[::-1], [0.25, 0.75], epochs=4).hash
+    seen: dict[int, list[str]] = {0: [], 1: []}
+    for step, packs in Loader(plan, encode, rank=0, world=1, workers=workers):
+        for planned, pack in zip(step.packs, packs, strict=True):
+            assert pack.refused == []
+            at = 0
+            for entry in planned.entries:
+                ids = pack.input_ids[at : at + entry.tokens].tolist()
+                seen[entry.source].append("".join(chr(number - 2) for number in ids[4:-1]))
+                at += entry.tokens
+    each = range(1, 40)
+    assert sorted(seen[0]) == sorted("a" * n for n in each)
+    assert sorted(seen[1]) == sorted(3 * ["s" * n for n in each])

@@ -293,7 +293,9 @@ def test_wrong_settings_are_refused(indexes: list[Index], tmp_path: Path) -> Non
         plan_of(indexes, tokens=0)
     with pytest.raises(ValueError, match="epochs is 0"):
         plan_of(indexes, epochs=0)
-    with pytest.raises(ValueError, match="no source has a usable document"):
+    with pytest.raises(
+        ValueError, match="no source has a usable .* first refused: toys page: piece 1"
+    ):
         plan_of([index_of([page([500])], tmp_path)])
     with pytest.raises(ValueError, match="so small"):
         plan_of(indexes, weights=[0.001, 0.001])

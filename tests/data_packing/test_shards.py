@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from packing_toys import captions, image, page, png
 
 from data_packing import shard_file
@@ -258,3 +260,63 @@ def test_an_image_of_an_unknown_kind_keeps_its_bytes(tmp_path: Path) -> None:
     document = Document((Image(b"odd", 1, 1),), "s", "k")
     path = write_shards([document], tmp_path, "s").paths[0]
     assert read_document(path, 0) == document
+
+
+TEXTS = st.builds(
+    Text,
+    st.text(),
+    learned=st.booleans(),
+    variants=st.dictionaries(st.text(min_size=1), st.text(), max_size=3).map(
+        lambda named: tuple(named.items())
+    ),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(documents=st.lists(st.lists(TEXTS | st.builds(image), min_size=1), min_size=1, max_size=4))
+def test_variants_come_back_as_they_were_written(
+    documents: list[list[Text | Image]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    written = [Document(tuple(parts), "s", f"k{n}") for n, parts in enumerate(documents)]
+    path = write_shards(written, tmp_path_factory.mktemp("shards"), "s").paths[0]
+    assert [read_document(path, n) for n in range(len(written))] == written
+
+
+def test_documents_without_variants_have_the_bytes_that_they_always_had(tmp_path: Path) -> None:
+    plain, named = Text("a"), Text("b", variants=(("de", "c"),))
+    path = write_shards([Document((plain, named), "s", "k")], tmp_path, "s").paths[0]
+    with tarfile.open(path) as tar:
+        member = tar.extractfile("k.json")
+        assert member is not None
+        assert member.read() == (
+            b'{"key": "k", "source": "s", "parts": ['
+            b'{"text": "a", "role": null, "learned": true}, '
+            b'{"text": "b", "role": null, "learned": true, "variants": {"de": "c"}}]}'
+        )
+
+
+def test_a_span_is_read_with_one_variant(tmp_path: Path) -> None:
+    document = Document((Text("a", variants=(("de", "b"),)),), "s", "k")
+    span = span_of(write_shards([document], tmp_path, "s").paths[0])
+    assert parse_span(span) == document
+    assert parse_span(span, text="de") == document.with_variant("de")
+    with pytest.raises(DocumentError, match="no text variant 'fr'; it has 'de'"):
+        parse_span(span, text="fr")
+
+
+@pytest.mark.parametrize("odd", ["5", "[1]", "null", '"de"', '{"": "x"}'])
+def test_variants_that_are_no_mapping_are_damage(tmp_path: Path, odd: str) -> None:
+    document = Document((Text("a", variants=(("de", "b"),)),), "s", "k")
+    span = span_of(write_shards([document], tmp_path, "s").paths[0])
+    old = b'{"de": "b"}'
+    assert old in span
+    damaged = span.replace(old, odd.encode().ljust(len(old)))
+    with pytest.raises(DocumentError, match="damaged shard|has no name"):
+        parse_span(damaged)
+
+
+@pytest.mark.parametrize("variant", [("\ud800", "a"), ("de", "\ud800")])
+def test_half_a_character_in_a_variant_is_refused(variant: tuple[str, str], tmp_path: Path) -> None:
+    odd = Document((Text("a", variants=(variant,)),), "toys", "half")
+    (refusal,) = write_shards([*captions(1), odd], tmp_path, "s").refused
+    assert (refusal.key, refusal.reason) == ("half", "text holds half a character (surrogate)")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -145,3 +147,50 @@ def test_the_preview_command_writes_where_it_is_told(home: Path, tmp_path: Path)
     assert out.read_text().count('class="row"') == 3
     nowhere = CliRunner().invoke(cli.app, [*arguments, str(tmp_path / "none" / "page.html")])
     assert "a folder that is there" in str(nowhere.exception)
+
+
+def test_a_source_listed_with_two_texts_is_counted_planned_and_shown_with_each(
+    home: Path, tmp_path: Path
+) -> None:
+    named = []
+    for number, document in enumerate(tiny.captions(40)):
+        picture, text = document.parts
+        assert isinstance(text, Text)
+        variants = (("alt", "q" * 9), ("synthetic", "j" * 9))[: 1 + (number > 0)]
+        named.append(replace(document, parts=(picture, replace(text, variants=variants))))
+    pattern = str(write_shards(named, tmp_path / "data", "captions").paths[0])
+    sources: list[dict[str, Any]] = [
+        {"path": pattern, "text": "alt", "weight": 0.25},
+        {"path": pattern, "text": "synthetic", "weight": 0.75},
+        {"path": pattern},
+    ]
+    values = tiny.recipe(home, tmp_path / "out", data__sources=sources)
+    file = tiny.write_recipe(tmp_path / "r.yaml", values)
+    recipe = load(file)
+    model, processor, _ = build.model(recipe.model, recipe, torch.float32)
+    processor.save_pretrained(tmp_path / "saved")
+    model.config.save_pretrained(tmp_path / "saved")
+    for text in ("alt", "synthetic"):
+        options = ["--model", str(tmp_path / "saved"), "--text", text]
+        counted = CliRunner().invoke(cli.app, ["data", "index", pattern, *options])
+        assert f"with the text {text!r}" in counted.stdout
+    assert "; 1 refused" in counted.stdout
+    before = set((tmp_path / "data").iterdir())
+    indexes = build.indexes(recipe, processor, 0)
+    new = set((tmp_path / "data").iterdir()) - before
+    assert len(new) == 1, "the variants were counted beforehand, the texts as written were not"
+    plan = build.plan(recipe, model, processor, indexes)
+    assert {name: counts.refused for name, counts in plan.ledger.counts.items()} == {
+        "captions:alt": 0,
+        "captions:synthetic": 1,
+        "captions": 0,
+    }
+    (refusal,) = plan.ledger.refused
+    assert refusal.reason == "no text variant 'synthetic'; it has 'alt'"
+    assert (
+        preview(file, [], tmp_path / "p.html", 1000, 1, lambda _: None).facts["hash"] == plan.hash
+    )
+    html = (tmp_path / "p.html").read_text()
+    assert "captions:alt" in html
+    shown = {letter: html.count(f"<i>{letter}</i>" + f"<i> {letter}</i>" * 8) for letter in "qj"}
+    assert shown == {"q": 40 // 4, "j": 39 * 3 // 4}
