@@ -11,17 +11,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_packing.ledger import Refusal
+from data_packing.loss_weights import EVEN, Weighting
 from data_packing.sample import IGNORED, Sample
 
 
 @dataclass(slots=True)
 class Pack:
-    """One row of T tokens made of n documents with I images.
+    """One row of T tokens made of n documents with I images, for K objectives.
 
     Attributes:
         input_ids int64 [T].
         labels int64 [T]: aligned with `input_ids`; -100 where nothing is learned, and at the first
             token of every document, which nothing before it can predict.
+        weights float32 [K, T]: how much every token counts in the loss of each objective; aligned
+            with `labels`, 0 where nothing is learned.
         position_ids int64 [T]: from 0 in every document.
         cu_seqlens int32 [n+1]: where documents start, and T.
         pixels uint8 [I, H, W, 3]: of all images in order; I may be 0.
@@ -32,6 +35,7 @@ class Pack:
 
     input_ids: Tensor
     labels: Tensor
+    weights: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor
     pixels: Tensor
@@ -52,12 +56,12 @@ class Pack:
         return replace(self, **moved)
 
     @classmethod
-    def empty(cls) -> Pack:
+    def empty(cls, objectives: int = 1) -> Pack:
         """The pack of a rank that has none in this micro-step: no tokens, no images."""
-        return collate([], -1)
+        return collate([], -1, weighting=Weighting(objectives=objectives))
 
 
-TENSORS = ("input_ids", "labels", "position_ids", "cu_seqlens", "pixels")
+TENSORS = ("input_ids", "labels", "weights", "position_ids", "cu_seqlens", "pixels")
 
 
 Empty = Callable[[tuple[int, ...]], NDArray[np.uint8]]
@@ -74,6 +78,7 @@ def collate(
     number: int,
     across_documents: bool = False,
     empty: Empty = plain,
+    weighting: Weighting = EVEN,
 ) -> Pack:
     """Lay samples side by side.
 
@@ -83,6 +88,7 @@ def collate(
         across_documents: make one segment with continuous positions, in which attention and loss
             cross from document to document.
         empty: makes the array for the pixels.
+        weighting: how much learned tokens count.
 
     Raises:
         ValueError: images of different sizes, or labels not as long as the tokens.
@@ -106,6 +112,7 @@ def collate(
     return Pack(
         input_ids=torch.from_numpy(_joined([sample.input_ids for sample in samples])),
         labels=torch.from_numpy(labels),
+        weights=torch.from_numpy(weighting.weigh(labels, ends)),
         position_ids=torch.from_numpy(_joined(positions)),
         cu_seqlens=torch.from_numpy(bounds),
         pixels=torch.from_numpy(_stacked(samples, empty)),

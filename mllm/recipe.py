@@ -155,12 +155,15 @@ class PackingSection(Section):
 class DataSection(Section):
     """What is learned from.
 
-    `workers` = loader processes per rank; `max_refused` = the share of documents that may be
-    unusable before the run stops; `allow_http` = whether a path may be an http:// URL.
+    `loss_weights` = what a learned token counts: 1 (token), or 1/n (sample) or 1/sqrt(n) (sqrt) of
+    the n that its document has; `workers` = loader processes per rank; `max_refused` = the share of
+    documents that may be unusable before the run stops; `allow_http` = whether a path may be an
+    http:// URL.
     """
 
     sources: tuple[SourceSection, ...]
     packing: PackingSection
+    loss_weights: Literal["token", "sample", "sqrt"] = "token"
     workers: Whole = Field(default=1, ge=0)
     max_refused: Number = Field(default=0.1, ge=0, le=1)
     allow_http: bool = False

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
+from data_packing.loss_weights import RULES
 from mllm.models.connectors import CONNECTORS
 from mllm.models.encoders import ENCODERS
-from mllm.recipe import RecipeError, load, load_all
+from mllm.objectives import OBJECTIVES
+from mllm.recipe import OBJECTIVE_NAMES, DataSection, RecipeError, load, load_all
 from mllm.recipe_parts import CONNECTOR_LAST_LINEAR, CONNECTOR_OPTIONS, ENCODER_OPTIONS
 from mllm.training.run_folder import RunFolder
 
@@ -275,6 +278,11 @@ REFUSALS = {
         ["data.packing.balance={patch: 0.1}"],
         "unknown key 'data.packing.balance.patch'; did you mean 'patches'",
     ),
+    "a rule for loss weights that is not there": (
+        ["data.loss_weights=square"],
+        "data.loss_weights: expected 'token', 'sample' or 'sqrt', got 'square'; did you mean "
+        "'sqrt'?",
+    ),
     "packs for nothing": (["data.packing.balance={tokens: 0}"], "data.packing.balance.tokens"),
 }
 
@@ -331,6 +339,12 @@ def test_the_tables_of_parts_are_those_of_the_registries() -> None:
             {"name": name, "visual_tokens": 4} if "pool" in name else {}, 3, 3
         )
         assert connector.get_submodule(layer) is connector.last_linear()
+
+
+def test_the_names_of_objectives_and_weights_are_those_that_are_there() -> None:
+    assert set(OBJECTIVE_NAMES) == set(OBJECTIVES)
+    rules = DataSection.model_fields["loss_weights"].annotation
+    assert set(typing.get_args(rules)) == set(RULES)
 
 
 def test_reading_a_recipe_loads_no_torch(recipe: Path) -> None:
@@ -391,7 +405,8 @@ def test_the_identity_is_what_decides_the_result(recipe: Path) -> None:
     plain = load(recipe)
     same = ["run.output=x", "run.checkpoint_every=7", "run.zero=3", "data.workers=4"]
     assert load(recipe, same).hash() == plain.hash()
-    for change in ("run.seed=1", "optimizer.warmup=0.1", "model.encoder.layer=-1"):
+    changes = ["run.seed=1", "optimizer.warmup=0.1", "model.encoder.layer=-1"]
+    for change in (*changes, "data.loss_weights=sqrt"):
         assert load(recipe, [change]).hash() != plain.hash(), change
 
 

@@ -247,6 +247,7 @@ class Worker:
         accumulation: int,
     ) -> bool:
         from data_packing.loader import Loader
+        from data_packing.loss_weights import Weighting
         from data_packing.plan import Cursor
 
         recipe, control, plan = self.recipe, self.control, data.plan
@@ -259,6 +260,7 @@ class Worker:
             workers=recipe.data.workers,
             cursor=Cursor.from_json(state.cursor),
             image_bytes=processor.image_bytes,
+            weighting=Weighting(recipe.data.loss_weights, len(recipe.objectives)),
         )
 
         def save(now: checkpoint.State) -> None:

@@ -26,6 +26,7 @@ from data_packing.document import Document, DocumentError, Image, Text
 from data_packing.files import OpenFiles, save_arrays
 from data_packing.index import Index
 from data_packing.loader import Loader
+from data_packing.loss_weights import Weighting
 from data_packing.pack import TENSORS, Pack
 from data_packing.plan import Cursor, Plan, PlannedStep, micro_packs
 from data_packing.sample import Sample
@@ -116,6 +117,23 @@ def test_workers_change_nothing(
 ) -> None:
     monkeypatch.setattr(loader_module, "_SHARED_FROM", shared_from)
     assert same(load(*data), load(*data, workers=2, prefetch=3000))
+
+
+def test_weights_arrive_from_workers_and_every_slice_counts_for_itself(
+    data: tuple[Plan, Index],
+) -> None:
+    plan, _ = data
+    weighting = Weighting("sample", 2)
+    steps = load(*data, weighting=weighting)
+    assert same(steps, load(*data, weighting=weighting, workers=2))
+    for step, packs in steps:
+        for planned, pack in zip(step.packs, packs, strict=True):
+            assert pack.weights.shape == (2, planned.tokens)
+            assert pack.weights.sum(1).tolist() == pytest.approx([len(planned.entries)] * 2)
+    assert any(not entry.whole for step, _ in steps for p in step.packs for entry in p.entries)
+    world = next(plan.steps()).packs
+    idle = load(*data, weighting=weighting, rank=len(world), world=len(world) + 1)[0][1]
+    assert [pack.weights.shape for pack in idle] == [(2, 0)]
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

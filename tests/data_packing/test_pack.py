@@ -37,6 +37,7 @@ def test_types_are_what_the_model_takes() -> None:
     kinds = [getattr(pack, name).dtype for name in ("input_ids", "labels", "position_ids")]
     assert kinds == [torch.int64] * 3
     assert pack.cu_seqlens.dtype == torch.int32
+    assert pack.weights.dtype == torch.float32
     assert pack.pixels.dtype == torch.uint8
     assert pack.pixels.shape == (2, 4, 4, 3)
 

@@ -102,6 +102,16 @@ def writer(home: Path, runs: Runs) -> Writer:
     return write
 
 
+def weighted(home: Path) -> dict[str, Any]:
+    """Documents of several lengths, weighed; seed 10 puts the broken one into the first step."""
+    names = ("captions", "texts", "broken")
+    return {
+        "data__sources": [{"path": str(home / "data" / f"{name}-*.tar")} for name in names],
+        "data__loss_weights": "sqrt",
+        "run__seed": 10,
+    }
+
+
 @pytest.fixture(scope="session")
 def two(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Everything that runs on two ranks."""
@@ -136,6 +146,7 @@ def two(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             run__zero=3,
         )
     )
+    recipes.append(write("weighted", run__zero=3, **weighted(home)))
     recipes.append(write("hop", run__zero=2) + "@2")
     recipes.append(write("long", **LONG))
     recipes.append(write("changed", run__seed=5) + "@2")
@@ -157,6 +168,7 @@ def one(home: Path, two: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs
             write("fp32-3", run__zero=3),
             write("bf16-1", run__zero=1, run__precision="bf16"),
             write("lora", run__zero=0, **LORA),
+            write("weighted", run__zero=0, **weighted(home)),
             write("hop", run__zero=3),
         ],
     )
@@ -168,5 +180,6 @@ def four(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """What runs on four ranks."""
     runs = Runs(tmp_path_factory.mktemp("four"))
     write = writer(home, runs)
-    run_many(4, [write("fp32-2", run__zero=2), write("fp32-3", run__zero=3)])
+    recipes = [write("fp32-2", run__zero=2), write("fp32-3", run__zero=3)]
+    run_many(4, [*recipes, write("weighted", run__zero=2, **weighted(home))])
     return runs

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
-from data_packing.document import Document, Image
+from data_packing.document import Document, DocumentError, Image
 from data_packing.ledger import Ledger
+from data_packing.pack import collate
 from data_packing.plan import PlannedPack, micro_packs
 from mllm.models.assemble import assemble, load
 from mllm.recipe import load as load_recipe
@@ -46,6 +47,54 @@ def test_the_loss_does_not_depend_on_ranks_accumulation_or_zero(
         assert runs.losses(run) == pytest.approx(reference, abs=CLOSE), name
         # AdamW's losses would not show gradients that are all too large by one factor
         assert runs.gradient_norms(run) == pytest.approx(norms, rel=1e-3), name
+
+
+def test_weighted_losses_do_not_depend_on_ranks_or_accumulation(
+    one: Runs, two: Runs, four: Runs
+) -> None:
+    reference, norms = one.losses("weighted"), one.gradient_norms("weighted")
+    assert len(reference) == 10
+    for runs in (two, four):
+        assert runs.losses("weighted") == pytest.approx(reference, abs=CLOSE)
+        assert runs.gradient_norms("weighted") == pytest.approx(norms, rel=1e-3)
+
+
+def test_a_weighted_loss_is_that_of_its_documents_one_by_one(two: Runs) -> None:
+    losses, learned = first_step(two.path / "weighted.yaml")
+    record = read_lines(two.folder("weighted").metrics)[0]
+    assert record["refused"] == 1, "the first step has lost no document"
+    assert record["learned"] == sum(learned)
+    weights = [count**-0.5 for count in learned]
+    whole = sum(loss * weight for loss, weight in zip(losses, weights, strict=True))
+    expected = whole / sum(n * weight for n, weight in zip(learned, weights, strict=True))
+    assert record["loss"] == pytest.approx(expected, abs=CLOSE)
+    assert abs(expected - sum(losses) / sum(learned)) > 100 * CLOSE, "weights change nothing here"
+
+
+def first_step(file: Path) -> tuple[list[float], list[int]]:
+    """Cross-entropy and number of learned tokens of every document of a run's first step.
+
+    One document at a time, with the weights that the run began with.
+    """
+    recipe = load_recipe(file)
+    torch.manual_seed(recipe.run.seed)
+    model, processor, _ = build.model(recipe.model, recipe, torch.float32)
+    data = build.data(recipe, model, processor, 0, lambda _: None)
+    losses, learned = [], []
+    for entry in (entry for pack in next(data.plan.steps()).packs for entry in pack.entries):
+        assert entry.whole
+        try:
+            sample = processor.encode(data.indexes[entry.source].read(entry.document))
+        except DocumentError:
+            continue
+        pack = collate([sample], 0)
+        with torch.no_grad():
+            hidden = model.hidden_states(pack.input_ids, pack.pixels, cu_seqlens=pack.cu_seqlens)
+            logits = model.lm_head(hidden)[0]
+        loss = torch.nn.functional.cross_entropy(logits[:-1], pack.labels[1:], reduction="sum")
+        losses.append(float(loss))
+        learned.append(pack.learned)
+    return losses, learned
 
 
 def test_bf16_keeps_fp32_masters_and_stays_near_fp32(one: Runs, two: Runs) -> None:
