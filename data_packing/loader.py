@@ -58,10 +58,11 @@ class Loader:
         prefetch: bytes of packs that all workers together prepare ahead; one pack in any case.
         image_bytes: of an image in a pack; left out, its own pixels, three bytes each.
         files: what reads the shards.
-        weighting: how much learned tokens count; left out, all alike, for one objective.
+        weighting: how much learned tokens count, by the plan's sources; left out, all alike, for
+            one objective.
 
     Raises:
-        ValueError: the cursor is no place of the plan.
+        ValueError: the cursor is no place of the plan, or the weighting is for other sources.
     """
 
     def __init__(
@@ -158,6 +159,8 @@ class _Reader:
         files: OpenFiles,
         weighting: Weighting,
     ) -> None:
+        if weighting.uses and len(weighting.uses) != len(sources):
+            raise ValueError(f"uses of {len(weighting.uses)} sources, the plan has {len(sources)}")
         self.sources, self.encode, self.files = sources, encode, files
         self.across_documents, self.weighting = across_documents, weighting
         self.threads: ThreadPoolExecutor | None = None
@@ -197,20 +200,21 @@ class _Reader:
         """The pack that was planned, without what cannot be decoded or encoded."""
         if work is None:
             return Pack.empty(self.weighting.objectives)
-        samples, refused = [], []
+        samples, origins, refused = [], [], []
         for (entry, place), span in zip(work.entries, fetched, strict=True):
             source = self.sources[entry.source]
             try:
                 if isinstance(span, OSError):
                     raise span
                 samples.append(encode_entry(parse_span(span, place.crc), entry, self.encode)[1])
+                origins.append(entry.source)
             except DocumentError as error:
                 first = None if entry.whole else entry.start_piece
                 refused.append(Refusal(source, place.key(), str(error), first))
             except Exception as error:
                 name = f"document {place.key()!r} of {source!r} (pack {work.number})"
                 raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
-        pack = collate(samples, work.number, self.across_documents, empty, self.weighting)
+        pack = collate(samples, work.number, self.across_documents, empty, self.weighting, origins)
         pack.refused = refused
         return pack
 

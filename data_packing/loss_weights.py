@@ -1,11 +1,11 @@
 """How much every learned token counts in the loss.
 
-T tokens of a pack, n documents, K objectives.
+T tokens of a pack, n documents, K objectives, S sources.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,35 +33,51 @@ class Weighting:
 
     Attributes:
         rule: a name in `RULES`.
-        objectives: how many there are.
+        uses: [S][K], 1 where an objective learns from a source, else 0; left out, one objective
+            that learns from all.
 
     Raises:
-        ValueError: no such rule, or no objective.
+        ValueError: no such rule, or no such table.
     """
 
     rule: str = "token"
-    objectives: int = 1
+    uses: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"loss weights {self.rule!r}: expected one of {', '.join(RULES)}")
-        if self.objectives < 1:
-            raise ValueError(f"{self.objectives} objectives: expected 1 or more")
+        for row in self.uses:
+            if not row or len(row) != len(self.uses[0]) or set(row) - {0, 1}:
+                raise ValueError(
+                    f"uses: a row of 0 and 1 per source, all of one length, not {self.uses}"
+                )
 
-    def weigh(self, labels: NDArray[np.int64], ends: NDArray[np.int32]) -> NDArray[np.float32]:
+    @property
+    def objectives(self) -> int:
+        """K."""
+        return len(self.uses[0]) if self.uses else 1
+
+    def weigh(
+        self, labels: NDArray[np.int64], ends: NDArray[np.int32], sources: Sequence[int]
+    ) -> NDArray[np.float32]:
         """The weights [K, T] of a pack, 0 where nothing is learned.
 
         Args:
             labels: [T], -100 where nothing is learned.
             ends: [n+1], where documents start, and T. A document that was cut counts by what of
                 it is in the pack.
+            sources: [n], of the documents; not read without `uses`.
         """
         learned = labels != IGNORED
         before = np.concatenate([[0], np.cumsum(learned)])
         counts = np.diff(before[ends]).astype(np.float64)
         worth = RULES[self.rule](np.maximum(counts, 1))
-        row = np.repeat(worth, np.diff(ends)) * learned
-        return np.tile(row.astype(np.float32), (self.objectives, 1))
+        if self.uses:
+            assert len(sources) == len(counts), (len(sources), len(counts))
+            used = np.array(self.uses, dtype=np.float64)[np.array(sources, dtype=np.intp)].T
+            worth = used * worth
+        weights: Floats = np.repeat(np.atleast_2d(worth), np.diff(ends), axis=1) * learned
+        return weights.astype(np.float32)
 
 
 EVEN = Weighting()

@@ -58,7 +58,7 @@ class Pack:
     @classmethod
     def empty(cls, objectives: int = 1) -> Pack:
         """The pack of a rank that has none in this micro-step: no tokens, no images."""
-        return collate([], -1, weighting=Weighting(objectives=objectives))
+        return collate([], -1, weighting=Weighting(uses=((1,) * objectives,)))
 
 
 TENSORS = ("input_ids", "labels", "weights", "position_ids", "cu_seqlens", "pixels")
@@ -79,6 +79,7 @@ def collate(
     across_documents: bool = False,
     empty: Empty = plain,
     weighting: Weighting = EVEN,
+    sources: Sequence[int] = (),
 ) -> Pack:
     """Lay samples side by side.
 
@@ -89,6 +90,7 @@ def collate(
             cross from document to document.
         empty: makes the array for the pixels.
         weighting: how much learned tokens count.
+        sources: of the samples, as `weighting.uses` numbers them; not read where it has no table.
 
     Raises:
         ValueError: images of different sizes, or labels not as long as the tokens.
@@ -112,7 +114,7 @@ def collate(
     return Pack(
         input_ids=torch.from_numpy(_joined([sample.input_ids for sample in samples])),
         labels=torch.from_numpy(labels),
-        weights=torch.from_numpy(weighting.weigh(labels, ends)),
+        weights=torch.from_numpy(weighting.weigh(labels, ends, sources)),
         position_ids=torch.from_numpy(_joined(positions)),
         cu_seqlens=torch.from_numpy(bounds),
         pixels=torch.from_numpy(_stacked(samples, empty)),

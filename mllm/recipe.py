@@ -17,12 +17,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from mllm.recipe_parts import MODULES, model_problems, ridge_problems, train_problems
+from mllm.recipe_parts import (
+    MODULES,
+    model_problems,
+    objective_problems,
+    ridge_problems,
+    train_problems,
+)
 from mllm.recipe_yaml import Path_, RecipeError, Source, flatten, nearest, override, read
 
 __all__ = ["MODULES", "Recipe", "RecipeError", "load", "load_all", "stages"]
-
-OBJECTIVE_NAMES = ("language_modeling",)
 
 
 def _whole(value: Any) -> Any:
@@ -119,10 +123,15 @@ TrainValue = Annotated[TrainSection, BeforeValidator(_frozen_word)]
 
 
 class SourceSection(Section):
-    """Shards of one source. `weight` = passes over it per epoch."""
+    """Shards of one source.
+
+    `weight` = passes over it per epoch; `objectives` = which of the recipe's learn from it, all of
+    them unless given.
+    """
 
     path: str
     weight: Number = Field(default=1.0, gt=0, le=1e6)
+    objectives: tuple[str, ...] | None = None
 
 
 class BalanceSection(Section):
@@ -209,6 +218,12 @@ class Recipe(Section):
         """The stage's folder."""
         assert self.run.output is not None
         return Path(self.run.output)
+
+    @property
+    def uses(self) -> tuple[tuple[int, ...], ...]:
+        """[sources][objectives]: 1 where an objective learns from a source, else 0."""
+        chosen = [source.objectives or self.objectives for source in self.data.sources]
+        return tuple(tuple(int(name in names) for name in self.objectives) for names in chosen)
 
     def identity(self) -> dict[str, Any]:
         """Dotted key → value of everything that decides the result.
@@ -322,16 +337,7 @@ def _impossible(recipe: Recipe) -> Iterable[tuple[Path_, str]]:
         yield ("optimizer", "betas"), "optimizer.betas must lie in [0, 1)"
     if not recipe.data.sources:
         yield ("data", "sources"), "data.sources is empty: give at least one {path: …}"
-    if not recipe.objectives:
-        yield ("objectives",), f"objectives is empty; valid: {', '.join(OBJECTIVE_NAMES)}"
-    for i, name in enumerate(recipe.objectives):
-        if name not in OBJECTIVE_NAMES:
-            yield (
-                ("objectives", i),
-                f"unknown objective {name!r}{nearest(name, OBJECTIVE_NAMES)}",
-            )
-        if name in recipe.objectives[:i]:
-            yield ("objectives", i), f"the objective {name!r} is given twice"
+    yield from objective_problems(recipe.objectives, recipe.data.sources)
 
 
 def _explain(source: Source, detail: ErrorDetails) -> str:

@@ -260,7 +260,7 @@ class Worker:
             workers=recipe.data.workers,
             cursor=Cursor.from_json(state.cursor),
             image_bytes=processor.image_bytes,
-            weighting=Weighting(recipe.data.loss_weights, len(recipe.objectives)),
+            weighting=Weighting(recipe.data.loss_weights, recipe.uses),
         )
 
         def save(now: checkpoint.State) -> None:

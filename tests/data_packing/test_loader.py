@@ -122,8 +122,8 @@ def test_workers_change_nothing(
 def test_weights_arrive_from_workers_and_every_slice_counts_for_itself(
     data: tuple[Plan, Index],
 ) -> None:
-    plan, _ = data
-    weighting = Weighting("sample", 2)
+    plan, index = data
+    weighting = Weighting("sample", ((1, 1),))
     steps = load(*data, weighting=weighting)
     assert same(steps, load(*data, weighting=weighting, workers=2))
     for step, packs in steps:
@@ -134,6 +134,43 @@ def test_weights_arrive_from_workers_and_every_slice_counts_for_itself(
     world = next(plan.steps()).packs
     idle = load(*data, weighting=weighting, rank=len(world), world=len(world) + 1)[0][1]
     assert [pack.weights.shape for pack in idle] == [(2, 0)]
+    with pytest.raises(ValueError, match="uses of 2 sources, the plan has 1"):
+        load(plan, index, weighting=Weighting("token", ((1,), (1,))))
+
+
+def loaded_from_two(plan: Plan, indexes: list[Index], weighting: Weighting, workers: int) -> Steps:
+    return list(
+        Loader(plan, indexes, encode, rank=0, world=1, workers=workers, weighting=weighting)
+    )
+
+
+def test_a_source_weighs_nothing_in_an_objective_that_does_not_use_it(tmp_path: Path) -> None:
+    toys = index_of(captions(30), tmp_path)
+    games = index_of([page([30], f"g{number}") for number in range(20)], tmp_path, "games")
+    damage_image(toys.paths[0], toys, 7)  # sources must not shift when a document is left out
+    plan = Plan(
+        [toys, games],
+        [1.0, 1.0],
+        processor_fingerprint="p",
+        image_cost=image_cost,
+        tokens=128,
+        patches=64,
+        tokens_per_step=640,
+        seed=0,
+        epochs=1,
+    )
+    weighting = Weighting("token", ((1, 0), (1, 1)))
+    steps = loaded_from_two(plan, [toys, games], weighting, 0)
+    assert same(steps, loaded_from_two(plan, [toys, games], weighting, 2))
+    packs = [pack for _, packs in steps for pack in packs]
+    assert sum(len(pack.refused) for pack in packs) == 1
+    for pack in packs:
+        ends = pack.cu_seqlens.tolist()
+        for key, start, stop in zip(pack.keys, ends, ends[1:], strict=False):
+            counted = pack.weights[:, start:stop].sum(1).tolist()
+            learned = stop - start - 1
+            assert counted == [learned, learned if key.startswith("g") else 0]
+    assert any({key[0] for key in pack.keys} == {"g", "k"} for pack in packs)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

@@ -61,13 +61,18 @@ def test_documents_without_a_learned_token_weigh_nothing(rule: str) -> None:
 
 
 def test_every_objective_has_its_row() -> None:
-    pack = collate([sample([True] * 5)], 0, weighting=Weighting("sqrt", 3))
-    assert pack.weights.tolist() == [[0, 0.5, 0.5, 0.5, 0.5]] * 3
+    uses = ((1, 1, 1), (0, 1, 0))
+    documents = [sample([True] * 2), sample([True] * 5), sample([True] * 2)]
+    pack = collate(documents, 0, weighting=Weighting("sqrt", uses), sources=[1, 0, 1])
+    alone = [0, 0, 0, 0.5, 0.5, 0.5, 0.5, 0, 0]
+    assert pack.weights.tolist() == [alone, [0, 1, 0, 0.5, 0.5, 0.5, 0.5, 0, 1], alone]
+    assert pack.weights.is_contiguous()
     assert Pack.empty(3).weights.shape == (3, 0)
 
 
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(ValueError, match="'square': expected one of token, sample, sqrt"):
         Weighting("square")
-    with pytest.raises(ValueError, match="0 objectives"):
-        Weighting("token", 0)
+    for uses in (((),), ((1,), (1, 0)), ((2,),)):
+        with pytest.raises(ValueError, match="a row of 0 and 1 per source"):
+            Weighting("token", uses)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from mllm.objectives import Objective
+from mllm import recipe_parts
+from mllm.objectives import OBJECTIVES, Objective
 
 NAME = "to_ones"
 
@@ -24,3 +25,9 @@ class ToOnes(Objective):
         """See `Objective.forward`."""
         distances_T = (hidden_TD.float() - 1).square().mean(1)
         return (weights_T * distances_T).sum()
+
+
+def register() -> None:
+    """Make it known, to recipes too."""
+    OBJECTIVES[NAME] = ToOnes
+    recipe_parts.OBJECTIVE_NAMES = ("language_modeling", NAME)

@@ -14,13 +14,15 @@ from data_packing.document import Document, DocumentError, Image
 from data_packing.ledger import Ledger
 from data_packing.pack import collate
 from data_packing.plan import PlannedPack, micro_packs
+from data_packing.sample import IGNORED
+from mllm import recipe_parts
 from mllm.models.assemble import assemble, load
 from mllm.recipe import load as load_recipe
 from mllm.training import build
 from mllm.training.checkpoint import read_state
 from mllm.training.run_folder import read_lines
 from tests.training import tiny
-from tests.training.conftest import Runs
+from tests.training.conftest import BOTH, Runs
 
 CLOSE = 2e-5
 COMBINATIONS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3)]
@@ -59,20 +61,41 @@ def test_weighted_losses_do_not_depend_on_ranks_or_accumulation(
         assert runs.gradient_norms("weighted") == pytest.approx(norms, rel=1e-3)
 
 
-def test_a_weighted_loss_is_that_of_its_documents_one_by_one(two: Runs) -> None:
-    losses, learned = first_step(two.path / "weighted.yaml")
+def test_every_objective_is_divided_by_the_weights_of_its_own_documents(
+    two: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe_parts, "OBJECTIVE_NAMES", BOTH)
     record = read_lines(two.folder("weighted").metrics)[0]
     assert record["refused"] == 1, "the first step has lost no document"
-    assert record["learned"] == sum(learned)
-    weights = [count**-0.5 for count in learned]
-    whole = sum(loss * weight for loss, weight in zip(losses, weights, strict=True))
-    expected = whole / sum(n * weight for n, weight in zip(learned, weights, strict=True))
-    assert record["loss"] == pytest.approx(expected, abs=CLOSE)
-    assert abs(expected - sum(losses) / sum(learned)) > 100 * CLOSE, "weights change nothing here"
+    found = first_step(two.path / "weighted.yaml")
+    assert record["learned"] == sum(learned for _, learned, _, _ in found)
+    assert {source for source, *_ in found} == {0, 1, 2}
+
+    def mean(number: int, off: int, power: float) -> float:
+        """One objective's loss without one source, tokens counting n**-power."""
+        of = [document for document in found if document[0] != off]
+        whole = sum(document[2 + number] * document[1] ** -power for document in of)
+        return whole / sum(document[1] ** (1 - power) for document in of)
+
+    captions, texts, broken = 0, 1, 2
+    expected = mean(0, broken, 0.5) + mean(1, texts, 0.5)
+    assert record["loss"] == pytest.approx(expected, abs=2 * CLOSE)
+    others = [mean(0, broken, 0.0) + mean(1, texts, 0.0), mean(0, -1, 0.5) + mean(1, -1, 0.5)]
+    others.append(mean(0, captions, 0.5) + mean(1, texts, 0.5))
+    assert all(abs(expected - other) > 50 * CLOSE for other in others), "it makes no difference"
 
 
-def first_step(file: Path) -> tuple[list[float], list[int]]:
-    """Cross-entropy and number of learned tokens of every document of a run's first step.
+def test_an_objective_may_have_nothing_to_learn_in_a_step(two: Runs) -> None:
+    losses = two.losses("turns")
+    assert len(losses) == 48
+    refused = [record["refused"] for record in read_lines(two.folder("turns").metrics)]
+    assert sum(refused) == 1
+    assert losses[refused.index(1)] == 0, "a step whose only document is refused"
+    assert all(loss > 0 for loss, lost in zip(losses, refused, strict=True) if not lost)
+
+
+def first_step(file: Path) -> list[tuple[int, int, float, float]]:
+    """Source, learned tokens and both sums of every document of a run's first step.
 
     One document at a time, with the weights that the run began with.
     """
@@ -80,7 +103,7 @@ def first_step(file: Path) -> tuple[list[float], list[int]]:
     torch.manual_seed(recipe.run.seed)
     model, processor, _ = build.model(recipe.model, recipe, torch.float32)
     data = build.data(recipe, model, processor, 0, lambda _: None)
-    losses, learned = [], []
+    found = []
     for entry in (entry for pack in next(data.plan.steps()).packs for entry in pack.entries):
         assert entry.whole
         try:
@@ -92,9 +115,9 @@ def first_step(file: Path) -> tuple[list[float], list[int]]:
             hidden = model.hidden_states(pack.input_ids, pack.pixels, cu_seqlens=pack.cu_seqlens)
             logits = model.lm_head(hidden)[0]
         loss = torch.nn.functional.cross_entropy(logits[:-1], pack.labels[1:], reduction="sum")
-        losses.append(float(loss))
-        learned.append(pack.learned)
-    return losses, learned
+        ones = ((hidden[0] - 1) ** 2).mean(1)[pack.labels != IGNORED].sum()
+        found.append((entry.source, pack.learned, float(loss), float(ones)))
+    return found
 
 
 def test_bf16_keeps_fp32_masters_and_stays_near_fp32(one: Runs, two: Runs) -> None:

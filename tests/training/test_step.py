@@ -135,7 +135,7 @@ def test_every_objective_has_its_own_sum_and_weights(
     plain, processor = make(home, EVERYTHING)
     step, _ = make(home, EVERYTHING, objectives=("language_modeling", NAME))
     documents = samples(processor)
-    pack = collate(documents, 0, weighting=Weighting("sqrt", 2))
+    pack = collate(documents, 0, weighting=Weighting("sqrt", ((1, 1),)), sources=[0] * 6)
     with torch.no_grad():
         language, ones = sums(step, pack)
         alone = run(plain, collate(documents, 0, weighting=Weighting("sqrt")))
