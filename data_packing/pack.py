@@ -31,6 +31,8 @@ class Pack:
         keys: of the documents.
         refused: documents that were planned for this pack and failed.
         number: of the pack in the plan, -1 where a rank has none.
+        across_documents: whether the documents are one segment, with one pair of bounds; without
+            it, one long document would look like several joined ones.
     """
 
     input_ids: Tensor
@@ -42,6 +44,7 @@ class Pack:
     keys: list[str] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     number: int = -1
+    across_documents: bool = False
 
     @property
     def learned(self) -> int:
@@ -120,6 +123,7 @@ def collate(
         pixels=torch.from_numpy(_stacked(samples, empty)),
         keys=[sample.key for sample in samples],
         number=number,
+        across_documents=across_documents,
     )
 
 

@@ -60,7 +60,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "BLOCK", 30)
 
 
-def plan_of(index: Index) -> Plan:
+def plan_of(index: Index, across_documents: bool = False) -> Plan:
     return Plan(
         [index],
         [1.0],
@@ -71,6 +71,7 @@ def plan_of(index: Index) -> Plan:
         tokens_per_step=640,
         seed=0,
         epochs=2,
+        across_documents=across_documents,
     )
 
 
@@ -92,6 +93,7 @@ def same(one: Steps, other: Steps) -> bool:
         a.keys == b.keys
         and a.number == b.number
         and a.refused == b.refused
+        and a.across_documents == b.across_documents
         and all(torch.equal(getattr(a, name), getattr(b, name)) for name in TENSORS)
         for (_, mine), (_, others) in zip(one, other, strict=True)
         for a, b in zip(mine, others, strict=True)
@@ -142,6 +144,19 @@ def loaded_from_two(plan: Plan, indexes: list[Index], weighting: Weighting, work
     return list(
         Loader(plan, indexes, encode, rank=0, world=1, workers=workers, weighting=weighting)
     )
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_a_pack_says_whether_its_documents_are_joined(
+    data: tuple[Plan, Index], across: bool
+) -> None:
+    plan, index = plan_of(data[1], across), data[1]
+    steps = load(plan, index)
+    assert same(steps, load(plan, index, workers=2))
+    for pack in (pack for _, packs in steps for pack in packs):
+        assert pack.across_documents is across
+        assert len(pack.cu_seqlens) == (2 if across else len(pack.keys) + 1)
+    assert any(len(pack.keys) > 1 for _, packs in steps for pack in packs)
 
 
 def test_a_source_weighs_nothing_in_an_objective_that_does_not_use_it(tmp_path: Path) -> None:

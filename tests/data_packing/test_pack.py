@@ -47,6 +47,9 @@ def test_across_documents_is_one_segment() -> None:
     assert pack.cu_seqlens.tolist() == [0, 5]
     assert pack.position_ids.tolist() == [0, 1, 2, 3, 4]
     assert pack.labels.tolist() == [IGNORED, 2, 3, 1, 2]
+    assert pack.across_documents
+    assert pack.to("cpu").across_documents
+    assert not collate([sample(5)], 0).across_documents
 
 
 def test_samples_are_not_changed() -> None:
