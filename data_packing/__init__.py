@@ -1,10 +1,10 @@
 """From files to packs: reading, sharding, indexing, planning, packing and loading.
 
 Reading order: document.py, formats/, sample.py, shards.py, index.py, packing.py, balance.py,
-plan.py, pack.py, loader.py, workers.py. Nothing here knows the model. It is handed `cost(document)`
-for the index and `encode(document)` for the loader. Only pack.py, loader.py and workers.py import
-torch; everything that plans runs without it. For people who look at data: info.py, lint.py and
-preview.py.
+plan.py, loss_weights.py, pack.py, loader.py, workers.py. Nothing here knows the model. It is handed
+`cost(document)` for the index and `encode(document)` for the loader. Only pack.py, loader.py and
+workers.py import torch; everything that plans runs without it. For people who look at data:
+info.py, lint.py and preview.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from data_packing.index import Index, build_index
     from data_packing.ledger import Ledger, Refusal
     from data_packing.loader import Loader
+    from data_packing.loss_weights import Weighting
     from data_packing.pack import Pack, collate
     from data_packing.packing import pack_lengths
     from data_packing.plan import Cursor, Plan
@@ -41,6 +42,7 @@ _HOMES = {
     "Refusal": "ledger",
     "Sample": "sample",
     "Text": "document",
+    "Weighting": "loss_weights",
     "build_index": "index",
     "collate": "pack",
     "pack_lengths": "packing",
@@ -63,6 +65,7 @@ __all__ = [
     "Refusal",
     "Sample",
     "Text",
+    "Weighting",
     "build_index",
     "collate",
     "pack_lengths",

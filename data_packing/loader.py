@@ -19,6 +19,7 @@ from data_packing.encoding import Encode, encode_entry
 from data_packing.files import OpenFiles
 from data_packing.index import Index, Place
 from data_packing.ledger import Refusal
+from data_packing.loss_weights import EVEN, Weighting
 from data_packing.pack import TENSORS, Empty, Pack, collate, plain
 from data_packing.plan import Cursor, Entry, Plan, PlannedPack, PlannedStep, micro_packs
 from data_packing.shards import parse_span
@@ -31,7 +32,7 @@ PREFETCH = 256 * 1024 * 1024
 """Bytes of packs that the workers of a rank prepare ahead, unless the caller says otherwise."""
 
 _LEAST = 256 * 1024  # what a pack counts for at least: its objects and its way here cost too
-_TOKEN_BYTES = 24  # id, label and position
+_TOKEN_BYTES = 28  # id, label, position and one weight
 _SHARED_FROM = 1024 * 1024  # smaller pixels go through the socket: shared memory costs more
 _SLOW = 0.002  # seconds of one read after which the others of a pack go side by side
 _READS = 32
@@ -56,9 +57,11 @@ class Loader:
         prefetch: bytes of packs that all workers together prepare ahead; one pack in any case.
         image_bytes: of an image in a pack; left out, its own pixels, three bytes each.
         files: what reads the shards.
+        weighting: how much learned tokens count, by the plan's sources; left out, all alike, for
+            one objective.
 
     Raises:
-        ValueError: the cursor is no place of the plan.
+        ValueError: the cursor is no place of the plan, or the weighting is for other sources.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Loader:
         prefetch: int = PREFETCH,
         image_bytes: ImageBytes = lambda height, width: 3 * height * width,
         files: OpenFiles | None = None,
+        weighting: Weighting = EVEN,
     ) -> None:
         if workers < 0 or prefetch < 1:
             raise ValueError(f"workers is {workers} (0 or more), prefetch {prefetch} (1 or more)")
@@ -80,7 +84,8 @@ class Loader:
         self.rank, self.world = rank, world
         self.workers, self.prefetch, self.image_bytes = workers, prefetch, image_bytes
         sources = [index.name for index in plan.first.indexes]
-        self.reader = _Reader(sources, encode, plan.across_documents, files or OpenFiles())
+        files = files or OpenFiles()
+        self.reader = _Reader(sources, encode, plan.across_documents, files, weighting)
 
     def __iter__(self) -> Iterator[tuple[PlannedStep, list[Pack]]]:
         ahead: deque[tuple[PlannedStep, int]] = deque()
@@ -144,10 +149,17 @@ class _Reader:
     """What workers run: a job in, a pack out. It holds no index, so workers stay small."""
 
     def __init__(
-        self, sources: list[str], encode: Encode, across_documents: bool, files: OpenFiles
+        self,
+        sources: list[str],
+        encode: Encode,
+        across_documents: bool,
+        files: OpenFiles,
+        weighting: Weighting,
     ) -> None:
+        if weighting.uses and len(weighting.uses) != len(sources):
+            raise ValueError(f"uses of {len(weighting.uses)} sources, the plan has {len(sources)}")
         self.sources, self.encode, self.files = sources, encode, files
-        self.across_documents = across_documents
+        self.across_documents, self.weighting = across_documents, weighting
         self.threads: ThreadPoolExecutor | None = None
 
     def fetch(self, work: _Work | None) -> list[bytes | OSError]:
@@ -184,8 +196,8 @@ class _Reader:
     ) -> Pack:
         """The pack that was planned, without what cannot be decoded or encoded."""
         if work is None:
-            return Pack.empty()
-        samples, refused = [], []
+            return Pack.empty(self.weighting.objectives)
+        samples, origins, refused = [], [], []
         for (entry, place), span in zip(work.entries, fetched, strict=True):
             source = self.sources[entry.source]
             try:
@@ -193,13 +205,14 @@ class _Reader:
                     raise span
                 document = parse_span(span, place.crc, place.text)
                 samples.append(encode_entry(document, entry, self.encode)[1])
+                origins.append(entry.source)
             except DocumentError as error:
                 first = None if entry.whole else entry.start_piece
                 refused.append(Refusal(source, place.key(), str(error), first))
             except Exception as error:
                 name = f"document {place.key()!r} of {source!r} (pack {work.number})"
                 raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
-        pack = collate(samples, work.number, self.across_documents, empty)
+        pack = collate(samples, work.number, self.across_documents, empty, self.weighting, origins)
         pack.refused = refused
         return pack
 

@@ -11,33 +11,40 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_packing.ledger import Refusal
+from data_packing.loss_weights import EVEN, Weighting
 from data_packing.sample import IGNORED, Sample
 
 
 @dataclass(slots=True)
 class Pack:
-    """One row of T tokens made of n documents with I images.
+    """One row of T tokens made of n documents with I images, for K objectives.
 
     Attributes:
         input_ids int64 [T].
         labels int64 [T]: aligned with `input_ids`; -100 where nothing is learned, and at the first
             token of every document, which nothing before it can predict.
+        weights float32 [K, T]: how much every token counts in the loss of each objective; aligned
+            with `labels`, 0 where nothing is learned.
         position_ids int64 [T]: from 0 in every document.
         cu_seqlens int32 [n+1]: where documents start, and T.
         pixels uint8 [I, H, W, 3]: of all images in order; I may be 0.
         keys: of the documents.
         refused: documents that were planned for this pack and failed.
         number: of the pack in the plan, -1 where a rank has none.
+        across_documents: whether the documents are one segment, with one pair of bounds; without
+            it, one long document would look like several joined ones.
     """
 
     input_ids: Tensor
     labels: Tensor
+    weights: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor
     pixels: Tensor
     keys: list[str] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     number: int = -1
+    across_documents: bool = False
 
     @property
     def learned(self) -> int:
@@ -52,12 +59,12 @@ class Pack:
         return replace(self, **moved)
 
     @classmethod
-    def empty(cls) -> Pack:
+    def empty(cls, objectives: int = 1) -> Pack:
         """The pack of a rank that has none in this micro-step: no tokens, no images."""
-        return collate([], -1)
+        return collate([], -1, weighting=Weighting(uses=((1,) * objectives,)))
 
 
-TENSORS = ("input_ids", "labels", "position_ids", "cu_seqlens", "pixels")
+TENSORS = ("input_ids", "labels", "weights", "position_ids", "cu_seqlens", "pixels")
 
 
 Empty = Callable[[tuple[int, ...]], NDArray[np.uint8]]
@@ -74,6 +81,8 @@ def collate(
     number: int,
     across_documents: bool = False,
     empty: Empty = plain,
+    weighting: Weighting = EVEN,
+    sources: Sequence[int] = (),
 ) -> Pack:
     """Lay samples side by side.
 
@@ -83,6 +92,8 @@ def collate(
         across_documents: make one segment with continuous positions, in which attention and loss
             cross from document to document.
         empty: makes the array for the pixels.
+        weighting: how much learned tokens count.
+        sources: of the samples, as `weighting.uses` numbers them; not read where it has no table.
 
     Raises:
         ValueError: images of different sizes, or labels not as long as the tokens.
@@ -106,11 +117,13 @@ def collate(
     return Pack(
         input_ids=torch.from_numpy(_joined([sample.input_ids for sample in samples])),
         labels=torch.from_numpy(labels),
+        weights=torch.from_numpy(weighting.weigh(labels, ends, sources)),
         position_ids=torch.from_numpy(_joined(positions)),
         cu_seqlens=torch.from_numpy(bounds),
         pixels=torch.from_numpy(_stacked(samples, empty)),
         keys=[sample.key for sample in samples],
         number=number,
+        across_documents=across_documents,
     )
 
 

@@ -17,12 +17,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from mllm.recipe_parts import MODULES, model_problems, ridge_problems, train_problems
+from mllm.recipe_parts import (
+    MODULES,
+    model_problems,
+    objective_problems,
+    ridge_problems,
+    train_problems,
+)
 from mllm.recipe_yaml import Path_, RecipeError, Source, closest, flatten, nearest, override, read
 
 __all__ = ["MODULES", "Recipe", "RecipeError", "load", "load_all", "stages"]
-
-OBJECTIVE_NAMES = ("language_modeling",)
 
 
 def _whole(value: Any) -> Any:
@@ -121,14 +125,16 @@ TrainValue = Annotated[TrainSection, BeforeValidator(_frozen_word)]
 class SourceSection(Section):
     """Shards of one source.
 
-    `weight` = passes over it per epoch; `text` = which text variant; `cap` = the most documents
-    that an epoch takes of it.
+    `weight` = passes over it per epoch; `cap` = the most documents that an epoch takes of it;
+    `text` = which text variant; `objectives` = which of the recipe's learn from it, all of them
+    unless given.
     """
 
     path: str
     text: str | None = Field(default=None, min_length=1)
     weight: Number = Field(default=1.0, gt=0, le=1e6)
     cap: Whole | None = Field(default=None, gt=0)
+    objectives: tuple[str, ...] | None = None
 
 
 class BalanceSection(Section):
@@ -161,14 +167,16 @@ class PackingSection(Section):
 class DataSection(Section):
     """What is learned from.
 
-    `window` = documents that are planned together, of a larger corpus; `workers` = loader processes
-    per rank; `max_refused` = the share of documents that may be
+    `loss_weights` = what a learned token counts: 1 (token), or 1/n (sample) or 1/sqrt(n) (sqrt) of
+    the n that its document has; `window` = documents that are planned together, of a larger corpus;
+    `workers` = loader processes per rank; `max_refused` = the share of documents that may be
     unusable before the run stops; `allow_http` = whether a path may be an http:// URL.
     """
 
     sources: tuple[SourceSection, ...]
     packing: PackingSection
     window: Whole = Field(default=2**20, gt=0)
+    loss_weights: Literal["token", "sample", "sqrt"] = "token"
     workers: Whole = Field(default=1, ge=0)
     max_refused: Number = Field(default=0.1, ge=0, le=1)
     allow_http: bool = False
@@ -214,6 +222,12 @@ class Recipe(Section):
         """The stage's folder."""
         assert self.run.output is not None
         return Path(self.run.output)
+
+    @property
+    def uses(self) -> tuple[tuple[int, ...], ...]:
+        """[sources][objectives]: 1 where an objective learns from a source, else 0."""
+        chosen = [source.objectives or self.objectives for source in self.data.sources]
+        return tuple(tuple(int(name in names) for name in self.objectives) for names in chosen)
 
     def identity(self) -> dict[str, Any]:
         """Dotted key → value of everything that decides the result.
@@ -327,16 +341,7 @@ def _impossible(recipe: Recipe) -> Iterable[tuple[Path_, str]]:
         yield ("optimizer", "betas"), "optimizer.betas must lie in [0, 1)"
     if not recipe.data.sources:
         yield ("data", "sources"), "data.sources is empty: give at least one {path: …}"
-    if not recipe.objectives:
-        yield ("objectives",), f"objectives is empty; valid: {', '.join(OBJECTIVE_NAMES)}"
-    for i, name in enumerate(recipe.objectives):
-        if name not in OBJECTIVE_NAMES:
-            yield (
-                ("objectives", i),
-                f"unknown objective {name!r}{nearest(name, OBJECTIVE_NAMES)}",
-            )
-        if name in recipe.objectives[:i]:
-            yield ("objectives", i), f"the objective {name!r} is given twice"
+    yield from objective_problems(recipe.objectives, recipe.data.sources)
 
 
 def _causes(details: list[ErrorDetails]) -> list[ErrorDetails]:

@@ -1,20 +1,28 @@
-"""What a recipe may say about the parts of a model, checked without importing torch.
+"""What a recipe may say about the parts of a model and its losses, checked without importing torch.
 
-The tables repeat the registries in mllm.models, because those import torch; a test compares them.
+The tables repeat the registries of mllm.models and mllm.objectives, because those import torch; a
+test compares them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 from mllm.recipe_yaml import Path_, closest, nearest
 
 if TYPE_CHECKING:
-    from mllm.recipe import ConnectorSection, EncoderSection, ModelSection, TrainSection
+    from mllm.recipe import (
+        ConnectorSection,
+        EncoderSection,
+        ModelSection,
+        SourceSection,
+        TrainSection,
+    )
 
 MODULES = ("encoder", "connector", "language_model")
+OBJECTIVE_NAMES = ("language_modeling",)
 
 ENCODER_OPTIONS: dict[str, tuple[str, ...]] = {
     "clip": ("resize", "layer"),
@@ -108,6 +116,42 @@ def ridge_problems(
             f"resumed run would lose the solution; give train.{layer} a learning rate or use "
             "init: random",
         )
+
+
+def objective_problems(
+    objectives: Sequence[str], sources: Sequence[SourceSection]
+) -> Iterable[tuple[Path_, str]]:
+    """What is wrong with the losses, and with which source is for which: (path, message)."""
+    if not objectives:
+        yield ("objectives",), f"objectives is empty; valid: {', '.join(OBJECTIVE_NAMES)}"
+    for i, name in enumerate(objectives):
+        if name not in OBJECTIVE_NAMES:
+            yield (
+                ("objectives", i),
+                f"unknown objective {name!r}{nearest(name, OBJECTIVE_NAMES)}",
+            )
+        if name in objectives[:i]:
+            yield ("objectives", i), f"the objective {name!r} is given twice"
+    for number, source in enumerate(sources):
+        if source.objectives is not None:
+            path: Path_ = ("data", "sources", number, "objectives")
+            yield from _source_objectives(path, source.objectives, objectives)
+
+
+def _source_objectives(
+    path: Path_, names: Sequence[str], objectives: Sequence[str]
+) -> Iterable[tuple[Path_, str]]:
+    dotted = ".".join(map(str, path))
+    if not names:
+        yield path, f"{dotted} is empty: leave it out for all; valid: {', '.join(objectives)}"
+    for i, name in enumerate(names):
+        hint = nearest(name, objectives)
+        if name not in OBJECTIVE_NAMES:
+            yield (*path, i), f"{dotted}: unknown objective {name!r}{hint}"
+        elif name not in objectives:
+            yield (*path, i), f"{dotted}: {name!r} is not in the recipe's objectives{hint}"
+        if name in names[:i]:
+            yield (*path, i), f"{dotted}: the objective {name!r} is given twice"
 
 
 def _parts(model: ModelSection) -> Iterable[tuple[Path_, str]]:

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
+from data_packing.loss_weights import RULES
+from mllm import recipe_parts
 from mllm.models.connectors import CONNECTORS
 from mllm.models.encoders import ENCODERS
-from mllm.recipe import RecipeError, load, load_all
-from mllm.recipe_parts import CONNECTOR_LAST_LINEAR, CONNECTOR_OPTIONS, ENCODER_OPTIONS
+from mllm.objectives import OBJECTIVES
+from mllm.recipe import DataSection, RecipeError, load, load_all
+from mllm.recipe_parts import (
+    CONNECTOR_LAST_LINEAR,
+    CONNECTOR_OPTIONS,
+    ENCODER_OPTIONS,
+    OBJECTIVE_NAMES,
+)
 from mllm.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -287,6 +296,28 @@ REFUSALS = {
         ["data.packing.balance={patch: 0.1}"],
         "unknown key 'data.packing.balance.patch'; did you mean 'patches'",
     ),
+    "a rule for loss weights that is not there": (
+        ["data.loss_weights=square"],
+        "data.loss_weights: expected 'token', 'sample' or 'sqrt', got 'square'; did you mean "
+        "'sqrt'?",
+    ),
+    "an unknown objective of a source": (
+        ["data.sources.1.objectives=[language_model]"],
+        "data.sources.1.objectives: unknown objective 'language_model'; did you mean "
+        "'language_modeling'?",
+    ),
+    "a source for nothing": (
+        ["data.sources.1.objectives=[]"],
+        "data.sources.1.objectives is empty: leave it out for all; valid: language_modeling",
+    ),
+    "an objective of a source twice": (
+        ["data.sources.0.objectives=[language_modeling, language_modeling]"],
+        "data.sources.0.objectives: the objective 'language_modeling' is given twice",
+    ),
+    "objectives of a source by a word": (
+        ["data.sources.0.objectives=language_modeling"],
+        "data.sources.0.objectives: expected a valid tuple, got 'language_modeling'",
+    ),
     "packs for nothing": (["data.packing.balance={tokens: 0}"], "data.packing.balance.tokens"),
 }
 
@@ -311,6 +342,7 @@ def test_a_refusal_says_what_and_where(recipe: Path, case: str) -> None:
         ("epochs: 1", "epochs: 1, epochs: 2", 15, "the key 'run.epochs' is given twice"),
         ("path: models/llm}", "path: models/llm", 5, "not valid YAML"),
         ("weight: 2", "weight: 2026-13-45", 12, "'2026-13-45' cannot be read"),
+        ("weight: 2", "objectives: [lm]", 12, "data.sources.1.objectives: unknown objective 'lm'"),
         ("{lr: 1e-3}", "{lr: 1e-3, lora: {rank: 2}}", 7, "LoRA is for language_model only"),
     ],
 )
@@ -343,6 +375,32 @@ def test_the_tables_of_parts_are_those_of_the_registries() -> None:
             {"name": name, "visual_tokens": 4} if "pool" in name else {}, 3, 3
         )
         assert connector.get_submodule(layer) is connector.last_linear()
+
+
+def test_a_source_may_be_for_some_objectives_only(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("language_modeling", "retrieval", "grounding")
+    monkeypatch.setattr(recipe_parts, "OBJECTIVE_NAMES", names)
+    both = "objectives=[retrieval, language_modeling]"
+    assert load(recipe).uses == ((1,), (1,))
+    assert load(recipe, [both]).uses == ((1, 1), (1, 1))
+    chosen = load(recipe, [both, "data.sources.1.objectives=[language_modeling]"])
+    assert chosen.uses == ((1, 1), (0, 1))
+    assert chosen.hash() != load(recipe, [both]).hash()
+    with pytest.raises(RecipeError) as refusal:
+        load(recipe, [both, "data.sources.0.objectives=[retrieval, grounding]"])
+    expected = (
+        "data.sources.0.objectives: 'grounding' is not in the recipe's objectives; "
+        "Valid: language_modeling, retrieval"
+    )
+    assert expected in str(refusal.value)
+
+
+def test_the_names_of_objectives_and_weights_are_those_that_are_there() -> None:
+    assert set(OBJECTIVE_NAMES) == set(OBJECTIVES)
+    rules = DataSection.model_fields["loss_weights"].annotation
+    assert set(typing.get_args(rules)) == set(RULES)
 
 
 def test_reading_a_recipe_loads_no_torch(recipe: Path) -> None:
@@ -429,12 +487,14 @@ def test_the_identity_is_what_decides_the_result(recipe: Path) -> None:
     plain = load(recipe)
     same = ["run.output=x", "run.checkpoint_every=7", "run.zero=3", "data.workers=4"]
     assert load(recipe, same).hash() == plain.hash()
-    for change in ("run.seed=1", "optimizer.warmup=0.1", "model.encoder.layer=-1"):
+    changes = ["run.seed=1", "optimizer.warmup=0.1", "model.encoder.layer=-1"]
+    for change in (*changes, "data.loss_weights=sqrt"):
         assert load(recipe, [change]).hash() != plain.hash(), change
 
 
 def test_the_recipe_in_a_folder_is_the_recipe(recipe: Path, tmp_path: Path) -> None:
-    read = load(recipe, ["model.encoder.layer=-1"])
+    some = "data.sources.0.objectives=[language_modeling]"
+    read = load(recipe, ["model.encoder.layer=-1", some])
     folder = RunFolder(tmp_path / "run")
     folder.begin(read, {"identity": read.identity()})
     assert load(folder.recipe) == read

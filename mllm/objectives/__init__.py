@@ -5,6 +5,6 @@ from __future__ import annotations
 from mllm.objectives.base import Objective
 from mllm.objectives.language_modeling import LanguageModeling
 
-OBJECTIVES: dict[str, type[LanguageModeling]] = {"language_modeling": LanguageModeling}
+OBJECTIVES: dict[str, type[Objective]] = {"language_modeling": LanguageModeling}
 
 __all__ = ["OBJECTIVES", "LanguageModeling", "Objective"]

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy at the learned positions only.
+"""Weighted next-token cross-entropy at the learned positions only.
 
 T tokens of a pack, D hidden width, V vocabulary, N learned positions.
 """
@@ -34,29 +34,32 @@ class LanguageModeling(Objective):
     scope: Scope = "token"
 
     def __init__(self, capacity: int, vocabulary: int) -> None:
-        super().__init__()
+        super().__init__(capacity, vocabulary)
         rows = max(1, CHUNK_LOGITS // vocabulary)
         self.calls = math.ceil(capacity / rows)
 
     def forward(
-        self, hidden_TD: Tensor, labels_T: Tensor, head: Callable[[Tensor], Tensor]
+        self,
+        hidden_TD: Tensor,
+        labels_T: Tensor,
+        weights_T: Tensor,
+        head: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """See `Objective.forward`."""
-        positions_N = learned_positions(labels_T)
-        selected_ND = hidden_TD[positions_N]
-        targets_N = labels_T[positions_N + 1]
+        positions_N = learned_positions(weights_T)
+        parts = (hidden_TD[positions_N], labels_T[positions_N + 1], weights_T[positions_N + 1])
         total = hidden_TD.new_zeros((), dtype=torch.float32)
-        for part_ND, part_N in zip(
-            selected_ND.tensor_split(self.calls), targets_N.tensor_split(self.calls), strict=True
+        for hidden_ND, labels_N, weights_N in zip(
+            *(part.tensor_split(self.calls) for part in parts), strict=True
         ):
-            logits_NV = head(part_ND).float()
-            total = total + F.cross_entropy(logits_NV, part_N, reduction="sum")
+            losses_N = F.cross_entropy(head(hidden_ND).float(), labels_N, reduction="none")
+            total = total + (weights_N * losses_N).sum()
         return total
 
 
-def learned_positions(labels_T: Tensor) -> Tensor:
-    """Positions [N] whose next token is learned.
+def learned_positions(weights_T: Tensor) -> Tensor:
+    """Positions [N] whose next token counts.
 
-    The first token of every document carries -100, so nothing is predicted across documents.
+    The first token of every document has no weight, so nothing is predicted across documents.
     """
-    return torch.nonzero(labels_T[1:] != IGNORED).squeeze(1)
+    return torch.nonzero(weights_T[1:]).squeeze(1)

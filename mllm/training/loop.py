@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from data_packing.ledger import Refusal, too_many
 from data_packing.pack import Pack
@@ -25,8 +27,12 @@ SAVE_SECONDS = 300.0
 
 @dataclass(slots=True)
 class Agreement:
-    """What all ranks have to know of a step before anything is propagated."""
+    """What all ranks have to know of a step before anything is propagated.
 
+    `weights` has the sum of every objective's weights; `learned` and `tokens` are counts.
+    """
+
+    weights: list[float]
     learned: int
     tokens: int
     refused: int
@@ -91,20 +97,24 @@ class Loop:
             and dist.get_rank() == 0
             and time.monotonic() - self.saved > SAVE_SECONDS
         )
-        counts = torch.tensor(
+        weights = torch.zeros(len(self.recipe.objectives), dtype=torch.float64)
+        for pack in packs:
+            weights += pack.weights.sum(1, dtype=torch.float64)
+        sums = torch.tensor(
             [
+                *weights.tolist(),
                 sum(pack.learned for pack in packs),
                 sum(pack.input_ids.numel() for pack in packs),
                 sum(len(pack.refused) for pack in packs),
                 int(self.stop()),
                 int(late),
             ],
-            dtype=torch.int64,
+            dtype=torch.float64,  # counts up to 2**53 are exact in it
             device=self.engine.device,
         )
-        dist.all_reduce(counts)
-        learned, tokens, refused, stop, save = counts.tolist()
-        return Agreement(learned, tokens, refused, stop > 0, save > 0)
+        dist.all_reduce(sums)
+        *agreed, learned, tokens, refused, stop, save = sums.tolist()
+        return Agreement(agreed, int(learned), int(tokens), int(refused), stop > 0, save > 0)
 
     def _step(
         self,
@@ -120,7 +130,7 @@ class Loop:
             step, self.total_steps, self.recipe.optimizer.warmup, self.recipe.optimizer.schedule
         )
         rate = engines.set_lr(self.engine, factor)
-        loss, norm = self._propagate(step, packs, max(1, agreed.learned))
+        loss, norm = self._propagate(step, packs, agreed.weights)
         self.state.step = step + 1
         self.state.cursor = planned.after.to_json()
         self.state.tokens += agreed.tokens
@@ -147,26 +157,25 @@ class Loop:
             append_line(self.folder.metrics, record)
             self.tell(record)
 
-    def _propagate(self, step: int, packs: list[Pack], learned: int) -> tuple[float, float]:
+    def _propagate(self, step: int, packs: list[Pack], weights: list[float]) -> tuple[float, float]:
         """Forward and backward of every pack, then the update. Returns loss and gradient norm.
 
-        Ranks average their gradients, so each multiplies its sum by the number of ranks and
-        divides by the learned tokens of the whole step.
+        Ranks average their gradients, so each multiplies its sums by the number of ranks and
+        divides them by the objectives' weights in the whole step. An objective without weight
+        in this step is divided by infinity: it adds nothing.
         """
-        scale = dist.get_world_size() / learned
-        total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        divisors = torch.tensor([w if w > 0 else math.inf for w in weights], dtype=torch.float64)
+        divisors = divisors.to(self.engine.device)
+        scales = (dist.get_world_size() / divisors).float()
+        total = torch.zeros_like(divisors)
         for i in range(self.accumulation):
-            pack = (packs[i] if i < len(packs) else Pack.empty()).to(self.engine.device)
-            seed(self.recipe.run.seed, step, pack.number)
-            loss_sum = self.engine(
-                pack.input_ids, pack.labels, pack.position_ids, pack.cu_seqlens, pack.pixels
-            )
-            total += loss_sum.detach().double()
-            self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
+            sums = self._forward(step, packs[i] if i < len(packs) else Pack.empty(len(weights)))
+            total += sums.detach().double()
+            self.engine.backward((sums * scales).sum(), scale_wrt_gas=False)
             if i == self.accumulation - 1:
                 dist.all_reduce(total)
-                loss = total.item() / learned
-                if not torch.isfinite(total):
+                loss = (total / divisors).sum().item()
+                if not torch.isfinite(total).all():
                     raise ValueError(
                         f"the loss of step {step + 1} is {loss}. Lower the learning rate or raise "
                         "optimizer.warmup; the last checkpoint is from before."
@@ -174,6 +183,20 @@ class Loop:
                 norm = engines.gradient_norm(self.engine)
             self.engine.step()
         return loss, float(self.engine.get_global_grad_norm()) if norm is None else norm
+
+    def _forward(self, step: int, pack: Pack) -> Tensor:
+        """The sum of every objective over the pack, [K]."""
+        pack = pack.to(self.engine.device)
+        seed(self.recipe.run.seed, step, pack.number)
+        sums: Tensor = self.engine(
+            pack.input_ids,
+            pack.labels,
+            pack.weights,
+            pack.position_ids,
+            pack.cu_seqlens,
+            pack.pixels,
+        )
+        return sums
 
     def _note_refused(self, packs: list[Pack], refused: int) -> None:
         """Write down the documents that failed at decode, on whichever rank.

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from data_packing.account import account
 from data_packing.ledger import Refusal
 from data_packing.loader import Loader
+from data_packing.loss_weights import Weighting
 from data_packing.plan import Cursor, Plan
 from mllm.recipe import Recipe
 from mllm.training import build, checkpoint, comm_op, engine, export, groups, loop
@@ -270,6 +271,7 @@ class Worker:
             workers=recipe.data.workers,
             cursor=Cursor.from_json(state.cursor),
             image_bytes=processor.image_bytes,
+            weighting=Weighting(recipe.data.loss_weights, recipe.uses),
         )
 
         def save(now: checkpoint.State) -> None:

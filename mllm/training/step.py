@@ -1,7 +1,7 @@
 """The one module that DeepSpeed wraps: model and objectives together.
 
 Under ZeRO-3 a weight exists only inside forward, so everything that touches a weight happens here.
-T tokens of a pack, I images, D hidden width.
+T tokens of a pack, I images, K objectives, D hidden width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class TrainStep(nn.Module):
-    """One pack in, the sum of its losses out.
+    """One pack in, the sum of every objective's losses out.
 
     Args:
         model: a MultimodalModel.
@@ -39,20 +39,24 @@ class TrainStep(nn.Module):
         self,
         input_ids_T: Tensor,
         labels_T: Tensor,
+        weights_KT: Tensor,
         position_ids_T: Tensor,
         cu_seqlens: Tensor,
         pixels: Tensor,
     ) -> Tensor:
-        """Sum of all losses of the pack, a scalar in fp32.
+        """The weighted sum of each objective over the pack, [K] in fp32, in the recipe's order.
 
         Args:
             input_ids_T, labels_T, position_ids_T: int64.
+            weights_KT: float32, a row per objective.
             cu_seqlens: int32 [documents + 1].
             pixels: uint8 [I, H, W, 3].
         """
+        assert weights_KT.shape[0] == len(self.objectives)
         if input_ids_T.numel() == 0:  # a rank without a pack takes part all the same
             input_ids_T = input_ids_T.new_zeros(2)
             labels_T = labels_T.new_full((2,), IGNORED)
+            weights_KT = weights_KT.new_zeros(len(self.objectives), 2)
             position_ids_T = torch.arange(2, device=position_ids_T.device)
             cu_seqlens = torch.tensor([0, 2], dtype=torch.int32, device=cu_seqlens.device)
         hidden_BTD = self.model.hidden_states(
@@ -61,10 +65,11 @@ class TrainStep(nn.Module):
             position_ids=position_ids_T[None],
             cu_seqlens=cu_seqlens,
         )
-        total: Tensor = hidden_BTD.new_zeros((), dtype=torch.float32)
-        for objective in self.objectives.values():
-            total = total + objective(hidden_BTD[0], labels_T, self.model.lm_head)
-        return total
+        sums = [
+            objective(hidden_BTD[0], labels_T, weights_T, self.model.lm_head)
+            for objective, weights_T in zip(self.objectives.values(), weights_KT, strict=True)
+        ]
+        return torch.stack(sums)
 
 
 def head_rows(model: MultimodalModel) -> int:

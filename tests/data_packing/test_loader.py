@@ -38,6 +38,7 @@ from data_packing.document import Document, DocumentError, Image, Text
 from data_packing.files import OpenFiles, save_arrays
 from data_packing.index import Index, build_index, source_names
 from data_packing.loader import Loader
+from data_packing.loss_weights import Weighting
 from data_packing.pack import TENSORS, Pack
 from data_packing.plan import Cursor, Plan, PlannedStep, micro_packs
 from data_packing.sample import Sample
@@ -72,11 +73,13 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "BLOCK", 30)
 
 
-def plan_of(index: Index) -> Plan:
-    return plan_over([index], [1.0], epochs=2)
+def plan_of(index: Index, across_documents: bool = False) -> Plan:
+    return plan_over([index], [1.0], epochs=2, across_documents=across_documents)
 
 
-def plan_over(indexes: list[Index], weights: list[float], epochs: int) -> Plan:
+def plan_over(
+    indexes: list[Index], weights: list[float], epochs: int, across_documents: bool = False
+) -> Plan:
     return Plan(
         indexes,
         weights,
@@ -87,6 +90,7 @@ def plan_over(indexes: list[Index], weights: list[float], epochs: int) -> Plan:
         tokens_per_step=640,
         seed=0,
         epochs=epochs,
+        across_documents=across_documents,
     )
 
 
@@ -108,6 +112,7 @@ def same(one: Steps, other: Steps) -> bool:
         a.keys == b.keys
         and a.number == b.number
         and a.refused == b.refused
+        and a.across_documents == b.across_documents
         and all(torch.equal(getattr(a, name), getattr(b, name)) for name in TENSORS)
         for (_, mine), (_, others) in zip(one, other, strict=True)
         for a, b in zip(mine, others, strict=True)
@@ -133,6 +138,73 @@ def test_workers_change_nothing(
 ) -> None:
     monkeypatch.setattr(loader_module, "_SHARED_FROM", shared_from)
     assert same(load(*data), load(*data, workers=2, prefetch=3000))
+
+
+def test_weights_arrive_from_workers_and_every_slice_counts_for_itself(
+    data: tuple[Plan, Index],
+) -> None:
+    plan, index = data
+    weighting = Weighting("sample", ((1, 1),))
+    steps = load(*data, weighting=weighting)
+    assert same(steps, load(*data, weighting=weighting, workers=2))
+    for step, packs in steps:
+        for planned, pack in zip(step.packs, packs, strict=True):
+            assert pack.weights.shape == (2, planned.tokens)
+            assert pack.weights.sum(1).tolist() == pytest.approx([len(planned.entries)] * 2)
+    assert any(not entry.whole for step, _ in steps for p in step.packs for entry in p.entries)
+    world = next(plan.steps()).packs
+    idle = load(*data, weighting=weighting, rank=len(world), world=len(world) + 1)[0][1]
+    assert [pack.weights.shape for pack in idle] == [(2, 0)]
+    with pytest.raises(ValueError, match="uses of 2 sources, the plan has 1"):
+        load(plan, index, weighting=Weighting("token", ((1,), (1,))))
+
+
+def loaded_from_two(plan: Plan, indexes: list[Index], weighting: Weighting, workers: int) -> Steps:
+    return list(
+        Loader(plan, indexes, encode, rank=0, world=1, workers=workers, weighting=weighting)
+    )
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_a_pack_says_whether_its_documents_are_joined(
+    data: tuple[Plan, Index], across: bool
+) -> None:
+    plan, index = plan_of(data[1], across), data[1]
+    steps = load(plan, index)
+    assert same(steps, load(plan, index, workers=2))
+    for pack in (pack for _, packs in steps for pack in packs):
+        assert pack.across_documents is across
+        assert len(pack.cu_seqlens) == (2 if across else len(pack.keys) + 1)
+    assert any(len(pack.keys) > 1 for _, packs in steps for pack in packs)
+
+
+def test_a_source_weighs_nothing_in_an_objective_that_does_not_use_it(tmp_path: Path) -> None:
+    toys = index_of(captions(30), tmp_path)
+    games = index_of([page([30], f"g{number}") for number in range(20)], tmp_path, "games")
+    damage_image(toys.paths[0], toys, 7)  # sources must not shift when a document is left out
+    plan = Plan(
+        [toys, games],
+        [1.0, 1.0],
+        processor_fingerprint="p",
+        image_cost=image_cost,
+        tokens=128,
+        patches=64,
+        tokens_per_step=640,
+        seed=0,
+        epochs=1,
+    )
+    weighting = Weighting("token", ((1, 0), (1, 1)))
+    steps = loaded_from_two(plan, [toys, games], weighting, 0)
+    assert same(steps, loaded_from_two(plan, [toys, games], weighting, 2))
+    packs = [pack for _, packs in steps for pack in packs]
+    assert sum(len(pack.refused) for pack in packs) == 1
+    for pack in packs:
+        ends = pack.cu_seqlens.tolist()
+        for key, start, stop in zip(pack.keys, ends, ends[1:], strict=False):
+            counted = pack.weights[:, start:stop].sum(1).tolist()
+            learned = stop - start - 1
+            assert counted == [learned, learned if key.startswith("g") else 0]
+    assert any({key[0] for key in pack.keys} == {"g", "k"} for pack in packs)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

@@ -37,6 +37,7 @@ def test_types_are_what_the_model_takes() -> None:
     kinds = [getattr(pack, name).dtype for name in ("input_ids", "labels", "position_ids")]
     assert kinds == [torch.int64] * 3
     assert pack.cu_seqlens.dtype == torch.int32
+    assert pack.weights.dtype == torch.float32
     assert pack.pixels.dtype == torch.uint8
     assert pack.pixels.shape == (2, 4, 4, 3)
 
@@ -46,6 +47,9 @@ def test_across_documents_is_one_segment() -> None:
     assert pack.cu_seqlens.tolist() == [0, 5]
     assert pack.position_ids.tolist() == [0, 1, 2, 3, 4]
     assert pack.labels.tolist() == [IGNORED, 2, 3, 1, 2]
+    assert pack.across_documents
+    assert pack.to("cpu").across_documents
+    assert not collate([sample(5)], 0).across_documents
 
 
 def test_samples_are_not_changed() -> None:

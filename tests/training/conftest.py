@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from mllm.training import comm_op
 from mllm.training.launch import end_session, free_port, launcher
 from mllm.training.run_folder import RunFolder, read_lines
-from tests.training import tiny
+from tests.training import second, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 LORA: dict[str, Any] = {
@@ -25,6 +25,7 @@ LORA: dict[str, Any] = {
     "model__connector": {"name": "mlp", "init": "ridge"},
     "data__workers": 1,
 }
+BOTH = ("language_modeling", second.NAME)
 LONG: dict[str, Any] = {"run__epochs": 12, "run__checkpoint_every": 4, "run__zero": 3}
 
 
@@ -114,6 +115,24 @@ def writer(home: Path, runs: Runs) -> Writer:
     return write
 
 
+def weighted(home: Path) -> dict[str, Any]:
+    """Two objectives, documents weighed; seed 10 puts the broken one into the first step."""
+    return {
+        "objectives": list(BOTH),
+        "data__sources": sources(home, captions=BOTH, texts=BOTH[:1], broken=BOTH[1:]),
+        "data__loss_weights": "sqrt",
+        "run__seed": 10,
+    }
+
+
+def sources(home: Path, **objectives: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The sources of a recipe, each with its objectives."""
+    return [
+        {"path": str(home / "data" / f"{name}-*.tar"), "objectives": list(names)}
+        for name, names in objectives.items()
+    ]
+
+
 @pytest.fixture(scope="session")
 def two(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Everything that runs on two ranks."""
@@ -151,6 +170,16 @@ def two(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             run__zero=3,
         )
     )
+    recipes.append(write("weighted", run__zero=3, **weighted(home)))
+    recipes.append(
+        write(
+            "turns",
+            objectives=list(BOTH),
+            data__sources=sources(home, texts=BOTH[:1], broken=BOTH[1:]),
+            data__packing={"tokens": 64, "documents": 1},
+            run__tokens_per_step=64,
+        )
+    )
     recipes.append(write("hop", run__zero=2) + "@2")
     recipes.append(write("long", **LONG))
     recipes.append(write("changed", run__seed=5) + "@2")
@@ -172,6 +201,7 @@ def one(home: Path, two: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs
             write("fp32-3", run__zero=3),
             write("bf16-1", run__zero=1, run__precision="bf16"),
             write("lora", run__zero=0, **LORA),
+            write("weighted", run__zero=0, **weighted(home)),
             write("hop", run__zero=3),
             write("windows", **windows(home)),
         ],
@@ -184,5 +214,6 @@ def four(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """What runs on four ranks."""
     runs = Runs(tmp_path_factory.mktemp("four"))
     write = writer(home, runs)
-    run_many(4, [write("fp32-2", run__zero=2), write("fp32-3", run__zero=3)])
+    recipes = [write("fp32-2", run__zero=2), write("fp32-3", run__zero=3)]
+    run_many(4, [*recipes, write("weighted", run__zero=2, **weighted(home))])
     return runs

@@ -21,6 +21,7 @@ from mllm.recipe import load
 from mllm.training.control import Control
 from mllm.training.run_folder import RunFolder, read_lines
 from mllm.training.stage import Worker, start_processes
+from tests.training import second
 
 
 class StopAfter(Control):
@@ -44,6 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     rank = int(os.environ["RANK"])
     start_processes(Control(rank, None))
+    second.register()
     for argument in options.recipes:
         file, _, steps = argument.partition("@")
         recipe = load(file)

@@ -11,16 +11,19 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from data_packing.account import account
-from data_packing.document import Document, Image
+from data_packing.document import Document, DocumentError, Image
 from data_packing.ledger import Ledger
+from data_packing.pack import collate
 from data_packing.plan import PlannedPack, micro_packs
+from data_packing.sample import IGNORED
+from mllm import recipe_parts
 from mllm.models.assemble import assemble, load
 from mllm.recipe import load as load_recipe
 from mllm.training import build
 from mllm.training.checkpoint import read_state
 from mllm.training.run_folder import read_lines
 from tests.training import tiny
-from tests.training.conftest import Runs
+from tests.training.conftest import BOTH, Runs
 
 CLOSE = 2e-5
 COMBINATIONS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3)]
@@ -47,6 +50,75 @@ def test_the_loss_does_not_depend_on_ranks_accumulation_or_zero(
         assert runs.losses(run) == pytest.approx(reference, abs=CLOSE), name
         # AdamW's losses would not show gradients that are all too large by one factor
         assert runs.gradient_norms(run) == pytest.approx(norms, rel=1e-3), name
+
+
+def test_weighted_losses_do_not_depend_on_ranks_or_accumulation(
+    one: Runs, two: Runs, four: Runs
+) -> None:
+    reference, norms = one.losses("weighted"), one.gradient_norms("weighted")
+    assert len(reference) == 10
+    for runs in (two, four):
+        assert runs.losses("weighted") == pytest.approx(reference, abs=CLOSE)
+        assert runs.gradient_norms("weighted") == pytest.approx(norms, rel=1e-3)
+
+
+def test_every_objective_is_divided_by_the_weights_of_its_own_documents(
+    two: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe_parts, "OBJECTIVE_NAMES", BOTH)
+    record = read_lines(two.folder("weighted").metrics)[0]
+    assert record["refused"] == 1, "the first step has lost no document"
+    found = first_step(two.path / "weighted.yaml")
+    assert record["learned"] == sum(learned for _, learned, _, _ in found)
+    assert {source for source, *_ in found} == {0, 1, 2}
+
+    def mean(number: int, off: int, power: float) -> float:
+        """One objective's loss without one source, tokens counting n**-power."""
+        of = [document for document in found if document[0] != off]
+        whole = sum(document[2 + number] * document[1] ** -power for document in of)
+        return whole / sum(document[1] ** (1 - power) for document in of)
+
+    captions, texts, broken = 0, 1, 2
+    expected = mean(0, broken, 0.5) + mean(1, texts, 0.5)
+    assert record["loss"] == pytest.approx(expected, abs=2 * CLOSE)
+    others = [mean(0, broken, 0.0) + mean(1, texts, 0.0), mean(0, -1, 0.5) + mean(1, -1, 0.5)]
+    others.append(mean(0, captions, 0.5) + mean(1, texts, 0.5))
+    assert all(abs(expected - other) > 50 * CLOSE for other in others), "it makes no difference"
+
+
+def test_an_objective_may_have_nothing_to_learn_in_a_step(two: Runs) -> None:
+    losses = two.losses("turns")
+    assert len(losses) == 48
+    refused = [record["refused"] for record in read_lines(two.folder("turns").metrics)]
+    assert sum(refused) == 1
+    assert losses[refused.index(1)] == 0, "a step whose only document is refused"
+    assert all(loss > 0 for loss, lost in zip(losses, refused, strict=True) if not lost)
+
+
+def first_step(file: Path) -> list[tuple[int, int, float, float]]:
+    """Source, learned tokens and both sums of every document of a run's first step.
+
+    One document at a time, with the weights that the run began with.
+    """
+    recipe = load_recipe(file)
+    torch.manual_seed(recipe.run.seed)
+    model, processor, _ = build.model(recipe.model, recipe, torch.float32)
+    data = build.data(recipe, model, processor, 0, lambda _: None)
+    found = []
+    for entry in (entry for pack in next(data.plan.steps()).packs for entry in pack.entries):
+        assert entry.whole
+        try:
+            sample = processor.encode(data.indexes[entry.source].read(entry.document))
+        except DocumentError:
+            continue
+        pack = collate([sample], 0)
+        with torch.no_grad():
+            hidden = model.hidden_states(pack.input_ids, pack.pixels, cu_seqlens=pack.cu_seqlens)
+            logits = model.lm_head(hidden)[0]
+        loss = torch.nn.functional.cross_entropy(logits[:-1], pack.labels[1:], reduction="sum")
+        ones = ((hidden[0] - 1) ** 2).mean(1)[pack.labels != IGNORED].sum()
+        found.append((entry.source, pack.learned, float(loss), float(ones)))
+    return found
 
 
 def test_bf16_keeps_fp32_masters_and_stays_near_fp32(one: Runs, two: Runs) -> None:

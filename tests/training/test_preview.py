@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
+from data_packing.account import account
 from data_packing.document import Document, Text
 from data_packing.sharding import write_shards
 from mllm import cli
@@ -79,8 +80,7 @@ def test_a_recipe_becomes_a_page(home: Path, tmp_path: Path) -> None:
     assert html.count("<i class=s>&lt;e&gt;</i>") == 72 - 1
     recipe = load(file, ["run.seed=3"])
     model, processor, _ = build.model(recipe.model, recipe, torch.float32)
-    indexes = build.indexes(recipe, processor, 0)
-    assert seen.facts["hash"] == build.plan(recipe, model, processor, indexes).hash
+    assert seen.facts["hash"] == build.plan(recipe, model, processor, 0).hash
     assert not (tmp_path / "out").exists()
 
 
@@ -176,16 +176,16 @@ def test_a_source_listed_with_two_texts_is_counted_planned_and_shown_with_each(
         assert f"with the text {text!r}" in counted.stdout
     assert "; 1 refused" in counted.stdout
     before = set((tmp_path / "data").iterdir())
-    indexes = build.indexes(recipe, processor, 0)
+    plan = build.plan(recipe, model, processor, 0)
     new = set((tmp_path / "data").iterdir()) - before
     assert len(new) == 1, "the variants were counted beforehand, the texts as written were not"
-    plan = build.plan(recipe, model, processor, indexes)
-    assert {name: counts.refused for name, counts in plan.ledger.counts.items()} == {
+    ledger = account(plan, plan.end).ledger
+    assert {name: counts.refused for name, counts in ledger.counts.items()} == {
         "captions:alt": 0,
         "captions:synthetic": 1,
         "captions": 0,
     }
-    (refusal,) = plan.ledger.refused
+    (refusal,) = ledger.refused
     assert refusal.reason == "no text variant 'synthetic'; it has 'alt'"
     assert (
         preview(file, [], tmp_path / "p.html", 1000, 1, lambda _: None).facts["hash"] == plan.hash

@@ -9,28 +9,36 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_packing.loss_weights import Weighting
 from data_packing.pack import Pack, collate
 from data_packing.sample import Sample
 from mllm.models.assemble import assemble
+from mllm.objectives import OBJECTIVES
 from mllm.recipe import ModelSection, TrainSection
 from mllm.training import groups
 from mllm.training.stage import threads_per_rank
 from mllm.training.step import TrainStep
 from tests.training import tiny
+from tests.training.second import NAME, ToOnes
 
 LEARNS = TrainSection(lr=1e-3)
 FROZEN = TrainSection(frozen=True)
 EVERYTHING = {"encoder": LEARNS, "connector": LEARNS, "language_model": LEARNS}
 
 
-def make(home: Path, train: dict[str, TrainSection], connector: str = "mlp") -> tuple[Any, Any]:
+def make(
+    home: Path,
+    train: dict[str, TrainSection],
+    connector: str = "mlp",
+    objectives: tuple[str, ...] = ("language_modeling",),
+) -> tuple[Any, Any]:
     """A TrainStep in training mode and its processor."""
     options = {"visual_tokens": 1} if connector == "average_pool" else {}
     section = tiny.recipe(home, home)["model"] | {"connector": {"name": connector, **options}}
     torch.manual_seed(0)
     model, processor = assemble(ModelSection.model_validate(section))
     groups.freeze(model, train)
-    step = TrainStep(model, ("language_modeling",), capacity=64)
+    step = TrainStep(model, objectives, capacity=64)
     return step.train(), processor
 
 
@@ -43,7 +51,19 @@ def samples(processor: Any) -> list[Sample]:
 
 def run(step: TrainStep, pack: Pack) -> Tensor:
     """The pack's loss sum."""
-    return step(pack.input_ids, pack.labels, pack.position_ids, pack.cu_seqlens, pack.pixels)
+    return sums(step, pack).sum()
+
+
+def sums(step: TrainStep, pack: Pack) -> Tensor:
+    """The sum of each objective over the pack."""
+    return step(
+        pack.input_ids,
+        pack.labels,
+        pack.weights,
+        pack.position_ids,
+        pack.cu_seqlens,
+        pack.pixels,
+    )
 
 
 def gradients(step: TrainStep) -> dict[str, Tensor]:
@@ -51,20 +71,27 @@ def gradients(step: TrainStep) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in step.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("connector", ["mlp", "average_pool"])
-def test_packed_equals_unpacked(home: Path, connector: str) -> None:
+@pytest.mark.parametrize(
+    ("connector", "rule"),
+    [("mlp", "token"), ("average_pool", "token"), ("mlp", "sample"), ("mlp", "sqrt")],
+)
+def test_packed_equals_unpacked(home: Path, connector: str, rule: str) -> None:
     step, processor = make(home, EVERYTHING, connector)
-    documents = samples(processor)
-    packed = run(step, collate(documents, 0))
+    documents, weighting = samples(processor), Weighting(rule)
+    pack = collate(documents, 0, weighting=weighting)
+    packed = run(step, pack)
     packed.backward()
     expected = gradients(step)
     step.zero_grad()
 
-    alone = torch.zeros(())
+    alone, weight = torch.zeros(()), 0.0
     for i, document in enumerate(documents):
-        loss = run(step, collate([document], i))
+        one = collate([document], i, weighting=weighting)
+        loss = run(step, one)
         loss.backward()
         alone += loss.detach()
+        weight += one.weights.sum().item()
+    assert pack.weights.sum().item() == pytest.approx(weight, rel=1e-6)
     assert packed.item() == pytest.approx(alone.item(), rel=1e-6)
     got = gradients(step)
     assert got.keys() == expected.keys()
@@ -75,7 +102,8 @@ def test_packed_equals_unpacked(home: Path, connector: str) -> None:
 
 def test_the_loss_is_the_plain_cross_entropy_at_learned_positions(home: Path) -> None:
     step, processor = make(home, EVERYTHING)
-    pack = collate(samples(processor), 0)
+    documents = samples(processor)
+    pack = collate(documents, 0)
     with torch.no_grad():
         got = run(step, pack)
         hidden = step.model.hidden_states(
@@ -85,11 +113,39 @@ def test_the_loss_is_the_plain_cross_entropy_at_learned_positions(home: Path) ->
             cu_seqlens=pack.cu_seqlens,
         )
         logits = step.model.lm_head(hidden)[0]
-        expected = torch.nn.functional.cross_entropy(
-            logits[:-1], pack.labels[1:], ignore_index=-100, reduction="sum"
+        losses = torch.nn.functional.cross_entropy(
+            logits[:-1], pack.labels[1:], ignore_index=-100, reduction="none"
         )
     assert pack.learned == int((pack.labels[1:] != -100).sum())
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(got, losses.sum())
+
+    ends = [end - 1 for end in pack.cu_seqlens.tolist()[1:]]
+    of_documents = losses.tensor_split(ends[:-1])
+    for rule, power in (("sample", 1.0), ("sqrt", 0.5)):
+        with torch.no_grad():
+            got = run(step, collate(documents, 0, weighting=Weighting(rule)))
+        expected = sum(part.sum() / (part != 0).sum() ** power for part in of_documents)
+        torch.testing.assert_close(got, expected)
+
+
+def test_every_objective_has_its_own_sum_and_weights(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OBJECTIVES, NAME, ToOnes)
+    plain, processor = make(home, EVERYTHING)
+    step, _ = make(home, EVERYTHING, objectives=("language_modeling", NAME))
+    documents = samples(processor)
+    pack = collate(documents, 0, weighting=Weighting("sqrt", ((1, 1),)), sources=[0] * 6)
+    with torch.no_grad():
+        language, ones = sums(step, pack)
+        alone = run(plain, collate(documents, 0, weighting=Weighting("sqrt")))
+        pack.weights[0] = 0
+        silenced = sums(step, pack)
+        empty = sums(step, Pack.empty(2))
+    torch.testing.assert_close(language, alone)
+    assert ones > 0
+    assert silenced.tolist() == [0, ones.item()]
+    assert empty.tolist() == [0, 0]
 
 
 def test_a_rank_without_a_pack_gives_zero_loss_and_zero_gradients(home: Path) -> None:
