@@ -1,10 +1,10 @@
 """From files to packs: reading, sharding, indexing, planning, packing and loading.
 
-Reading order: document.py, formats/, sample.py, shards.py, index.py, packing.py, balance.py,
-plan.py, loss_weights.py, pack.py, loader.py, workers.py. Nothing here knows the model. It is handed
-`cost(document)` for the index and `encode(document)` for the loader. Only pack.py, loader.py and
-workers.py import torch; everything that plans runs without it. For people who look at data:
-info.py, lint.py and preview.py.
+Reading order: document.py, formats/, sample.py, shards.py, index.py, corpus.py, mixture.py,
+packing.py, balance.py, plan.py, account.py, loss_weights.py, pack.py, loader.py, workers.py.
+Nothing here knows the model. It is handed `cost(document)` for the index and `encode(document)` for
+the loader. Only pack.py, loader.py and workers.py import torch; everything that plans runs without
+it. For people who look at data: info.py, lint.py and preview.py.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from data_packing.loss_weights import Weighting
     from data_packing.pack import Pack, collate
     from data_packing.packing import pack_lengths
-    from data_packing.plan import Cursor, Plan
+    from data_packing.plan import Plan
+    from data_packing.planned import Cursor
     from data_packing.sample import Cost, ImageSlot, Sample
     from data_packing.sharding import write_shards
 
 _HOMES = {
     "Cost": "sample",
-    "Cursor": "plan",
+    "Cursor": "planned",
     "Document": "document",
     "DocumentError": "images",
     "Image": "document",

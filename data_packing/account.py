@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from data_packing.ledger import Ledger
 from data_packing.mixture import Picks
-from data_packing.plan import Cursor, Plan, Window
+from data_packing.plan import Plan, Window
+from data_packing.planned import Cursor
 
 Marks = NDArray[np.bool_]
 

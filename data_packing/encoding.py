@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from data_packing.document import Document, DocumentError
-from data_packing.plan import Entry
+from data_packing.planned import Entry
 from data_packing.sample import Sample
 
 Encode = Callable[[Document], Sample]

@@ -21,7 +21,8 @@ from data_packing.index import Index, Place
 from data_packing.ledger import Refusal
 from data_packing.loss_weights import EVEN, Weighting
 from data_packing.pack import TENSORS, Empty, Pack, collate, plain
-from data_packing.plan import Cursor, Entry, Plan, PlannedPack, PlannedStep, micro_packs
+from data_packing.plan import Plan
+from data_packing.planned import Cursor, Entry, PlannedPack, PlannedStep, micro_packs
 from data_packing.shards import parse_span
 from data_packing.workers import Job, Memory, Shape, Workers
 

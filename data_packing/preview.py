@@ -20,7 +20,8 @@ from data_packing.document import Document, DocumentError
 from data_packing.encoding import Encode, encode_entry
 from data_packing.index import Index
 from data_packing.ledger import Ledger, Refusal
-from data_packing.plan import Entry, Plan, PlannedPack
+from data_packing.plan import Plan
+from data_packing.planned import Entry, PlannedPack
 from data_packing.sample import IGNORED, Sample
 
 THUMBNAIL = 128

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_packing.ledger import Refusal, too_many
 from data_packing.pack import Pack
-from data_packing.plan import PlannedStep
+from data_packing.planned import PlannedStep
 from mllm.recipe import Recipe
 from mllm.training import engine as engines
 from mllm.training import schedule

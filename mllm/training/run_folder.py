@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from data_packing.files import sync_folder
-from mllm.recipe import Recipe
+from mllm.recipe import Recipe, RecipeError, load
 
 FULL_DISK = (28, 122, 27)  # ENOSPC, EDQUOT, EFBIG
 
@@ -102,7 +102,7 @@ class RunFolder:
         begun = self.begun()
         if begun is None:
             return
-        changes = differences(begun.get("identity", {}), identity)
+        changes = differences(self._since(begun.get("identity", {})), identity)
         if changes:
             state = "finished" if self.finished() is not None else "begun"
             raise ValueError(
@@ -110,6 +110,14 @@ class RunFolder:
                 + "\n".join(f"  {line}" for line in changes)
                 + f"\nTo train with the new one, give another run.output or delete {self.path}."
             )
+
+    def _since(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """An identity with the defaults of keys that recipes did not have when it was written."""
+        try:
+            known = load(self.recipe).identity()
+        except RecipeError:
+            return identity
+        return known | identity
 
     def begin(self, recipe: Recipe, facts: dict[str, Any]) -> None:
         """Write recipe.yaml and run.json."""

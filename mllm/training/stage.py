@@ -24,7 +24,8 @@ from data_packing.account import account
 from data_packing.ledger import Refusal
 from data_packing.loader import Loader
 from data_packing.loss_weights import Weighting
-from data_packing.plan import Cursor, Plan
+from data_packing.plan import Plan
+from data_packing.planned import Cursor
 from mllm.recipe import Recipe
 from mllm.training import build, checkpoint, comm_op, engine, export, groups, loop
 from mllm.training.control import Control

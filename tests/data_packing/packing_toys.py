@@ -16,7 +16,8 @@ from data_packing.document import Document, Image, Text
 from data_packing.images import decode_all
 from data_packing.index import Index, build_index
 from data_packing.ledger import Refusal
-from data_packing.plan import Plan, PlannedStep
+from data_packing.plan import Plan
+from data_packing.planned import PlannedStep
 from data_packing.sample import Cost, ImageSlot, Sample
 from data_packing.sharding import write_shards
 

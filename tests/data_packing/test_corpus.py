@@ -19,7 +19,8 @@ from data_packing.corpus import Corpus, Stop
 from data_packing.index import Index, build_index
 from data_packing.loader import Loader
 from data_packing.pack import TENSORS
-from data_packing.plan import Cursor, Plan, PlannedStep
+from data_packing.plan import Plan
+from data_packing.planned import Cursor, PlannedStep
 from data_packing.sharding import write_shards
 
 WINDOW = 60  # documents; the large sources have 250 between them

@@ -40,7 +40,8 @@ from data_packing.index import Index, build_index, source_names
 from data_packing.loader import Loader
 from data_packing.loss_weights import Weighting
 from data_packing.pack import TENSORS, Pack
-from data_packing.plan import Cursor, Plan, PlannedStep, micro_packs
+from data_packing.plan import Plan
+from data_packing.planned import Cursor, PlannedStep, micro_packs
 from data_packing.sample import Sample
 from data_packing.sharding import write_shards
 from data_packing.shards import index_path, load_index

@@ -23,7 +23,7 @@ from data_packing.account import account
 from data_packing.balance import WINDOW, PackCost
 from data_packing.index import Index, build_index, source_names
 from data_packing.ledger import Refusal
-from data_packing.plan import Cursor, PlannedPack, PlannedStep, micro_packs
+from data_packing.planned import Cursor, PlannedPack, PlannedStep, micro_packs
 
 BALANCE = PackCost(tokens=1.0, pairs=0.01, patches=0.1)
 

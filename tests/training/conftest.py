@@ -116,12 +116,12 @@ def writer(home: Path, runs: Runs) -> Writer:
 
 
 def weighted(home: Path) -> dict[str, Any]:
-    """Two objectives, documents weighed; seed 10 puts the broken one into the first step."""
+    """Two objectives, documents weighed; seed 9 puts the broken one into the first step."""
     return {
         "objectives": list(BOTH),
         "data__sources": sources(home, captions=BOTH, texts=BOTH[:1], broken=BOTH[1:]),
         "data__loss_weights": "sqrt",
-        "run__seed": 10,
+        "run__seed": 9,
     }
 
 

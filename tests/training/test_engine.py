@@ -14,7 +14,7 @@ from data_packing.account import account
 from data_packing.document import Document, DocumentError, Image
 from data_packing.ledger import Ledger
 from data_packing.pack import collate
-from data_packing.plan import PlannedPack, micro_packs
+from data_packing.planned import PlannedPack, micro_packs
 from data_packing.sample import IGNORED
 from mllm import recipe_parts
 from mllm.models.assemble import assemble, load
@@ -103,12 +103,12 @@ def first_step(file: Path) -> list[tuple[int, int, float, float]]:
     recipe = load_recipe(file)
     torch.manual_seed(recipe.run.seed)
     model, processor, _ = build.model(recipe.model, recipe, torch.float32)
-    data = build.data(recipe, model, processor, 0, lambda _: None)
+    plan = build.plan(recipe, model, processor, 0)
     found = []
-    for entry in (entry for pack in next(data.plan.steps()).packs for entry in pack.entries):
+    for entry in (entry for pack in next(plan.steps()).packs for entry in pack.entries):
         assert entry.whole
         try:
-            sample = processor.encode(data.indexes[entry.source].read(entry.document))
+            sample = processor.encode(plan.first.indexes[entry.source].read(entry.document))
         except DocumentError:
             continue
         pack = collate([sample], 0)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from mllm.recipe import load
 from mllm.training import checkpoint
 from mllm.training.control import Control, message, parent_lives, parent_mark
 from mllm.training.launch import Tail
@@ -26,6 +27,7 @@ from mllm.training.run_folder import (
     read_lines,
     write_atomically,
 )
+from tests.training import tiny
 from tests.training.conftest import Runs
 
 
@@ -201,6 +203,18 @@ def test_an_output_that_is_a_file_is_said(tmp_path: Path) -> None:
     path.touch()
     with pytest.raises(ValueError, match="is a file; give the name of a folder"):
         RunFolder(path).check_same({})
+
+
+def test_a_key_that_recipes_did_not_have_then_counts_as_its_default(tmp_path: Path) -> None:
+    recipe = load(tiny.write_recipe(tmp_path / "r.yaml", tiny.recipe(tmp_path, tmp_path / "out")))
+    identity = recipe.identity()
+    folder = RunFolder(tmp_path / "out")
+    before = {key: value for key, value in identity.items() if key != "data.window"}
+    folder.begin(recipe, {"identity": before})
+    folder.check_same(identity)
+    for key, value in (("data.window", 3), ("run.seed", 7)):
+        with pytest.raises(ValueError, match=f"{key}: was "):
+            folder.check_same(identity | {key: value})
 
 
 def test_errors_are_said_as_people_need_them() -> None:
