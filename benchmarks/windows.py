@@ -40,6 +40,7 @@ from data_packing.shards import VERSION, index_path
 
 SHARD = 10_000
 CAPACITY = 8192
+MEAN = 195  # tokens of a document
 FINGERPRINT = "windows"
 RESULT = Path(__file__).parent / "results" / "windows.md"
 
@@ -123,9 +124,9 @@ class Row:
         millions: of documents.
         windows: how many.
         first: seconds until the first step is planned.
-        steps, packs: of the epoch.
+        steps, packs: of an epoch's worth of tokens.
         efficiency: share of the packs' room that is used.
-        seconds, cpu: for all steps of the epoch, the first included.
+        seconds, cpu: for all these steps, the first included.
         resident: MiB that the process held at most, less what it held after its imports.
     """
 
@@ -165,11 +166,10 @@ HEADERS = (
 
 
 def plan_all(folder: Path, millions: int, window: int) -> Row:
-    """Plan an epoch as training does, step by step."""
+    """Plan an epoch's worth of tokens as training does, step by step."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     started, cpu = time.perf_counter(), time.process_time()
     corpus = corpus_of(folder, window)
-    tokens = millions * 1_000_000 * 194  # more than an epoch has
     plan = Plan(
         corpus,
         [1.0],
@@ -179,15 +179,13 @@ def plan_all(folder: Path, millions: int, window: int) -> Row:
         patches=2**40,
         tokens_per_step=64 * CAPACITY,
         seed=0,
-        token_budget=tokens,
+        token_budget=millions * 1_000_000 * MEAN,
     )
     first, packs, used, steps = 0.0, 0, 0, 0
     for step in plan.steps():
         first = first or time.perf_counter() - started
         steps, packs = steps + 1, packs + len(step.packs)
         used += sum(pack.tokens for pack in step.packs)
-        if step.after.visit >= max(1, corpus.windows) or packs * CAPACITY > tokens:
-            break
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     full = used / (packs * CAPACITY)
@@ -218,7 +216,7 @@ def as_markdown(rows: Sequence[tuple[Row, int]], command: str) -> str:
         "",
         f"Documents of one image (144 tokens) and about 50 words, packs of {CAPACITY:,} tokens, 64 "
         "of them a step. `first step`: from nothing to the first planned step, the indexes of the "
-        "window read. `whole epoch`: every step planned, one process, nothing else done meanwhile. "
+        "window read. `whole epoch`: every step planned, by one process that does nothing else. "
         "`memory`: the most that the process held, less what it held after its imports. "
         f"Indexes and token counts take {size / last.millions / 1e6:.0f} bytes a document on disk.",
         "",

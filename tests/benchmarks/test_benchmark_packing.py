@@ -11,13 +11,16 @@ from benchmarks import packing
 
 def test_it_measures_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "results" / "packing.md"
-    options = ["--documents", "300", "--capacities", "4096", "--output", str(page)]
+    options = ["--documents", "300", "--capacities", "4096", "--at-once", "2000"]
+    options += ["--output", str(page)]
     packing.main(options)
     printed, written = capsys.readouterr().out, page.read_text()
     for name in packing.DISTRIBUTIONS:
         assert name in printed
         assert f"| {name} | 300 | 4096 | ours | 0." in written
-    assert "`python -m benchmarks.packing --documents 300 --capacities 4096`" in written
+    command = "python -m benchmarks.packing --documents 300 --capacities 4096 --at-once 2000"
+    assert f"`{command}`" in written
+    assert "## 2,000 documents at once" in written
     assert "Python 3." in written
 
 
