@@ -12,13 +12,14 @@ window by window; a source that is in every window gives each visit its part of 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
+
+from data_packing.ahead import Ahead
 
 Picks = tuple[NDArray[np.int32], NDArray[np.int64]]
 """(source, unit) of consecutive places of the stream."""
@@ -128,7 +129,7 @@ class Mixture:
         self.first, self.last = first, last
         if last is None and not any(part.count for part in parts):
             raise ValueError("no source has a unit, so the stream has no end and no start")
-        self._visits: OrderedDict[int, Picks] = OrderedDict()
+        self._visits = Ahead(self._shuffle)
 
     @property
     def length(self) -> int | None:
@@ -149,7 +150,7 @@ class Mixture:
         while start < stop:
             first, after = self.start(visit), self.start(visit + 1)
             until = min(stop, after)
-            source, unit = self._visit(visit)
+            source, unit = self._visits.get(visit)
             sources.append(source[start - first : until - first])
             units.append(unit[start - first : until - first])
             start, visit = until, visit + 1
@@ -169,24 +170,19 @@ class Mixture:
                 high = middle
         return low
 
-    def _visit(self, visit: int) -> Picks:
-        """All units of one visit, in order; the last two asked for are kept."""
-        picks = self._visits.get(visit)
-        if picks is None:
-            sources, units = [], []
-            for source, part in enumerate(self.parts):
-                at, stop = part.span(visit)
-                while at < stop:
-                    number, inside = divmod(at, part.count)
-                    order = shuffled(part.count, self.seed, 1, *part.key, number)
-                    own = order[inside : inside + stop - at]
-                    sources.append(np.full(len(own), source, dtype=np.int32))
-                    units.append(own)
-                    at += len(own)
-            source_of = np.concatenate(sources) if sources else np.zeros(0, dtype=np.int32)
-            unit_of = np.concatenate(units) if units else np.zeros(0, dtype=np.int64)
-            order = shuffled(len(unit_of), self.seed, 2, visit)
-            picks = self._visits[visit] = source_of[order], unit_of[order]
-            if len(self._visits) > 2:
-                self._visits.popitem(last=False)
-        return picks
+    def _shuffle(self, visit: int) -> Picks:
+        """All units of one visit, in order."""
+        sources, units = [], []
+        for source, part in enumerate(self.parts):
+            at, stop = part.span(visit)
+            while at < stop:
+                number, inside = divmod(at, part.count)
+                order = shuffled(part.count, self.seed, 1, *part.key, number)
+                own = order[inside : inside + stop - at]
+                sources.append(np.full(len(own), source, dtype=np.int32))
+                units.append(own)
+                at += len(own)
+        source_of = np.concatenate(sources) if sources else np.zeros(0, dtype=np.int32)
+        unit_of = np.concatenate(units) if units else np.zeros(0, dtype=np.int64)
+        order = shuffled(len(unit_of), self.seed, 2, visit)
+        return source_of[order], unit_of[order]

@@ -152,6 +152,7 @@ class Plan:
         self.image_cost, self.seed, self.max_refused = image_cost, seed, max_refused
         self.packs_per_step = max(1, tokens_per_step // tokens)
         self._windows = Ahead(self._open)
+        self._mixtures = Ahead(self._mix)
         self._blocks = Ahead(self._pack)
         self._lacking = 0
         self.first = self.window(0)
@@ -257,6 +258,9 @@ class Plan:
 
     def mixture(self, visit: int) -> Mixture:
         """The stream of units that a visit takes; of one window, the whole run's."""
+        return self._mixtures.get(visit)
+
+    def _mix(self, visit: int) -> Mixture:
         corpus, window = self.corpus, self.window(visit)
         counts = zip(self.rates, window.slices, corpus.resident, strict=True)
         parts = [
