@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -25,6 +28,40 @@ HERE = Path(__file__).parent
 def test_an_unknown_executor_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown executor 'spark'; valid: local, ray"):
         Executor("spark")
+
+
+KILLED = """
+import os, signal
+from test_executors import name_and_wait
+from data_packing.executors import Executor
+if __name__ == "__main__":
+    for process in Executor("local", 2).each(name_and_wait, range(9)):
+        print(process, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def name_and_wait(thing: int) -> int:
+    """Give the first result at once, the others late."""
+    time.sleep(0 if thing == 0 else 60)
+    return os.getpid()
+
+
+def test_processes_leave_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "killed.py").write_text(KILLED)
+    paths = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    run = subprocess.run(
+        [sys.executable, str(tmp_path / "killed.py")],
+        env=os.environ | {"PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        timeout=60,
+    )
+    worker = int(run.stdout)
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{worker}").exists()
 
 
 @pytest.fixture(scope="module")
