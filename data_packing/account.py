@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -156,11 +156,14 @@ def _enter(ledger: Ledger, window: Window, source: int, used: Marks) -> None:
     ledger.read(index.name, index.records)
     for refusal in window.refused(source):
         ledger.refuse(refusal)
-    numbers, slices = np.unique(units.document[used], return_counts=True)
-    planned = dict(zip(numbers.tolist(), slices.tolist(), strict=True))
-    split = zip(units.split_documents, units.split, units.pieces_refused, strict=True)
-    for number, how, lost in split:
-        if number in planned:
-            ledger.cut(how, lost, planned[number])
-    ledger.use(index.name, len(numbers))
-    ledger.of(index.name).unreached += len(np.unique(units.document)) - len(numbers)
+    slices = np.bincount(units.document)
+    planned = np.bincount(units.document[used], minlength=len(slices))
+    for number, how, lost in zip(
+        units.split_documents, units.split, units.pieces_refused, strict=True
+    ):
+        if planned[number]:
+            if planned[number] < slices[number]:
+                how = replace(how, reason=f"{how.reason}; {planned[number]} in the run")
+            ledger.cut(how, lost, int(planned[number]))
+    ledger.use(index.name, int(np.count_nonzero(planned)))
+    ledger.of(index.name).unreached += int(np.count_nonzero(slices) - np.count_nonzero(planned))

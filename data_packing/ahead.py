@@ -31,10 +31,15 @@ class Ahead(Generic[K, V]):
         Raises:
             BaseException: whatever making it raised, here or in the background.
         """
-        future, mine = self._claim(key)
-        if mine:
-            self._run(key, future)
-        return future.result()
+        while True:
+            future, mine = self._claim(key)
+            if mine:
+                self._run(key, future)
+            try:
+                return future.result()
+            except InterruptedError:
+                if mine:
+                    raise  # otherwise it was given up in the background, before anybody asked
 
     def prepare(self, key: K) -> None:
         """Make the thing of a key in the background, unless it is there."""

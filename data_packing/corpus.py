@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from fractions import Fraction
+from itertools import accumulate, pairwise
 from math import ceil
 from pathlib import Path
 from threading import Event
@@ -73,6 +74,7 @@ class Corpus:
             for source, (paths, resident) in enumerate(zip(shards, self.resident, strict=True))
         ]
         self._index, self._stop = index, Event()
+        self._shares: dict[int, list[Fraction]] = {}
         self._everywhere = Ahead(self._whole, len(shards))
 
     @classmethod
@@ -110,6 +112,18 @@ class Corpus:
         self._stop.set()
         self._stop = Event()
 
+    def share(self, source: int, window: int) -> tuple[Fraction, Fraction]:
+        """Where a window starts and stops in a source, 0 to 1, by documents.
+
+        The first call asks every shard of the source how many it has.
+        """
+        if source not in self._shares:
+            groups = self._groups[source]
+            found = [sum(map(_count, group)) for group in groups]
+            ends = [0, *accumulate(found)]
+            self._shares[source] = [Fraction(end, max(1, ends[-1])) for end in ends]
+        return self._shares[source][window], self._shares[source][window + 1]
+
     def shards(self, source: int, window: int) -> int:
         """How many shards of a source are in a window."""
         return len(self._groups[source][0 if self.resident[source] else window])
@@ -134,4 +148,8 @@ class Corpus:
 
 def _documents(paths: Sequence[Path]) -> int:
     """About how many documents shards hold; one shard cannot be cut, so it is not asked."""
-    return len(paths) * len(load_index(paths[0])["offset"]) if len(paths) > 1 else 0
+    return len(paths) * _count(paths[0]) if len(paths) > 1 else 0
+
+
+def _count(shard: Path) -> int:
+    return len(load_index(shard)["offset"])

@@ -2,12 +2,15 @@
 
 `weight` is the number of passes over a source in one epoch: 1.0 takes every document once, 2.0
 twice, 0.5 takes half of them in one epoch and the other half in the next. `cap` is the most
-documents that an epoch takes of a source, whatever its weight. Each pass has its own order, and
-every visit to the data shuffles all its sources together. Orders come from a hash, not from a
-random number generator whose stream may change between versions.
+documents (or slices) that an epoch takes of a source, whatever its weight; the next epoch takes
+others. Each pass has its own order, and every visit to the data shuffles all its sources together.
+Orders come from a hash, not from a random number generator whose stream may change between
+versions.
 
 A corpus in one window is visited once per epoch. One in several windows (corpus.py) is visited
-window by window; a source that is in every window gives each visit its part of an epoch.
+window by window. There a source that is in every window gives each visit its part of an epoch, a
+cap is shared out among the windows of its source by their documents, and a weight that is no whole
+number takes its share of each window, rounded so that all together are right to a document or two.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from math import floor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,10 +68,12 @@ class Rate:
         if self.cap is not None and self.cap < 1:
             raise ValueError(f"a source has cap {self.cap}; it must be at least 1")
 
-    def of(self, count: int, share: Fraction = Fraction(1)) -> Fraction:
-        """Units of an epoch, of `count` units that are this share of the source."""
-        units = Fraction(str(self.weight)) * count
-        return units if self.cap is None else min(units, self.cap * share)
+    def of(self, count: int) -> Fraction:
+        """Units that the weight takes in an epoch, of `count` units."""
+        return Fraction(str(self.weight)) * count
+
+
+_GOLDEN = 0x9E3779B97F4A7C15  # of 2^64: its multiples spread evenly
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,7 @@ class Part:
             only one visit of an epoch comes here.
         offset: 0 to 1, so that the windows of a source do not all round down in the same turn.
         key: of its orders.
+        below: of a cap that is shared out among windows, what the windows before this one get.
     """
 
     count: int
@@ -88,24 +95,55 @@ class Part:
     every: int
     offset: Fraction
     key: tuple[int, ...]
+    below: Fraction | None = None
 
     @classmethod
-    def of(
-        cls, rate: Rate, count: int, source: int, window: int, windows: int, resident: bool
+    def everywhere(cls, rate: Rate, count: int, source: int, windows: int) -> Part:
+        """The part of a source that is in every window."""
+        units = rate.of(count)
+        units = units if rate.cap is None else min(units, Fraction(rate.cap))
+        return cls(count, units / windows, 1, Fraction(0), (source,))
+
+    @classmethod
+    def inside(
+        cls,
+        rate: Rate,
+        count: int,
+        source: int,
+        window: int,
+        windows: int,
+        share: tuple[Fraction, Fraction] | None,
     ) -> Part:
-        """The part of a source that is in this window, or (resident) in every one."""
-        if resident:
-            return cls(count, rate.of(count) / windows, 1, Fraction(0), (source,))
-        # By Hermite's identity the windows' whole numbers, with these offsets, add up to the
-        # whole number of their sum, in every epoch.
-        per_turn = rate.of(count, Fraction(1, windows))
-        return cls(count, per_turn, windows, Fraction(window, windows), (source, window))
+        """The part of a source that is in one window.
+
+        Args:
+            share: where the window starts and stops in the source, 0 to 1; for a cap.
+        """
+        units, key = rate.of(count), (source, window)
+        if rate.cap is not None:
+            assert share is not None
+            low, high = (rate.cap * bound for bound in share)
+            if high - low < units:
+                return cls(count, high - low, windows, Fraction(0), key, low)
+        return cls(count, units, windows, Fraction(window, windows), key)
 
     def span(self, visit: int) -> tuple[int, int]:
         """Where a visit starts and stops in the endless row of passes over the units."""
         turn = visit // self.every
+        if self.below is not None:
+            before = sum(self._capped(number) for number in range(turn))
+            return before, before + self._capped(turn)
         start, stop = (self.per_turn * (turn + more) + self.offset for more in (0, 1))
         return int(start), int(stop)
+
+    def _capped(self, turn: int) -> int:
+        """Units of a turn: the windows' together are the cap, since each starts where one ends.
+
+        Where the bounds are rounded moves from turn to turn, so every window has its share.
+        """
+        assert self.below is not None
+        start = self.below + Fraction(turn * _GOLDEN % 2**64, 2**64)
+        return floor(start + self.per_turn) - floor(start)
 
 
 class Mixture:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import ceil
@@ -37,6 +37,9 @@ VERSION = 3
 
 BLOCK = 65_536
 """Documents (or slices of documents) that are packed together, at least."""
+
+THIN = 10
+"""Epochs without any document after which nobody waits for one."""
 
 STEPS = 64
 """Steps that a block holds, at least: packs are sorted by cost inside a block."""
@@ -103,6 +106,9 @@ class Plan:
         balance: what packs cost, to make steps of packs that cost alike; None leaves the packs in
             the order of packing.
         max_refused: the share of a window's documents that may be refused.
+        seen: fingerprints of windows that the run has opened before, by number; where there are
+            several. They must still be the same.
+        tell: given the number and fingerprint of each of several windows when it is opened.
 
     Attributes:
         first: the window that the run starts in.
@@ -132,6 +138,8 @@ class Plan:
         across_documents: bool = False,
         balance: PackCost | None = None,
         max_refused: float = 1.0,
+        seen: Mapping[int, str] | None = None,
+        tell: Callable[[int, str], None] = lambda number, fingerprint: None,
     ) -> None:
         if (epochs is None) == (token_budget is None):
             raise ValueError("give epochs or a token budget, one of the two")
@@ -154,6 +162,7 @@ class Plan:
         self._windows = Ahead(self._open)
         self._mixtures = Ahead(self._mix)
         self._blocks = Ahead(self._pack)
+        self._seen, self._tell = dict(seen or {}), tell
         self._lacking = 0
         self.first = self.window(0)
         self.hash = self._hash(processor_fingerprint)
@@ -238,19 +247,20 @@ class Plan:
             return
         visits = self.visits
         if cursor.step < self.total_steps and (visits is None or cursor.visit < visits):
-            window = self.window(cursor.visit)
-            length = self.mixture(cursor.visit).length
-            head = cursor.offset % self.packs_per_step
-            if (
-                cursor.window == window.fingerprint
-                and (length is None or cursor.block * window.block < length)
-                and cursor.offset < len(self.block(cursor.visit, cursor.block, head).packs)
-            ):
+            window, place = self.window(cursor.visit), (cursor.block, cursor.offset)
+            if cursor.window == window.fingerprint and (place == (0, 0) or self._inside(cursor)):
                 return
         raise ValueError(
             f"{cursor} is no place in this plan of {self.total_steps} steps: it belongs to a plan "
             "with other data or settings"
         )
+
+    def _inside(self, cursor: Cursor) -> bool:
+        """Whether a cursor inside a visit stands before a pack of it."""
+        if cursor.block and self.block(cursor.visit, cursor.block - 1).last:
+            return False
+        head = cursor.offset % self.packs_per_step
+        return cursor.offset < len(self.block(cursor.visit, cursor.block, head).packs)
 
     def window(self, visit: int) -> Window:
         """The window that a visit comes to."""
@@ -262,11 +272,15 @@ class Plan:
 
     def _mix(self, visit: int) -> Mixture:
         corpus, window = self.corpus, self.window(visit)
-        counts = zip(self.rates, window.slices, corpus.resident, strict=True)
-        parts = [
-            Part.of(rate, len(units), source, window.number, corpus.windows, resident)
-            for source, (rate, units, resident) in enumerate(counts)
-        ]
+        parts = []
+        for source, (rate, units) in enumerate(zip(self.rates, window.slices, strict=True)):
+            if corpus.resident[source]:
+                parts.append(Part.everywhere(rate, len(units), source, corpus.windows))
+                continue
+            share = corpus.share(source, window.number) if rate.cap is not None else None
+            parts.append(
+                Part.inside(rate, len(units), source, window.number, corpus.windows, share)
+            )
         if corpus.windows == 1:
             return Mixture(parts, self.seed, 0, self.epochs)
         return Mixture(parts, self.seed, visit, visit + 1)
@@ -307,8 +321,10 @@ class Plan:
             missing, at = missing - (stop - at), stop
             if at == len(block.packs):
                 empty = 0 if block.packs else empty + 1
-                if empty > self.corpus.windows:
-                    raise ValueError("the weights are so small that an epoch holds no document")
+                if empty > THIN * self.corpus.windows:
+                    raise ValueError(
+                        f"the weights are so small that {THIN} epochs hold no document"
+                    )
                 visit, number, at = (visit + 1, 0, 0) if block.last else (visit, number + 1, 0)
             if missing == 0:
                 step += 1
@@ -346,6 +362,14 @@ class Plan:
             for column in (units.document, units.stop_piece, units.tokens, units.patches):
                 digest.update(np.ascontiguousarray(column).tobytes())
         window = Window(number, indexes, slices, digest.hexdigest()[:32], self._block_size(slices))
+        if self.corpus.windows > 1:
+            if self._seen.setdefault(number, window.fingerprint) != window.fingerprint:
+                raise ValueError(
+                    f"the data changed since this run began: window {number + 1} of "
+                    f"{self.corpus.windows}, with {indexes[0].paths[0].name}, is not what it was; "
+                    "restore it, or start anew in another folder"
+                )
+            self._tell(number, window.fingerprint)
         refused = [item for at, index in enumerate(indexes) for item in window.refused(at)]
         documents = sum(index.records for index in indexes)
         too_many(refused, documents, self.max_refused, "documents")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import current_thread
 from typing import Any
@@ -58,6 +58,8 @@ def plan(
     *,
     share: float = 0.0,
     judge: bool = True,
+    seen: Mapping[int, str] | None = None,
+    tell: Callable[[int, str], None] = lambda number, fingerprint: None,
 ) -> Plan:
     """Decide which documents make which pack of which step; counts the first window's tokens.
 
@@ -67,6 +69,7 @@ def plan(
         phase: told what is being done.
         share: where to begin counting, 0 to 1; ranks that begin at different places share the work.
         judge: stop where more documents are refused than the recipe allows.
+        seen, tell: as in `Plan`.
 
     Raises:
         ValueError: shards are missing or damaged, nothing can be used, or too much is refused.
@@ -78,7 +81,7 @@ def plan(
     first = current_thread()
 
     def index(source: int, paths: Sequence[Path], stop: Stop) -> Index:
-        def tell(missing: int) -> None:
+        def count(missing: int) -> None:
             if current_thread() is first:  # later windows are counted while the run goes on
                 phase(f"counting tokens of {names[source]}")
 
@@ -92,7 +95,7 @@ def plan(
             texts[source],
             begin=share,
             stop=stop,
-            tell=tell,
+            tell=count,
         )
 
     return Plan(
@@ -111,6 +114,8 @@ def plan(
         across_documents=packing.across_documents,
         balance=pack_cost(recipe, model),
         max_refused=recipe.data.max_refused if judge else 1.0,
+        seen=seen,
+        tell=tell,
     )
 
 

@@ -5,6 +5,7 @@ run.json           plan hash, recipe identity, versions, seed, parent
 metrics.jsonl      one line per step
 ledger.jsonl       every document that was split or refused, with the reason
 refused.jsonl      documents that failed when they were decoded, with their step
+windows.jsonl      fingerprints of the data, of a corpus that is planned in several windows
 train.log          what the workers printed
 state/             checkpoints, see checkpoint.py
 config.json …      the loadable model, written when the stage ends
@@ -57,6 +58,11 @@ class RunFolder:
     def refused(self) -> Path:
         """One JSON line per document that failed when it was decoded, with its step."""
         return self.path / "refused.jsonl"
+
+    @property
+    def windows(self) -> Path:
+        """One JSON line per window of the data that was opened."""
+        return self.path / "windows.jsonl"
 
     @property
     def log(self) -> Path:

@@ -29,7 +29,7 @@ from data_packing.planned import Cursor
 from mllm.recipe import Recipe
 from mllm.training import build, checkpoint, comm_op, engine, export, groups, loop
 from mllm.training.control import Control
-from mllm.training.run_folder import Lock, RunFolder, keep_lines_up_to, read_lines
+from mllm.training.run_folder import Lock, RunFolder, append_line, keep_lines_up_to, read_lines
 from mllm.training.sources import parent_id
 from mllm.training.step import TrainStep
 
@@ -152,8 +152,16 @@ class Worker:
         workers, share = max(1, self.recipe.data.workers), rank / world
         if rank != 0:
             dist.barrier()
-        phase = self.control.phase
-        plan = build.plan(self.recipe, model, processor, workers, phase, share=share)
+        phase, file = self.control.phase, self.folder.windows
+        seen = {record["window"]: record["fingerprint"] for record in read_lines(file)}
+
+        def tell(window: int, fingerprint: str) -> None:
+            if rank == 0 and window not in seen:
+                append_line(file, {"window": window, "fingerprint": fingerprint})
+
+        plan = build.plan(
+            self.recipe, model, processor, workers, phase, share=share, seen=seen, tell=tell
+        )
         if rank == 0:
             dist.barrier()
         phase("planning")

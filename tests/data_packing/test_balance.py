@@ -103,3 +103,17 @@ def test_what_packs_hold_and_cost() -> None:
 def test_costs_that_say_nothing_are_refused(values: tuple[float, float, float]) -> None:
     with pytest.raises(ValueError, match="at least 0"):
         PackCost(*values)
+
+
+def test_the_head_completes_a_step_with_cheap_packs_of_the_first_window() -> None:
+    random = np.random.default_rng(0)
+    costs = random.random(400)
+    order = balanced(costs, 8, 1, head=3)
+    assert sorted(order.tolist()) == list(range(400))
+    first = set(range(3 + 16 * 8))
+    cheapest = sorted(first, key=lambda at: costs[at])[:3]
+    assert set(order[:3].tolist()) == set(cheapest)
+    steps = costs[order[3 : 3 + 8 * (397 // 8)]].reshape(-1, 8)
+    assert (np.diff(steps, axis=1) <= 0).all()
+    assert float((steps.max(axis=1) - steps.min(axis=1)).mean()) < 0.1
+    assert sorted(balanced(costs[:2], 8, 1, head=5).tolist()) == [0, 1]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import time
 import weakref
@@ -178,6 +179,22 @@ class Owner(list[Path]):
     __hash__ = object.__hash__  # type: ignore[assignment]
 
 
+def test_a_plan_is_walked_again_after_its_steps_were_closed(shards: list[list[Path]]) -> None:
+    here = threading.current_thread()
+
+    def slow(source: int, paths: Sequence[Path], stop: Stop) -> Index:
+        while threading.current_thread() is not here and not stop():
+            time.sleep(0.01)
+        return build_index(paths, cost, "toys", name=NAMES[source], stop=stop)
+
+    whole = list(windowed(shards).steps())
+    plan = plan_of(Corpus(shards, slow, window=WINDOW), token_budget=10**6, epochs=None)
+    for _ in range(2):
+        steps = plan.steps()
+        assert next(steps) == whole[0]
+        steps.close()  # type: ignore[attr-defined]
+
+
 def test_closing_the_steps_gives_up_what_is_being_counted(shards: list[list[Path]]) -> None:
     reached, ended = threading.Event(), threading.Event()
     first = threading.current_thread()
@@ -220,6 +237,10 @@ def test_the_account_of_windows_is_that_of_their_packs(shards: list[list[Path]])
     assert (facts["used"], facts["refused"], facts["unreached"]) == (261, 1, 0)
     assert [item.key for item in found.ledger.refused] == ["too long"]
     assert not any(counts.shards_unread for counts in found.ledger.counts.values())
+    start = next(step.after for step in plan.steps() if step.after.visit == 1)
+    assert account(plan, start).ledger.counts["captions"].shards_unread in (9, 12)
+    before = account(plan, Cursor(start.step, 1, 0, 0, start.window))
+    assert before.ledger.counts["captions"].shards_unread == 12, "the second is not begun"
     short = windowed(shards, epochs=None, token_budget=600)
     counts = account(short, short.end).ledger.counts
     assert counts["captions"].shards_unread == 12
@@ -237,6 +258,34 @@ def test_windows_of_a_weight_and_a_cap_give_what_was_asked(shards: list[list[Pat
         assert share["got"] == pytest.approx(share["asked"], abs=1e-9)
 
 
+@pytest.mark.parametrize("cap", [3, 100, 150, 209])
+def test_a_cap_is_kept_by_windows_of_any_size(tmp_path: Path, cap: int) -> None:
+    sizes = [20] * 10 + [1] * 10
+    paths = [
+        write_shards(captions(size, start=100 * at), tmp_path, f"s{at:02d}", 50).paths[0]
+        for at, size in enumerate(sizes)
+    ]
+    corpus = Corpus(
+        [paths], lambda s, own, stop: build_index(own, cost, "toys", name="toys"), window=50
+    )
+    assert corpus.windows == 8
+    plan = plan_of(corpus, caps=[cap], epochs=3)
+    seen = keys(list(plan.steps()))
+    assert len(seen) == 3 * cap
+    assert len(set(seen)) >= min(210, 2 * cap)
+
+
+def test_a_cursor_may_stand_before_a_visit_that_takes_nothing(shards: list[list[Path]]) -> None:
+    changes: dict[str, Any] = {"caps": [1], "epochs": 6, "tokens_per_step": 128}
+    steps = list(plan_of(corpus_of(shards[:1]), **changes).steps())
+    assert len(steps) == 6
+    assert steps[-1].after.visit == 18, "of three visits to an epoch two take nothing"
+    for at, step in enumerate(steps):
+        again = plan_of(corpus_of(shards[:1]), **changes)
+        again.check(step.after)
+        assert list(again.steps(step.after)) == steps[at + 1 :]
+
+
 def test_data_that_changed_under_the_cursor_is_refused(shards: list[list[Path]]) -> None:
     steps = list(windowed(shards, epochs=None, token_budget=20_000).steps())
     cursor = steps[len(steps) // 2].after
@@ -246,6 +295,45 @@ def test_data_that_changed_under_the_cursor_is_refused(shards: list[list[Path]])
     assert again.hash != windowed(shards, epochs=None, token_budget=20_000).hash
     with pytest.raises(ValueError, match="no place in this plan"):
         again.check(cursor)
+
+
+def test_other_windows_than_the_first_are_in_the_hash(shards: list[list[Path]]) -> None:
+    """By the names of their shards: their content is compared when the run comes to them."""
+    one = corpus_of(shards)
+    first = {path.name for groups in one._groups for path in groups[one.at(0) % len(groups)]}
+    renamed = [[path.with_name(f"x{path.name}") for path in paths] for paths in shards]
+    other = corpus_of(shards)
+    other._groups = [
+        [
+            group if at == one.at(0) or len(groups) == 1 else renamed[source][: len(group)]
+            for at, group in enumerate(groups)
+        ]
+        for source, groups in enumerate(one._groups)
+    ]
+    assert first
+    changes: dict[str, Any] = {"epochs": None, "token_budget": 9999}
+    assert plan_of(one, **changes).hash != plan_of(other, **changes).hash
+
+
+def test_who_is_in_which_window_depends_on_the_seed(shards: list[list[Path]]) -> None:
+    cuts = [corpus_of(shards, seed=seed)._groups[0] for seed in (0, 0, 1)]
+    assert cuts[0] == cuts[1] != cuts[2]
+
+
+def test_a_window_that_changed_since_it_was_opened_ends_the_run(shards: list[list[Path]]) -> None:
+    told: dict[int, str] = {}
+    changes: dict[str, Any] = {"epochs": 2, "tell": told.__setitem__}
+    whole = list(windowed(shards, **changes).steps())
+    assert sorted(told) == list(range(5))
+    assert list(windowed(shards, epochs=2, seen=told).steps()) == whole
+    last = plan_of(corpus_of(shards)).corpus.at(4)
+    changed = windowed(shards, epochs=None, token_budget=99_999, seen=told | {last: "other"})
+    steps = changed.steps()
+    same = list(itertools.islice(steps, 6))
+    assert same == whole[:6]
+    with pytest.raises(ValueError, match=f"the data changed .* window {last + 1} of 5"):
+        list(steps)
+    plan_of(corpus_of(shards, window=1000), seen={0: "of one window the hash is enough"})
 
 
 def test_a_later_window_that_is_too_bad_ends_the_run_there(
@@ -265,7 +353,7 @@ def test_sources_too_thin_for_an_epoch_are_refused_and_do_not_hang(
     shards: list[list[Path]],
 ) -> None:
     plan = plan_of(corpus_of(shards[:2]), weights=[1e-6, 1e-6], epochs=None, token_budget=1000)
-    with pytest.raises(ValueError, match="so small that an epoch holds no document"):
+    with pytest.raises(ValueError, match="so small that 10 epochs hold no document"):
         list(plan.steps())
 
 

@@ -205,3 +205,24 @@ def test_a_source_listed_with_several_variants_has_several_names(tmp_path: Path)
     assert source_names([a, a], ["alt", "de"]) == ["toys:alt", "toys:de"]
     assert source_names([a, a, a], ["alt", None, "alt"]) == ["toys:alt", "toys", "toys:alt (2)"]
     assert source_names([a, b, b], ["alt", "alt", "de"]) == ["a/toys:alt", "b/toys:alt", "toys:de"]
+
+
+def test_counting_begins_where_it_is_told_and_gives_up_when_it_is(tmp_path: Path) -> None:
+    paths = write_shards(captions(40), tmp_path, "toys", 10).paths
+    counted: list[str] = []
+
+    def note(document: Document) -> Cost:
+        counted.append(document.key)
+        return cost(document)
+
+    told: list[int] = []
+    index = build_index(paths, note, "begin", begin=0.5, tell=told.append)
+    assert told == [4]
+    assert counted[::10] == ["k20", "k30", "k0", "k10"]
+    again = build_index(paths, note, "begin", begin=0.9, tell=told.append)
+    assert (told, len(counted)) == ([4], 40)
+    assert again.fingerprint == index.fingerprint
+    assert [again.key(number) for number in range(40)] == [f"k{n}" for n in range(40)]
+    with pytest.raises(InterruptedError):
+        build_index(paths, note, "stop", stop=lambda: True)
+    assert len(counted) == 50

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import chain
 
 import numpy as np
@@ -17,7 +18,7 @@ weights = st.sampled_from([0.1, 0.5, 1.0, 1.5, 2.0, 3.0])
 
 def mix(sizes: Sequence[int], shares: Sequence[float], seed: int) -> Mixture:
     parts = [
-        Part.of(Rate(share), size, source, 0, 1, resident=True)
+        Part.everywhere(Rate(share), size, source, 1)
         for source, (size, share) in enumerate(zip(sizes, shares, strict=True))
     ]
     return Mixture(parts, seed)
@@ -74,39 +75,74 @@ def test_the_shuffle_is_fixed_for_ever_and_fair() -> None:
 
 
 def test_a_cap_takes_so_many_in_every_epoch_and_others_in_the_next() -> None:
-    mixture = Mixture([Part.of(Rate(2.0, 4), 10, 0, 0, 1, resident=True)], seed=0)
+    mixture = Mixture([Part.everywhere(Rate(2.0, 4), 10, 0, 1)], seed=0)
     epochs = [epoch(mixture, number) for number in range(5)]
     assert [part.total() for part in epochs] == [4] * 5
     assert sum(epochs, Counter()) == {(0, unit): 2 for unit in range(10)}
-    uncapped = Part.of(Rate(2.0, 21), 10, 0, 0, 1, resident=True)
+    uncapped = Part.everywhere(Rate(2.0, 21), 10, 0, 1)
     assert uncapped.per_turn == 20
+
+
+def test_a_decimal_weight_is_what_was_written() -> None:
+    part = Part.everywhere(Rate(0.1), 30, 0, 1)
+    assert [part.span(turn) for turn in range(3)] == [(0, 3), (3, 6), (6, 9)]
+
+
+def taken(parts: Sequence[Part], turn: int, windows: int) -> int:
+    return sum(stop - start for start, stop in (part.span(turn * windows) for part in parts))
 
 
 @settings(deadline=None)
 @given(
-    windows=st.integers(2, 9),
-    weight=weights,
-    cap=st.sampled_from([None, 3, 20]),
-    size=st.integers(1, 12),
+    sizes=st.lists(st.integers(1, 40), min_size=2, max_size=9),
+    cap=st.integers(1, 60),
     epochs=st.integers(1, 20),
 )
-def test_windows_of_a_source_take_together_what_it_is_to_give(
-    windows: int, weight: float, cap: int | None, size: int, epochs: int
+def test_the_windows_of_a_capped_source_take_the_cap_together_in_every_epoch(
+    sizes: list[int], cap: int, epochs: int
 ) -> None:
-    """Each window rounds, and yet no epoch is off by more than the last fraction."""
-    rate = Rate(weight, cap)
-    parts = [Part.of(rate, size, 0, window, windows, resident=False) for window in range(windows)]
-    asked = rate.of(size * windows)
-    taken = 0
+    windows, whole = len(sizes), sum(sizes)
+    ends = [Fraction(sum(sizes[:at]), whole) for at in range(windows + 1)]
+    parts = [
+        Part.inside(Rate(1.0, cap), size, 0, at, windows, (ends[at], ends[at + 1]))
+        for at, size in enumerate(sizes)
+    ]
     for turn in range(epochs):
+        assert taken(parts, turn, windows) == min(cap, whole)
         for part in parts:
             start, stop = part.span(turn * windows)
-            taken += stop - start
-        assert taken == int(asked * (turn + 1))
+            assert (start, stop - start) >= (0, 0)
+            assert start == (part.span((turn - 1) * windows)[1] if turn else 0)
+    spread = [part.span(199 * windows)[1] / 200 - part.per_turn for part in parts]
+    assert max(map(abs, spread)) < 0.05, "some window gives more than its share, or less"
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=2, max_size=9),
+    weight=weights,
+    epochs=st.integers(1, 20),
+)
+def test_windows_of_a_weight_take_its_share_of_each(
+    sizes: list[int], weight: float, epochs: int
+) -> None:
+    windows = len(sizes)
+    parts = [Part.inside(Rate(weight), size, 0, at, windows, None) for at, size in enumerate(sizes)]
+    for part, size in zip(parts, sizes, strict=True):
+        assert abs(part.span((epochs - 1) * windows)[1] - weight * size * epochs) <= 1
+    if len(set(sizes)) == 1:
+        total = sum(taken(parts, turn, windows) for turn in range(epochs))
+        assert total == int(Fraction(str(weight)) * sum(sizes) * epochs)
+
+
+def test_every_visit_mixes_its_sources_in_another_order() -> None:
+    mixture = mix([20, 20], [1.0, 1.0], 0)
+    orders = [mixture.take(40 * at, 40 * at + 40)[0].tolist() for at in range(3)]
+    assert len({tuple(order) for order in orders}) == 3
 
 
 def test_a_source_in_every_window_gives_each_visit_its_part_of_an_epoch() -> None:
-    part = Part.of(Rate(1.0), 10, 0, 0, 4, resident=True)
+    part = Part.everywhere(Rate(1.0), 10, 0, 4)
     visits = [Mixture([part], 0, visit, visit + 1).take(0, 100)[1].tolist() for visit in range(8)]
     assert [len(own) for own in visits] == [2, 3, 2, 3] * 2
     for start in (0, 4):
