@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from data_packing.ledger import Ledger
 from data_packing.mixture import Picks
-from data_packing.plan import Plan, Window
+from data_packing.plan import Plan
 from data_packing.planned import Cursor
+from data_packing.window import Window
 
 Marks = NDArray[np.bool_]
 
@@ -135,15 +136,15 @@ def _follow(plan: Plan, cursor: Cursor, visit: int, used: list[Marks], found: Ac
 
 def _before(plan: Plan, cursor: Cursor, visit: int) -> Iterator[Picks]:
     """The units of a visit that are in packs before the cursor, block by block."""
-    window, mixture = plan.window(visit), plan.mixture(visit)
+    mixture, size = plan.mixture(visit), plan.block_units(plan.window(visit))
     here = visit == cursor.visit
     if here:
-        stop = cursor.block * window.block
+        stop = cursor.block * size
     else:
         assert mixture.length is not None
         stop = mixture.length
-    for start in range(0, stop, window.block):
-        yield mixture.take(start, min(start + window.block, stop))
+    for start in range(0, stop, size):
+        yield mixture.take(start, min(start + size, stop))
     if here and cursor.offset:
         block = plan.block(visit, cursor.block, cursor.offset % plan.packs_per_step)
         places = np.concatenate(block.packs[: cursor.offset]).astype(np.int64)

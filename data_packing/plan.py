@@ -26,11 +26,12 @@ from data_packing.ahead import Ahead
 from data_packing.balance import PackCost, balanced, contents
 from data_packing.corpus import Corpus
 from data_packing.index import Index
-from data_packing.ledger import Refusal, too_many
+from data_packing.ledger import too_many
 from data_packing.mixture import Mixture, Part, Rate
 from data_packing.packing import pack_lengths
 from data_packing.planned import Cursor, Entry, PlannedPack, PlannedStep
-from data_packing.slices import ImageCost, Slices, cut
+from data_packing.slices import ImageCost
+from data_packing.window import Window, open_window
 
 VERSION = 3
 """Raised when the same arguments would give other packs than before."""
@@ -43,28 +44,6 @@ THIN = 10
 
 STEPS = 64
 """Steps that a block holds, at least: packs are sorted by cost inside a block."""
-
-
-@dataclass(slots=True)
-class Window:
-    """A window of the corpus, ready to be packed.
-
-    Attributes:
-        number: in the corpus.
-        indexes, slices: one per source; its documents cut to what a pack holds.
-        fingerprint: of all of it.
-        block: units that are packed together.
-    """
-
-    number: int
-    indexes: list[Index]
-    slices: list[Slices]
-    fingerprint: str
-    block: int
-
-    def refused(self, source: int) -> list[Refusal]:
-        """The records of a source of which nothing can be used."""
-        return [*self.indexes[source].refused, *self.slices[source].refused]
 
 
 @dataclass(slots=True)
@@ -167,8 +146,12 @@ class Plan:
         self.first = self.window(0)
         self.hash = self._hash(processor_fingerprint)
         if self.corpus.windows == 1:
-            if not any(map(len, self.first.slices)):
-                raise ValueError(f"no source has a usable document{self._reason()}")
+            if not self.first.units:
+                why = "".join(
+                    f"; the first refused: {item.source} {item.key}: {item.reason}"
+                    for item in self.first.all_refused()[:1]
+                )
+                raise ValueError(f"no source has a usable document{why}")
             if self.mixture(0).length == 0:
                 raise ValueError("the weights are so small that the epochs hold no document")
 
@@ -289,13 +272,6 @@ class Plan:
         """A block of a visit; its first `head` packs complete the step before it."""
         return self._blocks.get((visit, number, head))
 
-    def _reason(self) -> str:
-        """Why a document of the first window is refused, if one is."""
-        for source, index in enumerate(self.first.indexes):
-            for refusal in self.first.refused(source)[:1]:
-                return f"; the first refused: {index.name} {refusal.key}: {refusal.reason}"
-        return ""
-
     def _walk(self, cursor: Cursor) -> Iterator[tuple[list[Taken], Cursor]]:
         """The packs of each step from a cursor on, and where the next one starts.
 
@@ -346,49 +322,33 @@ class Plan:
             self._blocks.prepare(following)
 
     def _open(self, number: int) -> Window:
-        """Index a window and cut its documents."""
-        indexes = self.corpus.load(number)
-        names = [index.name for index in indexes]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(
-                    f"two sources are named {name!r}, so their documents could not be told apart; "
-                    "give build_index other names (source_names makes them)"
-                )
-        slices = [cut(index, self.image_cost, self.tokens, self.patches) for index in indexes]
-        digest = hashlib.sha256()
-        for index, units in zip(indexes, slices, strict=True):
-            digest.update(index.fingerprint.encode())
-            for column in (units.document, units.stop_piece, units.tokens, units.patches):
-                digest.update(np.ascontiguousarray(column).tobytes())
-        window = Window(number, indexes, slices, digest.hexdigest()[:32], self._block_size(slices))
+        """Index a window and cut its documents; it must be what it was, and not too bad."""
+        window = open_window(self.corpus, number, self.image_cost, self.tokens, self.patches)
         if self.corpus.windows > 1:
             if self._seen.setdefault(number, window.fingerprint) != window.fingerprint:
                 raise ValueError(
                     f"the data changed since this run began: window {number + 1} of "
-                    f"{self.corpus.windows}, with {indexes[0].paths[0].name}, is not what it was; "
-                    "restore it, or start anew in another folder"
+                    f"{self.corpus.windows}, with {window.indexes[0].paths[0].name}, is not what "
+                    "it was; restore it, or start anew in another folder"
                 )
             self._tell(number, window.fingerprint)
-        refused = [item for at, index in enumerate(indexes) for item in window.refused(at)]
-        documents = sum(index.records for index in indexes)
-        too_many(refused, documents, self.max_refused, "documents")
+        too_many(window.all_refused(), window.records, self.max_refused, "documents")
         return window
 
-    def _block_size(self, slices: Sequence[Slices]) -> int:
+    def block_units(self, window: Window) -> int:
         """Units of a block: whole `BLOCK`s with enough of them for `STEPS` steps."""
-        tokens = sum(int(units.tokens.sum()) for units in slices)
-        units = sum(map(len, slices))
-        if not tokens:
+        if not window.tokens:
             return BLOCK
-        return BLOCK * ceil(STEPS * self.packs_per_step * self.tokens * units / tokens / BLOCK)
+        room = STEPS * self.packs_per_step * self.tokens
+        return BLOCK * ceil(room * window.units / window.tokens / BLOCK)
 
     def _pack(self, key: tuple[int, int, int]) -> Block:
         """Pack one block of a visit, given how many packs the step before it lacks."""
         visit, number, head = key
         window, mixture = self.window(visit), self.mixture(visit)
-        stop = (number + 1) * window.block
-        source, unit = mixture.take(number * window.block, stop)
+        size = self.block_units(window)
+        stop = (number + 1) * size
+        source, unit = mixture.take(number * size, stop)
         tokens = np.zeros(len(unit), dtype=np.int64)
         patches = np.zeros(len(unit), dtype=np.int64)
         for at, units in enumerate(window.slices):

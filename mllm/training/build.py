@@ -132,8 +132,7 @@ def check_refused(recipe: Recipe, ledger: Ledger) -> None:
 def outline(plan: Plan) -> str:
     """The plan in one line: what is in its first window, which for most is all there is."""
     window = plan.first
-    refused = [item for source in range(len(window.indexes)) for item in window.refused(source)]
-    read = sum(index.records for index in window.indexes)
+    refused, read = window.all_refused(), window.records
     split = sum(len(units.split) for units in window.slices)
     line = (
         f"{counted(plan.total_steps, 'step')} of {counted(plan.packs_per_step, 'pack')} from "

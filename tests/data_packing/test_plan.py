@@ -246,7 +246,7 @@ def test_only_the_last_step_is_short_though_blocks_end_anywhere(
 def test_a_block_grows_with_the_step(indexes: list[Index], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "STEPS", 20)
     plan = plan_of(indexes, epochs=20)
-    assert plan.first.block % 100 == 0
+    assert plan.block_units(plan.first) % 100 == 0
     starts = [step.number for step in plan.steps() if step.after.offset < 4]
     gaps = np.diff([0, *starts])
     assert len(gaps) > 3
