@@ -92,7 +92,7 @@ def test_the_packs_are_those_that_the_loader_gives(index: Index, across: bool) -
         assert shown.learned == pack.learned
         tokens = [token for document in shown.documents for token in document.tokens]
         assert tokens == spell(pack.input_ids.tolist())
-        assert sum(len(document.images) for document in shown.documents) == len(pack.pixels)
+        assert sum(len(document.images) for document in shown.documents) == len(pack.sizes)
     assert {refusal.key for pack in seen.packs for refusal in pack.refused} == {"broken"}
 
 
@@ -128,7 +128,8 @@ def test_images_are_shown_as_the_encoder_sees_them(index: Index) -> None:
         8,
         9,
     )
-    head, data = shown.picture.split(",")
+    (only,) = shown.pictures
+    head, data = only.split(",")
     assert head == "data:image/jpeg;base64"
     with PillowImage.open(io.BytesIO(base64.b64decode(data))) as opened:
         assert opened.size == (4, 4)
