@@ -138,6 +138,25 @@ def test_images_are_shown_as_the_encoder_sees_them(index: Index) -> None:
         assert opened.size == (128, 64)
 
 
+def test_every_view_of_an_image_is_shown(index: Index) -> None:
+    def encode_halves(document: Document) -> Sample:
+        sample = encode_learned(document)
+        sample.pixels = [half for view in sample.pixels for half in (view[:1], view[1:])]
+        for slot in sample.slots:
+            slot.views = 2
+        return sample
+
+    seen = look(plan_of(index), encode_halves, spell, title="a recipe", packs=10_000)
+    images = [each for pack in seen.packs for one in pack.documents for each in one.images]
+    assert {len(each.pictures) for each in images} == {2}
+    heights = []
+    for data in images[0].pictures:
+        with PillowImage.open(io.BytesIO(base64.b64decode(data.split(",")[1]))) as opened:
+            heights.append(opened.height)
+    assert heights == [1, 3]
+    assert page_of(seen).count("<img ") == 2 * len(images)
+
+
 class Checker(HTMLParser):
     """Checks that tags close in order, and gathers tags and text."""
 
