@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from data_packing.index import Index
+from data_packing.pack import join_views
 from data_packing.sample import IGNORED, Sample
 from mllm.recipe import Recipe, load
 from mllm.training import build, engine
@@ -70,8 +71,8 @@ def collate(samples: list[Sample]) -> dict[str, Tensor]:
         "labels": torch.from_numpy(labels),
         "attention_mask": torch.from_numpy(mask),
     }
-    if pixels := [image for sample in samples for image in sample.pixels]:
-        batch["pixels"] = torch.from_numpy(np.stack(pixels))
+    if views := [view for sample in samples for view in sample.pixels]:
+        batch["pixels"], batch["sizes"] = join_views(views)
     return batch
 
 

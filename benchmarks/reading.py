@@ -109,7 +109,7 @@ def loader_of(index: Index, workers: int, delay: float = 0.0, epochs: int = 1) -
 def ours_decoded(index: Index, pattern: str) -> Iterator[int]:
     """Images of each pack."""
     for _, packs in loader_of(index, 1):
-        yield sum(len(pack.pixels) for pack in packs)
+        yield sum(len(pack.sizes) for pack in packs)
 
 
 def ours_bytes(index: Index, pattern: str) -> Iterator[int]:
@@ -207,7 +207,7 @@ def waited(index: Index, workers: int, delay: float, epochs: int) -> Wait:
     asked = time.perf_counter()
     for _, packs in loader_of(index, workers, delay, epochs):
         waits.append(time.perf_counter() - asked)
-        images = sum(len(pack.pixels) for pack in packs)
+        images = sum(len(pack.sizes) for pack in packs)
         time.sleep(images / RATE)
         busy += images / RATE
         asked = time.perf_counter()

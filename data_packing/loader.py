@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, fields
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from data_packing.shards import parse_span
 from data_packing.workers import Job, Memory, Shape, Workers
 
 ImageBytes = Callable[[int, int], int]
-"""(height, width) of an image -> bytes of the pixels that `encode` makes of it."""
+"""(height, width) of an image -> bytes of the pixels that `encode` makes of it, all its views."""
 
 PREFETCH = 256 * 1024 * 1024
 """Bytes of packs that the workers of a rank prepare ahead, unless the caller says otherwise."""
@@ -181,11 +180,11 @@ class _Reader:
         """The pack with arrays for tensors, its pixels in the memory if they fit."""
         used: list[Shape] = []
 
-        def empty(shape: Shape) -> Memory:
-            if memory is None or prod(shape) > len(memory):
-                return plain(shape)
-            used.append(shape)
-            return memory[: prod(shape)].reshape(shape)
+        def empty(size: int) -> Memory:
+            if memory is None or size > len(memory):
+                return plain(size)
+            used.append((size,))
+            return memory[:size]
 
         pack = self.pack(work, fetched, empty)
         values = {field.name: getattr(pack, field.name) for field in fields(pack)}

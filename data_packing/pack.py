@@ -17,7 +17,7 @@ from data_packing.sample import IGNORED, Sample
 
 @dataclass(slots=True)
 class Pack:
-    """One row of T tokens made of n documents with I images, for K objectives.
+    """One row of T tokens made of n documents with V views of images, for K objectives.
 
     Attributes:
         input_ids int64 [T].
@@ -27,7 +27,9 @@ class Pack:
             with `labels`, 0 where nothing is learned.
         position_ids int64 [T]: from 0 in every document.
         cu_seqlens int32 [n+1]: where documents start, and T.
-        pixels uint8 [I, H, W, 3]: of all images in order; I may be 0.
+        pixels uint8 [B]: of all views one after another, each as [height, width, 3].
+        sizes int32 [V, 2]: (height, width) of each view; V may be 0. It stays on the CPU: the model
+            needs the numbers there, and asking a GPU for them would wait for it.
         keys: of the documents.
         refused: documents that were planned for this pack and failed.
         number: of the pack in the plan, -1 where a rank has none.
@@ -41,6 +43,7 @@ class Pack:
     position_ids: Tensor
     cu_seqlens: Tensor
     pixels: Tensor
+    sizes: Tensor
     keys: list[str] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     number: int = -1
@@ -52,10 +55,9 @@ class Pack:
         return int((self.labels != IGNORED).sum())
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Pack:
-        """The pack with its tensors on a device."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=non_blocking) for name in TENSORS
-        }
+        """The pack with its tensors on a device, `sizes` excepted."""
+        names = (name for name in TENSORS if name != "sizes")
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
         return replace(self, **moved)
 
     @classmethod
@@ -64,16 +66,16 @@ class Pack:
         return collate([], -1, weighting=Weighting(uses=((1,) * objectives,)))
 
 
-TENSORS = ("input_ids", "labels", "weights", "position_ids", "cu_seqlens", "pixels")
+TENSORS = ("input_ids", "labels", "weights", "position_ids", "cu_seqlens", "pixels", "sizes")
 
 
-Empty = Callable[[tuple[int, ...]], NDArray[np.uint8]]
-"""Makes an array of a shape."""
+Empty = Callable[[int], NDArray[np.uint8]]
+"""Makes an array of so many bytes."""
 
 
-def plain(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def plain(size: int) -> NDArray[np.uint8]:
     """An array like any other."""
-    return np.empty(shape, dtype=np.uint8)
+    return np.empty(size, dtype=np.uint8)
 
 
 def collate(
@@ -96,7 +98,7 @@ def collate(
         sources: of the samples, as `weighting.uses` numbers them; not read where it has no table.
 
     Raises:
-        ValueError: images of different sizes, or labels not as long as the tokens.
+        ValueError: labels not as long as the tokens.
     """
     lengths = [len(sample.input_ids) for sample in samples]
     for sample in samples:
@@ -114,30 +116,42 @@ def collate(
         positions = [np.arange(total, dtype=np.int64)]
         bounds = np.array([0, total] if samples else [0], dtype=np.int32)
     labels[bounds[:-1]] = IGNORED
+    pixels, sizes = join_views([view for sample in samples for view in sample.pixels], empty)
     return Pack(
         input_ids=torch.from_numpy(_joined([sample.input_ids for sample in samples])),
         labels=torch.from_numpy(labels),
         weights=torch.from_numpy(weighting.weigh(labels, ends, sources)),
         position_ids=torch.from_numpy(_joined(positions)),
         cu_seqlens=torch.from_numpy(bounds),
-        pixels=torch.from_numpy(_stacked(samples, empty)),
+        pixels=pixels,
+        sizes=sizes,
         keys=[sample.key for sample in samples],
         number=number,
         across_documents=across_documents,
     )
 
 
+def join_views(views: Sequence[NDArray[np.uint8]], empty: Empty = plain) -> tuple[Tensor, Tensor]:
+    """Lay the pixels of views one after another.
+
+    Args:
+        views: uint8 [H, W, 3] each, of any sizes.
+        empty: makes the array for the pixels, which are written straight into it; not called where
+            there is no view.
+
+    Returns:
+        pixels uint8 [B] and sizes int32 [V, 2], (height, width) of each view.
+    """
+    sizes = np.array([view.shape[:2] for view in views], dtype=np.int32).reshape(-1, 2)
+    pixels = empty(sum(view.size for view in views)) if views else plain(0)
+    at = 0
+    for view in views:
+        pixels[at : at + view.size].reshape(view.shape)[...] = view
+        at += view.size
+    return torch.from_numpy(pixels), torch.from_numpy(sizes)
+
+
 def _joined(rows: Sequence[np.ndarray]) -> np.ndarray:
     if not rows:
         return np.zeros(0, dtype=np.int64)
     return np.concatenate(rows).astype(np.int64, copy=False)
-
-
-def _stacked(samples: Sequence[Sample], empty: Empty) -> NDArray[np.uint8]:
-    pixels = [image for sample in samples for image in sample.pixels]
-    if not pixels:
-        return np.zeros((0, 0, 0, 3), dtype=np.uint8)
-    sizes = {image.shape for image in pixels}
-    if len(sizes) > 1:
-        raise ValueError(f"images of different sizes in one pack: {sorted(sizes)}")
-    return np.stack(pixels, out=empty((len(pixels), *pixels[0].shape)))

@@ -9,6 +9,7 @@ import base64
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +48,7 @@ class ShownImage:
         start, length: its tokens in the document.
         grid: (rows, columns) of them.
         height, width: of the file, in pixels.
-        picture: a data URL.
+        pictures: a data URL for each of its views.
     """
 
     start: int
@@ -55,7 +56,7 @@ class ShownImage:
     grid: tuple[int, int]
     height: int
     width: int
-    picture: str
+    pictures: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,9 @@ def _document(
         learned[:1] = False
     tokens = spell(sample.input_ids.tolist())
     assert len(tokens) == len(learned), (document.key, len(tokens), len(learned))
-    slots = zip(sample.slots, document.images, sample.pixels, strict=True)
+    assert len(sample.pixels) == sum(slot.views for slot in sample.slots), document.key
+    views = map(picture, sample.pixels)
+    slots = zip(sample.slots, document.images, strict=True)
     return ShownDocument(
         source=index.name,
         key=index.key(entry.document),
@@ -199,9 +202,14 @@ def _document(
         learned=learned,
         images=[
             ShownImage(
-                slot.start, slot.length, slot.grid, image.height, image.width, picture(pixels)
+                slot.start,
+                slot.length,
+                slot.grid,
+                image.height,
+                image.width,
+                tuple(islice(views, slot.views)),
             )
-            for slot, image, pixels in slots
+            for slot, image in slots
         ],
     )
 

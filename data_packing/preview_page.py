@@ -222,10 +222,11 @@ def _image(image: ShownImage) -> str:
     rows, columns = image.grid
     tokens = f"{_plural(image.length, 'token')}, {rows}×{columns}"
     size = f"{image.width:,}×{image.height:,} px"
-    return (
-        f'<span class="image"><img src="{escape(image.picture, quote=True)}" loading="lazy" '
-        f'alt="image of {size}, {tokens}"><small>{tokens}<br>{size}</small></span>'
+    views = "".join(
+        f'<img src="{escape(view, quote=True)}" loading="lazy" alt="image of {size}, {tokens}">'
+        for view in image.pictures
     )
+    return f'<span class="image">{views}<small>{tokens}<br>{size}</small></span>'
 
 
 def _token(token: Token) -> str:

@@ -24,22 +24,26 @@ class ImageSlot:
         start: position of its first token in `Sample.input_ids`.
         length: how many tokens it takes.
         grid: (rows, columns) of its visual tokens.
+        views: how many views it became; the next ones in `Sample.pixels` are its own.
     """
 
     start: int
     length: int
     grid: tuple[int, int]
+    views: int = 1
 
 
 @dataclass(slots=True)
 class Sample:
     """One document as the model sees it.
 
+    A view is one thing that the encoder encodes. Today every image is one view.
+
     Attributes:
         input_ids: int64 [L].
         labels: int64 [L], aligned with `input_ids` (not shifted); -100 where nothing is learned.
         slots: one per image, in order.
-        pixels: one uint8 [H, W, 3] per image, in order.
+        pixels: one uint8 [H, W, 3] per view, of any sizes, in order.
         targets: further targets by name, for objectives other than language modelling.
         source, key: where the document came from.
     """

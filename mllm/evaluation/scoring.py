@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from data_packing.document import Document, Image
+from data_packing.pack import join_views
 from data_packing.packing import pack_lengths
 from data_packing.sample import IGNORED, Sample
 from mllm.evaluation.heldout import blank_image
@@ -55,6 +56,7 @@ class Row:
     Attributes:
         ids, positions: of every token; positions restart with every tree and every ending.
         tree, branch: which tree a token is in, and which ending (-1: the shared beginning).
+        pixels: uint8 [H, W, 3] of every view.
         reads: (position whose logits are read, token expected there, document).
     """
 
@@ -209,7 +211,7 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
 
 def read(model: Any, row: Row, device: torch.device) -> Tensor:
     """-log p [len(row.reads)] in fp32, one forward pass."""
-    pixels = torch.from_numpy(np.stack(row.pixels)) if row.pixels else None
+    pixels, sizes = join_views(row.pixels) if row.pixels else (None, None)
     if row.branches:
         sight = {"attention_mask": row.mask().to(device), "use_cache": False}
     else:
@@ -217,6 +219,7 @@ def read(model: Any, row: Row, device: torch.device) -> Tensor:
     hidden_BTD = model.hidden_states(
         input_ids=torch.tensor([row.ids], device=device),
         pixels=pixels.to(device) if pixels is not None else None,
+        sizes=sizes,
         position_ids=torch.tensor([row.positions], device=device),
         **sight,
     )

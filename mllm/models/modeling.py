@@ -1,7 +1,7 @@
 """The model: encoder → connector → language model.
 
-Shapes: B rows, T tokens of a row, I images of the call, S image side, N feature cells of an image,
-M visual tokens of an image, D hidden width, V vocabulary.
+Shapes: B rows, T tokens of a row, D hidden width, W vocabulary; V views of the call (a view is one
+thing that the encoder encodes), P bytes of all their pixels, M visual tokens of a view.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, Connector
 from mllm.models.encoders import ENCODERS, VisionEncoder
 from mllm.models.errors import check_folder, choose, loading
+from mllm.models.views import repeat_rows
 
 
 class MultimodalModel(PreTrainedModel, GenerationMixin):
@@ -73,6 +74,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         pixels: Tensor | None = None,
+        sizes: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -82,42 +84,51 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: [B, T]; a pack is one row, [T] or [1, T].
-            pixels: uint8 [I, S, S, 3], the images of all rows in order. None: no image.
+            pixels: uint8 [P], the views of all rows one after another, each as [height, width, 3].
+                None: no image.
+            sizes: [V, 2], (height, width) of each view. Best on the CPU, where its numbers are
+                needed; a GPU is waited for once.
             position_ids: [B, T] or [T]; in a pack they restart with every document (the default).
             cu_seqlens: int32 [n+1], document bounds of a pack. None: ordinary rows.
             attention_mask: [B, T], 1 where a row has a token. Not for packs.
 
         Raises:
-            ValueError: image tokens and features differ in number, or wrong bounds.
+            ValueError: image tokens and features differ in number, views that the encoder does not
+                take, or wrong bounds.
         """
         states: Tensor = self._states(
-            input_ids, pixels, position_ids, cu_seqlens, attention_mask, **kwargs
+            input_ids, pixels, sizes, position_ids, cu_seqlens, attention_mask, **kwargs
         ).last_hidden_state
         return states
 
     @property
     def lm_head(self) -> nn.Module:
-        """The output layer [.., D] -> [.., V]; call it as a module, a shard is gathered then."""
+        """The output layer [.., D] -> [.., W]; call it as a module, a shard is gathered then."""
         head: nn.Module | None = self.language_model.get_output_embeddings()
         assert head is not None
         return head
 
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """Return the visual tokens [I, M, D] of uint8 [I, S, S, 3]."""
+    def image_features(self, pixels: Tensor, sizes: Tensor) -> Tensor:
+        """Return the visual tokens [sum M, D] of views; arguments as `hidden_states`."""
+        sizes = sizes.cpu()
         trains = self.encoder.trains
         if self.encoder.training != (self.training and trains):
             self.encoder.train(self.training)  # frozen or thawed since train() was called
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            features = self.encoder(pixels)
+            features = self.encoder(pixels, sizes)
         dtype = next(self.connector.parameters()).dtype
-        grid = self.encoder.grid(*pixels.shape[1:3])
-        tokens: Tensor = self.connector(features.to(dtype), grid)
+        tokens: Tensor = self.connector(features.to(dtype), self.encoder.grids(sizes.tolist()))
         return tokens
+
+    def tokens_per_view(self, sizes: Tensor) -> list[int]:
+        """Return M of every view, from their sizes [V, 2]."""
+        return [*map(self.connector.tokens_per_image, self.encoder.grids(sizes.tolist()))]
 
     def _states(
         self,
         input_ids: Tensor,
         pixels: Tensor | None,
+        sizes: Tensor | None,
         position_ids: Tensor | None,
         cu_seqlens: Tensor | None,
         attention_mask: Tensor | None,
@@ -125,7 +136,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Run the language model without its output layer: a BaseModelOutputWithPast."""
         input_ids = input_ids if input_ids.ndim == 2 else input_ids[None]
-        embeds = self._embed(input_ids, pixels)
+        embeds = self._embed(input_ids, pixels, sizes)
         if position_ids is not None and position_ids.ndim == 1:
             position_ids = position_ids[None]
         body = self.language_model.base_model
@@ -150,32 +161,30 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 **{"use_cache": False, **kwargs},
             )
 
-    def _embed(self, input_ids: Tensor, pixels: Tensor | None) -> Tensor:
+    def _embed(self, input_ids: Tensor, pixels: Tensor | None, sizes: Tensor | None) -> Tensor:
         """Embed ids [B, T] to [B, T, D], with the image tokens replaced by visual tokens."""
+        if (pixels is None) != (sizes is None):
+            raise ValueError("pixels and sizes go together: give both or neither")
         embeds: Tensor = self.language_model.get_input_embeddings()(input_ids)
         slots = input_ids == self.config.image_token_id
         wanted = int(slots.sum())
-        images = 0 if pixels is None else len(pixels)
-        if not images:
+        if pixels is None or sizes is None or not len(sizes):
             self._check_counts(wanted, 0, 0)
             if pixels is None and not self.training:
                 return embeds
             # every rank runs the vision path in every call, or sharded weights would wait for ever
-            side = self.encoder.image_size
-            blank = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=input_ids.device)
-            nothing = self.image_features(blank)[:, :0].sum()
+            nothing = self.image_features(*self.encoder.blank(input_ids.device))[:0].sum()
             return embeds + nothing.to(embeds.dtype)
-        assert pixels is not None
-        tokens = self.image_features(pixels)
-        self._check_counts(wanted, images, tokens.shape[1])
+        tokens = self.image_features(pixels, sizes)
+        self._check_counts(wanted, len(sizes), len(tokens))
         return embeds.masked_scatter(slots[..., None], tokens.to(embeds.dtype))
 
-    def _check_counts(self, wanted: int, images: int, each: int) -> None:
-        if wanted != images * each:
+    def _check_counts(self, wanted: int, views: int, made: int) -> None:
+        if wanted != made:
             raise ValueError(
-                f"the text has {wanted} image tokens, but {images} images of {each} visual tokens "
-                f"make {images * each}: the processor and the model disagree, or a text was cut "
-                "inside an image"
+                f"the text has {wanted} image tokens, but {views} views of images make {made} "
+                "visual tokens: the processor and the model disagree, or a text was cut inside an "
+                "image"
             )
 
     # -- what transformers expects ---------------------------------------------------------------
@@ -184,6 +193,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         pixels: Tensor | None = None,
+        sizes: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -193,7 +203,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return logits [B, T, V] and, with labels [B, T] (not shifted), the mean loss over them.
+        """Return logits [B, T, W] and, with labels [B, T] (not shifted), the mean loss over them.
 
         The other arguments are those of `hidden_states`. `logits_to_keep`: only the last so many
         positions (0: all), or the positions themselves.
@@ -203,7 +213,9 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         )
         if use_cache is not None:
             extra = {**extra, "use_cache": use_cache}
-        states = self._states(input_ids, pixels, position_ids, cu_seqlens, attention_mask, **extra)
+        states = self._states(
+            input_ids, pixels, sizes, position_ids, cu_seqlens, attention_mask, **extra
+        )
         kept = states.last_hidden_state
         if not isinstance(logits_to_keep, int) or logits_to_keep:
             span = (
@@ -234,7 +246,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs["pixels"] = None
+            inputs["pixels"] = inputs["sizes"] = None
         return inputs
 
     def _expand_inputs_for_generation(  # type: ignore[override]
@@ -244,22 +256,21 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Repeat rows for beams or several answers; a row's images stay together."""
-        pixels = model_kwargs.pop("pixels", None)
-        if pixels is not None and expand_size > 1:
+        """Repeat rows for beams or several answers; a row's views stay together."""
+        pixels, sizes = model_kwargs.pop("pixels", None), model_kwargs.pop("sizes", None)
+        if pixels is not None and sizes is not None and expand_size > 1:
             assert input_ids is not None
-            grid = self.encoder.grid(*pixels.shape[1:3])
-            each = self.connector.tokens_per_image(grid)
-            counts = (input_ids == self.config.image_token_id).sum(dim=1) // each
-            rows = pixels.split(counts.tolist())
-            pixels = torch.cat([row for row in rows for _ in range(expand_size)])
+            tokens = self.tokens_per_view(sizes)
+            wanted = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
+            self._check_counts(sum(wanted), len(sizes), sum(tokens))
+            pixels, sizes = repeat_rows(pixels, sizes, tokens, wanted, expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
             input_ids=input_ids,  # type: ignore[arg-type]
             **model_kwargs,
         )
-        return input_ids, {**model_kwargs, "pixels": pixels}
+        return input_ids, {**model_kwargs, "pixels": pixels, "sizes": sizes}
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_packing.document import Document, DocumentError
 from data_packing.images import decode
+from data_packing.pack import join_views
 from data_packing.sample import IGNORED, Cost, ImageSlot, Sample
 from mllm.models import template
 from mllm.models.connectors import CONNECTORS
@@ -101,7 +102,7 @@ class Processor:
         return rows * columns, self.geometry.patches(height, width)
 
     def image_bytes(self, height: int, width: int) -> int:
-        """Return the bytes of the pixels that an image of this size becomes."""
+        """Return the bytes of the pixels that an image of this size becomes, in all its views."""
         return 3 * self.geometry.image_size**2
 
     def prompt(self, document: Document) -> dict[str, Tensor]:
@@ -109,13 +110,13 @@ class Processor:
         return self.prompts([document])
 
     def prompts(self, documents: Sequence[Document]) -> dict[str, Tensor]:
-        """Return what `generate` takes: left-padded rows and the images of all rows in order.
+        """Return what `generate` takes: left-padded rows and the views of all rows in order.
 
         A conversation ends with the user's turn; a raw document is left open to be continued.
 
         Returns:
-            input_ids [B, T], attention_mask [B, T] and, if there is an image, pixels uint8
-            [I, S, S, 3].
+            input_ids [B, T], attention_mask [B, T] and, if there is an image, pixels uint8 [P] of
+            all views one after another and sizes int32 [V, 2], (height, width) of each.
 
         Raises:
             DocumentError: one of them cannot be used, or ends with an answer.
@@ -130,8 +131,8 @@ class Processor:
             target[longest - len(row) :] = row
             seen[longest - len(row) :] = 1
         result = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-        if pixels := [image for one in documents for image in self._pixels(one)]:
-            result["pixels"] = torch.from_numpy(np.stack(pixels))
+        if views := [view for one in documents for view in self._pixels(one)]:
+            result["pixels"], result["sizes"] = join_views(views)
         return result
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
@@ -166,6 +167,7 @@ class Processor:
         return np.repeat(values, repeats)
 
     def _pixels(self, document: Document) -> list[NDArray[np.uint8]]:
+        """The views of the document's images, uint8 [H, W, 3] each."""
         pixels = []
         for number, image in enumerate(document.images, start=1):
             try:

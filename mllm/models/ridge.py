@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data_packing.document import Document, DocumentError
+from data_packing.pack import join_views
 from data_packing.sample import IGNORED, Sample
 from data_packing.wording import counted
 from mllm.models.connectors.base import Connector
@@ -121,7 +122,7 @@ def _centre(model: MultimodalModel, batches: Sequence[Sequence[Sample]]) -> None
     if norm is None:
         return
     mean = torch.cat([_reaching(model, norm, group, after=True) for group in batches])
-    norm.bias.sub_(mean.flatten(0, 1).mean(dim=0))
+    norm.bias.sub_(mean.mean(dim=0))
 
 
 def _moments(model: MultimodalModel, batches: Sequence[Sequence[Sample]]) -> tuple[Tensor, Tensor]:
@@ -135,11 +136,11 @@ def _moments(model: MultimodalModel, batches: Sequence[Sequence[Sample]]) -> tup
     tokens = 0
     for group in batches:
         hidden = _reaching(model, last, group)
-        means.append(hidden.mean(dim=1))
-        flat = hidden.flatten(0, 1)
-        second += flat.T @ flat
-        tokens += len(flat)
-    return torch.cat(means), second / tokens
+        counts = [sum(model.tokens_per_view(_views([sample])[1])) for sample in group]
+        means += [one.mean(dim=0) for one in hidden.split(counts)]
+        second += hidden.T @ hidden
+        tokens += len(hidden)
+    return torch.stack(means), second / tokens
 
 
 def _scale(model: MultimodalModel, covariance: Tensor, weight: Tensor, mean: Tensor) -> float:
@@ -232,20 +233,25 @@ def _words(model: MultimodalModel, sample: Sample) -> NDArray[np.int64]:
 def _reaching(
     model: MultimodalModel, layer: nn.Module, samples: Sequence[Sample], after: bool = False
 ) -> Tensor:
-    """What reaches a layer of the connector, or leaves it: [n, M, H] in fp32, image by image."""
+    """What reaches a layer of the connector, or leaves it: [rows, H] in fp32, view by view."""
     caught: list[Tensor] = []
 
     def catch(_: nn.Module, arguments: tuple[Tensor, ...], result: Tensor) -> None:
-        caught.append((result if after else arguments[0]).float())
+        caught.append((result if after else arguments[0]).float().flatten(0, -2))
 
     hook = layer.register_forward_hook(catch)
-    pixels = torch.from_numpy(np.stack([sample.pixels[0] for sample in samples]))
+    pixels, sizes = _views(samples)
     try:
         with _fast(model.device):
-            model.image_features(pixels.to(model.device))
+            model.image_features(pixels.to(model.device), sizes)
     finally:
         hook.remove()
     return caught[0]
+
+
+def _views(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """Pixels [B] and sizes [V, 2] of all views of the samples."""
+    return join_views([view for sample in samples for view in sample.pixels])
 
 
 def _targets(model: MultimodalModel, samples: Sequence[Sample]) -> Tensor:

@@ -195,6 +195,7 @@ class Loop:
             pack.position_ids,
             pack.cu_seqlens,
             pack.pixels,
+            pack.sizes,
         )
         return sums
 

@@ -62,17 +62,16 @@ def pair_cost(config: Any) -> float:
 
 
 def patch_cost(encoder: VisionEncoder) -> float:
-    """Multiply-adds of one patch of an image."""
-    side = encoder.image_size
+    """Multiply-adds of one patch of a view."""
     empty = {
         name: torch.empty_like(tensor, device="meta")
         for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers())
     }
-    image = torch.empty(1, side, side, 3, dtype=torch.uint8, device="meta")
+    pixels, sizes = encoder.blank("meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        functional_call(encoder, empty, (image,))
+        functional_call(encoder, empty, (pixels, sizes))
     passes = FORWARD + (THROUGH + LEARNS if encoder.trains else 0)
-    return float(passes * counter.get_total_flops() / 2 / encoder.patches(side, side))
+    return float(passes * counter.get_total_flops() / 2 / encoder.patches(*sizes[0].tolist()))
 
 
 def _rounded(value: float) -> float:

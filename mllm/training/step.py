@@ -1,7 +1,7 @@
 """The one module that DeepSpeed wraps: model and objectives together.
 
 Under ZeRO-3 a weight exists only inside forward, so everything that touches a weight happens here.
-T tokens of a pack, I images, K objectives, D hidden width.
+T tokens of a pack, V views of its images, B bytes of their pixels, K objectives, D hidden width.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class TrainStep(nn.Module):
         position_ids_T: Tensor,
         cu_seqlens: Tensor,
         pixels: Tensor,
+        sizes: Tensor,
     ) -> Tensor:
         """The weighted sum of each objective over the pack, [K] in fp32, in the recipe's order.
 
@@ -50,7 +51,8 @@ class TrainStep(nn.Module):
             input_ids_T, labels_T, position_ids_T: int64.
             weights_KT: float32, a row per objective.
             cu_seqlens: int32 [documents + 1].
-            pixels: uint8 [I, H, W, 3].
+            pixels: uint8 [B], each view as [height, width, 3], one after another.
+            sizes: int32 [V, 2], (height, width) of each view, on the CPU.
         """
         assert weights_KT.shape[0] == len(self.objectives)
         if input_ids_T.numel() == 0:  # a rank without a pack takes part all the same
@@ -62,6 +64,7 @@ class TrainStep(nn.Module):
         hidden_BTD = self.model.hidden_states(
             input_ids=input_ids_T[None],
             pixels=pixels,
+            sizes=sizes,
             position_ids=position_ids_T[None],
             cu_seqlens=cu_seqlens,
         )

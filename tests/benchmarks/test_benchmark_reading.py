@@ -35,7 +35,7 @@ def test_pictures_are_as_large_as_the_page_says_and_always_the_same() -> None:
 
 def test_a_pack_is_a_batch(tmp_path: Path) -> None:
     index, pattern = reading.write(list(reading.draw(64, 0)), tmp_path)
-    assert [len(packs[0].pixels) for _, packs in reading.loader_of(index, 0)] == [32, 32]
+    assert [len(packs[0].sizes) for _, packs in reading.loader_of(index, 0)] == [32, 32]
     assert list(reading.theirs(pattern)) == [32, 32]
 
 

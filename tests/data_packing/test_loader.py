@@ -36,6 +36,7 @@ from data_packing.account import account
 from data_packing.balance import PackCost
 from data_packing.document import Document, DocumentError, Image, Text
 from data_packing.files import OpenFiles, save_arrays
+from data_packing.images import decode_all
 from data_packing.index import Index, build_index, source_names
 from data_packing.loader import Loader
 from data_packing.loss_weights import Weighting
@@ -60,6 +61,16 @@ def encode_too_long(document: Document) -> Sample:
     if document.key == "k7":
         sample.input_ids = np.append(sample.input_ids, 0)
         sample.labels = sample.input_ids
+    return sample
+
+
+def encode_two_views(document: Document) -> Sample:
+    """As `encode`, with two views of an image: all of it, and what is below its first row."""
+    sample = encode(document)
+    pixels = decode_all(document.images)
+    sample.pixels = [view for image in pixels for view in (image, image[1:])]
+    for slot in sample.slots:
+        slot.views = 2
     return sample
 
 
@@ -129,7 +140,7 @@ def test_packs_hold_what_the_plan_says(data: tuple[Plan, Index]) -> None:
             assert pack.number == planned.number
             assert len(pack.input_ids) == planned.tokens
             assert pack.keys == [index.key(entry.document) for entry in planned.entries]
-            assert len(pack.pixels) * 16 == planned.patches
+            assert len(pack.sizes) * 16 == planned.patches
             assert pack.refused == []
 
 
@@ -357,7 +368,8 @@ def test_a_pack_counts_for_the_bytes_that_it_holds(
     jobs = list(loader._jobs(deque()))
     assert len(jobs) == len(packs)
     for job, pack in zip(jobs, packs, strict=True):
-        held = sum(getattr(pack, name).nbytes for name in TENSORS if name != "cu_seqlens")
+        bounds = ("cu_seqlens", "sizes")
+        held = sum(getattr(pack, name).nbytes for name in TENSORS if name not in bounds)
         assert job.size == held
         assert job.shared == pack.pixels.nbytes
 
@@ -506,9 +518,42 @@ def test_images_of_documents_stay_with_them(tmp_path: Path) -> None:
     index = index_of(documents, tmp_path)
     for _, packs in load(plan_of(index), index):
         for pack in packs:
-            for place, key in enumerate(pack.keys):
+            views = pack.pixels.view(-1, SIDE, SIDE, 3)
+            for view, key in zip(views, pack.keys, strict=True):
                 expected = encode(documents[int(key[1:])]).pixels[0]
-                assert torch.equal(pack.pixels[place], torch.from_numpy(expected))
+                assert torch.equal(view, torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("shared_from", [1, 2**20])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_of_different_sizes_arrive_unchanged(
+    tmp_path: Path, workers: int, shared_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "_SHARED_FROM", shared_from)
+    documents = [
+        Document.caption(
+            image(5 + seed % 4, 9 - seed % 3, seed), "a" * (seed + 1), "toys", f"k{seed}"
+        )
+        for seed in range(12)
+    ]
+    index = index_of(documents, tmp_path)
+    steps = load(
+        plan_of(index),
+        index,
+        encode_two_views,
+        workers=workers,
+        image_bytes=lambda h, w: 3 * (2 * h - 1) * w,
+    )
+    packs = [pack for _, packs in steps for pack in packs]
+    assert {key for pack in packs for key in pack.keys} == {one.key for one in documents}
+    assert any(len(set(map(tuple, pack.sizes[::2].tolist()))) > 1 for pack in packs)
+    for pack in packs:
+        views = [
+            view for key in pack.keys for view in encode_two_views(documents[int(key[1:])]).pixels
+        ]
+        assert pack.sizes.dtype == torch.int32
+        assert pack.sizes.tolist() == [list(view.shape[:2]) for view in views]
+        assert pack.pixels.numpy().tobytes() == b"".join(view.tobytes() for view in views)
 
 
 def test_a_document_that_loses_all_its_slices_is_refused_in_the_ledger(

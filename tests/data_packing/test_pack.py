@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_packing.pack import Pack, collate
+from data_packing.pack import Pack, collate, join_views
 from data_packing.sample import IGNORED, Sample
 
 
@@ -23,7 +23,8 @@ def test_documents_lie_side_by_side_with_their_bounds(shapes: list[tuple[int, in
     assert pack.number == 7
     assert pack.keys == [str(at) for at in range(len(shapes))]
     assert pack.cu_seqlens.tolist() == np.cumsum([0, *(n for n, _ in shapes)]).tolist()
-    assert len(pack.pixels) == sum(images for _, images in shapes)
+    assert pack.sizes.tolist() == [[4, 4]] * sum(images for _, images in shapes)
+    assert len(pack.pixels) == 48 * len(pack.sizes)
     bounds = pack.cu_seqlens.tolist()
     for (length, _), start, stop in zip(shapes, bounds, bounds[1:], strict=False):
         assert pack.input_ids[start:stop].tolist() == list(range(1, length + 1))
@@ -39,7 +40,35 @@ def test_types_are_what_the_model_takes() -> None:
     assert pack.cu_seqlens.dtype == torch.int32
     assert pack.weights.dtype == torch.float32
     assert pack.pixels.dtype == torch.uint8
-    assert pack.pixels.shape == (2, 4, 4, 3)
+    assert pack.pixels.shape == (2 * 4 * 4 * 3,)
+    assert pack.sizes.dtype == torch.int32
+    assert pack.sizes.tolist() == [[4, 4], [4, 4]]
+
+
+def test_views_of_any_sizes_lie_one_after_another() -> None:
+    random = np.random.default_rng(0)
+    views = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((2, 3), (5, 1))]
+    cut = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)[1:4, 2:4]  # not contiguous
+    documents = [sample(3), sample(3), sample(3)]
+    documents[0].pixels, documents[2].pixels = views, [cut]
+    pack = collate(documents, 0)
+    assert pack.sizes.tolist() == [[2, 3], [5, 1], [3, 2]]
+    parts = pack.pixels.split([18, 15, 18])
+    for part, view in zip(parts, [*views, cut], strict=True):
+        np.testing.assert_array_equal(part.numpy().reshape(view.shape), view)
+
+
+def test_pixels_are_written_into_the_array_they_are_given() -> None:
+    given = np.zeros(64, dtype=np.uint8)
+    pixels, _ = join_views([np.full((2, 2, 3), 7, dtype=np.uint8)] * 2, lambda size: given[:size])
+    assert pixels.data_ptr() == given.ctypes.data
+    assert given.tolist() == [7] * 24 + [0] * 40
+
+
+def test_sizes_stay_where_the_model_reads_them() -> None:
+    moved = collate([sample(3, 2)], 0).to("meta")
+    assert moved.pixels.device.type == "meta"
+    assert moved.sizes.tolist() == [[4, 4], [4, 4]]
 
 
 def test_across_documents_is_one_segment() -> None:
@@ -61,13 +90,12 @@ def test_samples_are_not_changed() -> None:
 def test_the_empty_pack_learns_nothing() -> None:
     pack = Pack.empty()
     assert (pack.learned, len(pack.input_ids), len(pack.pixels)) == (0, 0, 0)
+    assert pack.sizes.shape == (0, 2)
     assert pack.cu_seqlens.tolist() == [0]
     assert collate([], 3, across_documents=True).cu_seqlens.tolist() == [0]
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
-    with pytest.raises(ValueError, match="different sizes"):
-        collate([sample(3, 1, 4), sample(3, 1, 8)], 0)
     bad = sample(3, key="odd")
     bad.labels = bad.labels[:2]
     with pytest.raises(ValueError, match="'odd': 3 tokens but 2 labels"):

@@ -92,7 +92,7 @@ def test_the_packs_are_those_that_the_loader_gives(index: Index, across: bool) -
         assert shown.learned == pack.learned
         tokens = [token for document in shown.documents for token in document.tokens]
         assert tokens == spell(pack.input_ids.tolist())
-        assert sum(len(document.images) for document in shown.documents) == len(pack.pixels)
+        assert sum(len(document.images) for document in shown.documents) == len(pack.sizes)
     assert {refusal.key for pack in seen.packs for refusal in pack.refused} == {"broken"}
 
 
@@ -128,13 +128,33 @@ def test_images_are_shown_as_the_encoder_sees_them(index: Index) -> None:
         8,
         9,
     )
-    head, data = shown.picture.split(",")
+    (only,) = shown.pictures
+    head, data = only.split(",")
     assert head == "data:image/jpeg;base64"
     with PillowImage.open(io.BytesIO(base64.b64decode(data))) as opened:
         assert opened.size == (4, 4)
     wide = picture(np.zeros((300, 600, 3), dtype=np.uint8))
     with PillowImage.open(io.BytesIO(base64.b64decode(wide.split(",")[1]))) as opened:
         assert opened.size == (128, 64)
+
+
+def test_every_view_of_an_image_is_shown(index: Index) -> None:
+    def encode_halves(document: Document) -> Sample:
+        sample = encode_learned(document)
+        sample.pixels = [half for view in sample.pixels for half in (view[:1], view[1:])]
+        for slot in sample.slots:
+            slot.views = 2
+        return sample
+
+    seen = look(plan_of(index), encode_halves, spell, title="a recipe", packs=10_000)
+    images = [each for pack in seen.packs for one in pack.documents for each in one.images]
+    assert {len(each.pictures) for each in images} == {2}
+    heights = []
+    for data in images[0].pictures:
+        with PillowImage.open(io.BytesIO(base64.b64decode(data.split(",")[1]))) as opened:
+            heights.append(opened.height)
+    assert heights == [1, 3]
+    assert page_of(seen).count("<img ") == 2 * len(images)
 
 
 class Checker(HTMLParser):

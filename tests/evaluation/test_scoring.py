@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data_packing.document import Document, DocumentError
+from data_packing.pack import join_views
 from mllm.evaluation.scoring import Row, plant, score, text_loss
 from tests.evaluation.conftest import square
 from tests.evaluation.tiny import make_model
@@ -37,9 +38,9 @@ def documents() -> list[Document]:
 def by_hand(model: Any, processor: Any, document: Document) -> tuple[float, int]:
     """The plain forward pass of one document."""
     sample = processor.encode(document)
-    pixels = torch.stack([torch.from_numpy(p) for p in sample.pixels]) if sample.pixels else None
+    pixels, sizes = join_views(sample.pixels)
     with torch.no_grad():
-        logits = model(torch.from_numpy(sample.input_ids)[None], pixels=pixels).logits[0]
+        logits = model(torch.from_numpy(sample.input_ids)[None], pixels, sizes).logits[0]
     labels = torch.from_numpy(sample.labels)
     nll = torch.nn.functional.cross_entropy(
         logits[:-1], labels[1:], ignore_index=-100, reduction="sum"

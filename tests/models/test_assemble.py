@@ -101,7 +101,9 @@ def test_bf16_throughout(folders: dict[str, Path]) -> None:
     model, processor = assemble(section(folders), dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     pack = collate([processor.encode(one) for one in documents()], 0)
-    hidden = model.hidden_states(pack.input_ids, pack.pixels, cu_seqlens=pack.cu_seqlens)
+    hidden = model.hidden_states(
+        pack.input_ids, pack.pixels, pack.sizes, cu_seqlens=pack.cu_seqlens
+    )
     assert hidden.dtype == torch.bfloat16
     assert hidden.isfinite().all()
 

@@ -177,11 +177,11 @@ def test_a_model_that_drops_the_bounds_is_noticed(build: Callable[..., Any]) -> 
 
     inner.forward = forgetful
     with pytest.raises(ValueError, match="does not receive cu_seqlens"):
-        model.hidden_states(pack.input_ids, pack.pixels, cu_seqlens=pack.cu_seqlens)
+        model.hidden_states(pack.input_ids, pack.pixels, pack.sizes, cu_seqlens=pack.cu_seqlens)
 
     inner.forward = lambda hidden_states, **_: (hidden_states, None)
     with pytest.raises(ValueError, match="in 1 of its 2 layers"):
-        model.hidden_states(pack.input_ids, pack.pixels, cu_seqlens=pack.cu_seqlens)
+        model.hidden_states(pack.input_ids, pack.pixels, pack.sizes, cu_seqlens=pack.cu_seqlens)
 
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -13,6 +13,7 @@ from PIL import Image as PillowImage
 from transformers import CLIPImageProcessor, CLIPVisionModel, SiglipVisionModel
 
 from data_packing.images import decode
+from data_packing.pack import join_views
 from mllm.models.encoders import ENCODERS
 from mllm.models.encoders.efficientnet_lite import (
     EfficientNetLiteEncoder,
@@ -32,9 +33,10 @@ def test_features_have_the_promised_shape(folders: dict[str, Path], name: str, c
     image = encoder.preprocess(decode(picture(1).data))
     assert image.shape == (encoder.image_size, encoder.image_size, 3)
     assert image.dtype == np.uint8
-    features = encoder(torch.from_numpy(image)[None].repeat(2, 1, 1, 1))
-    assert features.shape == (2, cells**2, encoder.width)
-    torch.testing.assert_close(features[0], features[1])
+    features = encoder(*join_views([image, image]))
+    assert features.shape == (2 * cells**2, encoder.width)
+    torch.testing.assert_close(*features.split(cells**2))
+    assert encoder.grids([(encoder.image_size, encoder.image_size)] * 2) == [(cells, cells)] * 2
     assert all(p.requires_grad for p in encoder.parameters())
     features.square().sum().backward()
     assert [n for n, p in encoder.named_parameters() if p.grad is None] == []
@@ -48,14 +50,15 @@ def test_the_layer_is_the_one_of_the_whole_model(
     folders: dict[str, Path], name: str, kind: type[CLIPVisionModel], layer: int
 ) -> None:
     encoder = ENCODERS[name].from_folder(folders[name], layer=layer)
-    pixels = torch.from_numpy(encoder.preprocess(decode(picture(1).data)))[None]
-    images = (pixels / 255 - torch.tensor(encoder.mean)) / torch.tensor(encoder.std)
+    pixels, sizes = join_views([encoder.preprocess(decode(picture(1).data))])
+    views = pixels.view(1, encoder.image_size, encoder.image_size, 3)
+    images = (views / 255 - torch.tensor(encoder.mean)) / torch.tensor(encoder.std)
     whole = kind.from_pretrained(folders[name])
     states = whole(images.permute(0, 3, 1, 2), output_hidden_states=True)
     wanted = states.hidden_states[layer][:, -16:]
     if name == "siglip" and layer == -1:
         wanted = states.last_hidden_state
-    torch.testing.assert_close(encoder(pixels), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(encoder(pixels, sizes), wanted.flatten(0, 1), rtol=0, atol=1e-5)
 
 
 def test_clip_pixels_are_those_of_its_own_preprocessor(folders: dict[str, Path]) -> None:
@@ -145,12 +148,13 @@ def test_converting_the_package_keeps_the_features(tmp_path: Path) -> None:
     torch.manual_seed(4)
     package = EfficientNet.from_name("efficientnet-lite0").eval()
     encoder = EfficientNetLiteEncoder.from_folder(folder).eval()
-    pixels = torch.from_numpy(encoder.preprocess(decode(picture(1).data)))[None]
-    images = (pixels / 255 - torch.tensor(encoder.mean)) / torch.tensor(encoder.std)
+    pixels, sizes = join_views([encoder.preprocess(decode(picture(1).data))])
+    views = pixels.view(1, encoder.image_size, encoder.image_size, 3)
+    images = (views / 255 - torch.tensor(encoder.mean)) / torch.tensor(encoder.std)
     with torch.no_grad():
         wanted = package.extract_features(images.permute(0, 3, 1, 2))
-        found = encoder(pixels)
-    torch.testing.assert_close(found, wanted.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4)
+        found = encoder(pixels, sizes)
+    torch.testing.assert_close(found, wanted[0].flatten(1).T, rtol=1e-4, atol=1e-4)
 
 
 def test_a_pickle_that_runs_code_is_not_converted(tmp_path: Path) -> None:

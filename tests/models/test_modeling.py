@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,8 +15,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import mllm  # noqa: F401  (registers the Auto classes)
-from data_packing.document import Document, Image, Text
-from data_packing.pack import Pack, collate
+from data_packing.document import Document, Text
+from data_packing.pack import Pack, collate, join_views
 from mllm.models.assemble import load
 from mllm.models.config import MultimodalConfig
 from mllm.models.modeling import MultimodalModel
@@ -30,7 +31,7 @@ def packed(processor: Processor, chosen: list[Document] | None = None) -> Pack:
 
 
 def run(model: MultimodalModel, pack: Pack) -> torch.Tensor:
-    return model.hidden_states(pack.input_ids, pack.pixels, cu_seqlens=pack.cu_seqlens)
+    return model.hidden_states(pack.input_ids, pack.pixels, pack.sizes, cu_seqlens=pack.cu_seqlens)
 
 
 # -- image tokens and features ---------------------------------------------------------------------
@@ -42,20 +43,27 @@ def test_a_mismatch_of_tokens_and_features_says_the_counts(
 ) -> None:
     model, processor = build("clip", "average_pool")
     pack = packed(processor, [chat(1), chat(2)])
-    pixels = pack.pixels[:1].repeat(images, 1, 1, 1)
-    with pytest.raises(ValueError, match=rf"8 image tokens, but {images} images .* {4 * images}:"):
-        run(model, replace(pack, pixels=pixels))
-    with pytest.raises(ValueError, match="8 image tokens, but 0 images"):
+    views = {
+        "pixels": pack.pixels[: 3 * 32 * 32].repeat(images),
+        "sizes": pack.sizes[:1].repeat(images, 1),
+    }
+    with pytest.raises(
+        ValueError, match=rf"8 image tokens, but {images} views .* {4 * images} vis"
+    ):
+        run(model, replace(pack, **views))
+    with pytest.raises(ValueError, match="8 image tokens, but 0 views"):
         model.hidden_states(pack.input_ids)
+    with pytest.raises(ValueError, match="pixels and sizes go together"):
+        model.hidden_states(pack.input_ids, pack.pixels)
 
 
 def test_visual_tokens_stand_where_the_image_was(build: Callable[..., Any]) -> None:
     model, processor = build("clip", "average_pool")
     sample = processor.encode(documents()[1])
     ids = torch.from_numpy(sample.input_ids)[None]
-    pixels = torch.stack([torch.from_numpy(image) for image in sample.pixels])
-    embeds = model._embed(ids, pixels)[0]
-    tokens = model.image_features(pixels)
+    views = join_views(sample.pixels)
+    embeds = model._embed(ids, *views)[0]
+    tokens = model.image_features(*views).unflatten(0, (len(sample.slots), -1))
     for slot, wanted in zip(sample.slots, tokens, strict=True):
         torch.testing.assert_close(embeds[slot.start : slot.start + slot.length], wanted)
     text = ids[0] != processor.image_token_id
@@ -73,6 +81,7 @@ def test_bad_bounds_are_refused(build: Callable[..., Any]) -> None:
         model.hidden_states(
             pack.input_ids[None],
             pack.pixels,
+            pack.sizes,
             cu_seqlens=pack.cu_seqlens,
             attention_mask=torch.ones(1, tokens),
         )
@@ -94,7 +103,7 @@ def test_a_pack_without_images_runs_the_vision_path(
         part.register_forward_hook(lambda *_, name=name: ran.append(name))
     text = documents()[3]
     pack = packed(processor, [text])
-    assert len(pack.pixels) == 0
+    assert len(pack.pixels) == len(pack.sizes) == 0
     hidden = run(model, pack)
     assert ran == ["encoder", "connector"]
     (hidden.sum() + hidden.square().sum()).backward()
@@ -222,13 +231,30 @@ def test_beams_and_several_answers_keep_their_images(build: Callable[..., Any]) 
     asked = [questions()[2], questions()[1], questions()[0]]
     inputs = processor.prompts(asked)
     ids, expanded = model._expand_inputs_for_generation(
-        2, input_ids=inputs["input_ids"], pixels=inputs["pixels"]
+        2, **{name: inputs[name] for name in ("input_ids", "pixels", "sizes")}
     )
-    order = [0, 1, 0, 1, 2, 2]
-    assert torch.equal(expanded["pixels"], inputs["pixels"][order])
+    views = inputs["pixels"].view(-1, 32, 32, 3)[[0, 1, 0, 1, 2, 2]]
+    assert torch.equal(expanded["pixels"], views.flatten())
+    assert expanded["sizes"].tolist() == [[32, 32]] * 6
     assert ids.shape[0] == 6
     out = model.generate(**inputs, max_new_tokens=3, num_beams=2, num_return_sequences=2)
     assert out.shape[0] == 6
+
+
+def test_beams_of_rows_with_different_numbers_of_images(build: Callable[..., Any]) -> None:
+    model, processor = build("clip", "average_pool")
+    model.generation_config.eos_token_id = None
+    asked = [questions()[2], questions()[0]]
+    inputs = processor.prompts(asked)
+    assert len(inputs["sizes"]) == 3
+    beams = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    start = inputs["input_ids"].shape[1]
+    together = model.generate(**inputs, **beams)[:, start:]
+    alone = [processor.prompt(one) for one in asked]
+    apart = [model.generate(**one, **beams)[:, one["input_ids"].shape[1] :] for one in alone]
+    assert torch.equal(together, torch.cat(apart))
+    swapped = {**inputs, "pixels": inputs["pixels"].view(3, -1).roll(1, 0).flatten()}
+    assert not torch.equal(model.generate(**swapped, **beams)[:, start:], together)
 
 
 def test_image_tokens_and_padding_rows_are_never_written(build: Callable[..., Any]) -> None:
@@ -264,7 +290,7 @@ def test_a_round_trip_is_bit_exact(
     assert same.fingerprint == processor.fingerprint
     assert not again.training
     pack, packed_again = packed(processor), packed(same)
-    for field in ("input_ids", "labels", "pixels"):
+    for field in ("input_ids", "labels", "pixels", "sizes"):
         assert torch.equal(getattr(pack, field), getattr(packed_again, field))
     with torch.no_grad():
         assert torch.equal(run(model, pack), run(again, pack))
@@ -330,9 +356,9 @@ def test_visual_tokens_change_at_load(build: Callable[..., Any], tmp_path: Path)
     assert wider.fingerprint != processor.fingerprint
     assert wider.text_fingerprint == processor.text_fingerprint
     run(other, packed(wider))
-    pixels = packed(processor).pixels
-    pooled = other.image_features(pixels).shape[1]
-    assert pooled == 16
+    pack = packed(processor)
+    assert other.tokens_per_view(pack.sizes) == [16] * len(pack.sizes)
+    assert len(other.image_features(pack.pixels, pack.sizes)) == 16 * len(pack.sizes)
     with pytest.raises(ValueError, match="5 x 5 grid"):
         load(tmp_path, connector={"visual_tokens": 25})
     with pytest.raises(ValueError, match="did you mean 'visual_tokens'"):
@@ -397,6 +423,10 @@ def test_an_assembled_language_model_computes_what_it_did(
 
 def test_image_of_another_size_is_refused(build: Callable[..., Any]) -> None:
     model, _ = build()
-    with pytest.raises(ValueError, match=r"pixels \[images, 32, 32, 3\]"):
-        model.image_features(torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
-    assert isinstance(picture(1), Image)
+    views = [np.zeros((side, side, 3), dtype=np.uint8) for side in (32, 16, 8)]
+    line = "^the encoder takes views of 32 x 32 pixels, but 2 of 3 are others, 16 x 16 first$"
+    with pytest.raises(ValueError, match=line):
+        model.image_features(*join_views(views))
+    pixels, sizes = join_views(views[:1])
+    with pytest.raises(ValueError, match=r"^2 views of 32 x 32 have 6144 bytes .* got \[3072\]$"):
+        model.image_features(pixels, sizes.repeat(2, 1))

@@ -37,6 +37,7 @@ def logits_of(model: MultimodalModel, pack: Pack, packed: bool = True, **kwargs:
     hidden = model.hidden_states(
         pack.input_ids[None],
         pack.pixels,
+        pack.sizes,
         position_ids=pack.position_ids[None] if packed else None,
         cu_seqlens=pack.cu_seqlens if packed else None,
         **kwargs,
@@ -172,7 +173,11 @@ def test_a_pack_is_isolated_whatever_use_cache_says(build: Callable[..., Any]) -
         model.config.use_cache = model.language_model.config.use_cache = True
         assert torch.equal(logits_of(model, pack), expected)
         output = model(
-            pack.input_ids[None], pack.pixels, cu_seqlens=pack.cu_seqlens, labels=pack.labels
+            pack.input_ids[None],
+            pack.pixels,
+            pack.sizes,
+            cu_seqlens=pack.cu_seqlens,
+            labels=pack.labels,
         )
     torch.testing.assert_close(output.logits[0], expected)
     learned = pack.labels[1:] != IGNORED

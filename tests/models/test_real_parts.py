@@ -32,10 +32,12 @@ def test_packed_is_unpacked_on_smollm2() -> None:
     samples = [processor.encode(document) for document in documents()]
     pack = collate(samples, 0)
     with torch.no_grad():
-        together = model.hidden_states(pack.input_ids, pack.pixels, cu_seqlens=pack.cu_seqlens)[0]
+        together = model.hidden_states(
+            pack.input_ids, pack.pixels, pack.sizes, cu_seqlens=pack.cu_seqlens
+        )[0]
         for number, sample in enumerate(samples):
             one = collate([sample], 0)
-            alone = model.hidden_states(one.input_ids, one.pixels if len(one.pixels) else None)[0]
+            alone = model.hidden_states(one.input_ids, one.pixels, one.sizes)[0]
             start, stop = pack.cu_seqlens[number : number + 2].tolist()
             scale = float(alone.abs().max())
             torch.testing.assert_close(

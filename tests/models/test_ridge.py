@@ -12,7 +12,7 @@ import torch
 
 from data_packing.document import Document
 from data_packing.index import build_index
-from data_packing.pack import collate
+from data_packing.pack import collate, join_views
 from data_packing.sharding import write_shards
 from mllm.models import ridge
 from mllm.models.modeling import MultimodalModel
@@ -66,8 +66,8 @@ def test_it_lowers_the_caption_loss(build: Callable[..., Any]) -> None:
     assert caption_loss(model, processor) < random_loss
     changed = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
     assert changed == {f"connector.{n}" for n in ("norm.bias", "second.weight", "second.bias")}
-    pixels = np.stack([processor.encode(one).pixels[0] for one in captions(4)])
-    tokens = model.image_features(torch.from_numpy(pixels))
+    views = [processor.encode(one).pixels[0] for one in captions(4)]
+    tokens = model.image_features(*join_views(views)).unflatten(0, (4, -1))
     table = model.get_input_embeddings().weight
     words = [torch.tensor(processor.tokenizer(name)["input_ids"]) for name in NAMES]
     wanted = torch.stack([table[ids].mean(0) for ids in words])
@@ -81,10 +81,8 @@ def test_features_enter_without_their_common_mean(build: Callable[..., Any]) -> 
     ridge.fit(model, [processor.encode(one) for one in captions()])
     caught: list[torch.Tensor] = []
     model.connector.norm.register_forward_hook(lambda *given: caught.append(given[2]))
-    model.image_features(
-        torch.from_numpy(np.stack([processor.encode(one).pixels[0] for one in captions()]))
-    )
-    assert caught[0].mean((0, 1)).abs().max() < 0.02 < caught[0].std()
+    model.image_features(*join_views([processor.encode(one).pixels[0] for one in captions()]))
+    assert caught[0].mean(0).abs().max() < 0.02 < caught[0].std()
 
 
 def test_warm_start_picks_captions_from_the_sources(

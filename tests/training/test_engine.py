@@ -113,7 +113,9 @@ def first_step(file: Path) -> list[tuple[int, int, float, float]]:
             continue
         pack = collate([sample], 0)
         with torch.no_grad():
-            hidden = model.hidden_states(pack.input_ids, pack.pixels, cu_seqlens=pack.cu_seqlens)
+            hidden = model.hidden_states(
+                pack.input_ids, pack.pixels, pack.sizes, cu_seqlens=pack.cu_seqlens
+            )
             logits = model.lm_head(hidden)[0]
         loss = torch.nn.functional.cross_entropy(logits[:-1], pack.labels[1:], reduction="sum")
         ones = ((hidden[0] - 1) ** 2).mean(1)[pack.labels != IGNORED].sum()

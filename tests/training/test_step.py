@@ -63,6 +63,7 @@ def sums(step: TrainStep, pack: Pack) -> Tensor:
         pack.position_ids,
         pack.cu_seqlens,
         pack.pixels,
+        pack.sizes,
     )
 
 
@@ -109,6 +110,7 @@ def test_the_loss_is_the_plain_cross_entropy_at_learned_positions(home: Path) ->
         hidden = step.model.hidden_states(
             input_ids=pack.input_ids[None],
             pixels=pack.pixels,
+            sizes=pack.sizes,
             position_ids=pack.position_ids[None],
             cu_seqlens=pack.cu_seqlens,
         )

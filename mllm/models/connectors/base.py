@@ -1,9 +1,13 @@
-"""What every connector is: features of the encoder in, visual tokens of the language model out."""
+"""What every connector is: features of the encoder in, visual tokens of the language model out.
+
+Shapes: V views, C cells of all views, Dv features of a cell, M visual tokens of a view (each may
+have another number), D hidden width.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -12,7 +16,11 @@ from mllm.models.errors import check_options
 
 
 class Connector(nn.Module, ABC):
-    """From features [I, N, Dv] of a grid to visual tokens [I, M, D].
+    """From features [C, Dv] of views, each a grid, to their visual tokens [sum M, D].
+
+    It is called once per micro-step, and so is each part of it that has weights, whatever the views
+    are: where weights are sharded every call gathers them, and all ranks must call as often. So
+    weights are applied to all cells or tokens at once; only what has none goes from view to view.
 
     Args:
         spec: its options by name; stored in the model's config.json.
@@ -52,8 +60,13 @@ class Connector(nn.Module, ABC):
         """
 
     @abstractmethod
-    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Map features [I, N, Dv], N = rows x columns of `grid`, to tokens [I, M, D]."""
+    def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Map the cells [C, Dv] of views to their tokens [sum M, D].
+
+        Args:
+            features: one view after another, row by row of its grid.
+            grids: (rows, columns) of each view; C is the sum of their products.
+        """
 
     @abstractmethod
     def last_linear(self) -> nn.Linear:
@@ -64,6 +77,6 @@ class Connector(nn.Module, ABC):
         return None
 
     def tokens_per_image(self, grid: tuple[int, int]) -> int:
-        """Return M for an image with this feature grid."""
+        """Return M for a view with this feature grid."""
         rows, columns = self.output_grid(self.spec, grid)
         return rows * columns

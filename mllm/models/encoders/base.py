@@ -1,8 +1,13 @@
-"""What every vision encoder is: uint8 images in, one feature row per grid cell out."""
+"""What every vision encoder is: uint8 views in, one feature row per grid cell out.
+
+Shapes: V views (a view is one thing that the encoder encodes), B bytes of all their pixels, S side
+of a square view, C cells of all views, Dv features of a cell.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,12 +24,15 @@ from mllm.models.geometry import ImageGeometry
 class VisionEncoder(nn.Module, ABC):
     """A vision encoder.
 
+    A family whose views are all squares of one size implements `features`; one that takes views as
+    they are overrides `forward`, `grids` and `blank` instead.
+
     Args:
         spec: what rebuilds the module without weights: `geometry` and what the class adds. It is
             stored in the model's config.json.
 
     Attributes:
-        width: features per cell.
+        width: Dv, features per cell.
         geometry: what it wants to see, and its grid.
         OPTIONS: names that `from_folder` takes from a recipe.
     """
@@ -54,9 +62,9 @@ class VisionEncoder(nn.Module, ABC):
             ValueError: missing, cut short, or of another shape.
         """
 
-    @abstractmethod
     def features(self, images: Tensor) -> Tensor:
-        """Encode normalised images [I, 3, S, S] to [I, cells, width]."""
+        """Encode normalised views [V, 3, S, S] to [V, cells, Dv], row by row of the grid."""
+        raise NotImplementedError(f"{type(self).__name__} has neither `features` nor `forward`")
 
     @classmethod
     def from_folder(cls, path: str | Path, **options: Any) -> Self:
@@ -89,25 +97,62 @@ class VisionEncoder(nn.Module, ABC):
         """Return (rows, columns) of the features of an image of this size."""
         return self.geometry.grid(height, width)
 
+    def grids(self, sizes: Iterable[Sequence[int]]) -> list[tuple[int, int]]:
+        """Return (rows, columns) of the features of views of these (height, width)."""
+        return [self.grid(height, width) for height, width in sizes]
+
+    def blank(self, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+        """Return the pixels [B] and the sizes [1, 2] of a black view, the cheapest one to encode.
+
+        A rank without images encodes it. Only the pixels go to the device.
+        """
+        side = self.image_size
+        pixels = torch.zeros(side * side * 3, dtype=torch.uint8, device=device)
+        return pixels, torch.tensor([[side, side]], dtype=torch.int32, device="cpu")
+
     def patches(self, height: int, width: int) -> int:
         """Return how many cells an image of this size costs."""
         return self.geometry.patches(height, width)
 
     def preprocess(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Resize uint8 [H, W, 3] to the uint8 [S, S, 3] that `forward` takes."""
+        """Resize uint8 [H, W, 3] to the uint8 [S, S, 3] that the encoder takes."""
         return self.geometry.preprocess(pixels)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Encode uint8 [I, S, S, 3] to features [I, cells, width], row by row of the grid."""
-        if pixels.ndim != 4 or pixels.shape[1:] != (self.image_size, self.image_size, 3):
+    def forward(self, pixels: Tensor, sizes: Tensor) -> Tensor:
+        """Encode views to features [C, Dv], one view after another, row by row of its grid.
+
+        Args:
+            pixels: uint8 [B], each view as [height, width, 3], one after another.
+            sizes: [V, 2], (height, width) of each; on the CPU, or a GPU is waited for.
+
+        Raises:
+            ValueError: a view of a size that the encoder does not take, or pixels that are more or
+                fewer than the sizes say.
+        """
+        images = self.normalised(self.squares(pixels, sizes)).permute(0, 3, 1, 2)
+        return self.features(images.to(next(self.parameters()).dtype)).flatten(0, 1)
+
+    def squares(self, pixels: Tensor, sizes: Tensor) -> Tensor:
+        """Return the pixels [B] as views [V, S, S, 3], not copied; errors as `forward`."""
+        side, views = self.image_size, sizes.tolist()
+        others = [view for view in views if view != [side, side]]
+        if others:
             raise ValueError(
-                f"the encoder takes pixels [images, {self.image_size}, {self.image_size}, 3], "
-                f"got {list(pixels.shape)}"
+                f"the encoder takes views of {side} x {side} pixels, but {len(others)} of "
+                f"{len(views)} are others, {others[0][0]} x {others[0][1]} first"
             )
+        if pixels.shape != (len(views) * side * side * 3,):
+            raise ValueError(
+                f"{len(views)} views of {side} x {side} have {len(views) * side * side * 3} bytes "
+                f"of pixels, got {list(pixels.shape)}"
+            )
+        return pixels.view(len(views), side, side, 3)
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Return uint8 [..., 3] as floats around zero, as the encoder was trained."""
         mean = torch.tensor(self.mean, device=pixels.device)
         std = torch.tensor(self.std, device=pixels.device)
-        images = ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
-        return self.features(images.to(next(self.parameters()).dtype))
+        return (pixels.float() / 255 - mean) / std
 
     @property
     def trains(self) -> bool:

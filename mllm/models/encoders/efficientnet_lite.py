@@ -80,7 +80,7 @@ class EfficientNetLiteEncoder(VisionEncoder):
             ) from error
 
     def features(self, images: Tensor) -> Tensor:
-        """Encode [I, 3, S, S] to [I, cells, 1280].
+        """Encode [V, 3, S, S] to [V, cells, 1280].
 
         Images with channels last are twice as fast on a CPU. The weights keep their order:
         DeepSpeed broadcasts them as bytes and needs them contiguous.

@@ -98,7 +98,7 @@ class VisionTransformer(VisionEncoder):
             )
 
     def features(self, images: Tensor) -> Tensor:
-        """Encode [I, 3, S, S] to [I, cells, width]."""
+        """Encode [V, 3, S, S] to [V, cells, Dv]."""
         states: Tensor = self.vision(images).last_hidden_state
         return states[:, states.shape[1] - self.geometry.cells**2 :]
 
