@@ -172,9 +172,7 @@ def test_weights_arrive_from_workers_and_every_slice_counts_for_itself(
 
 
 def loaded_from_two(plan: Plan, indexes: list[Index], weighting: Weighting, workers: int) -> Steps:
-    return list(
-        Loader(plan, encode, rank=0, world=1, workers=workers, weighting=weighting)
-    )
+    return list(Loader(plan, encode, rank=0, world=1, workers=workers, weighting=weighting))
 
 
 @pytest.mark.parametrize("across", [False, True])
