@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isqrt
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional
 
 from mllm.models.connectors.mlp import Mlp
+from mllm.models.connectors.views import pool
 
 
 class AveragePool(Mlp):
@@ -48,9 +48,8 @@ class AveragePool(Mlp):
             )
         return (side, side)
 
-    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Pool [I, N, Dv] to the smaller grid, then map to [I, M, D]."""
-        images, _, width = features.shape
-        maps = features.transpose(1, 2).reshape(images, width, *grid)
-        pooled = functional.adaptive_avg_pool2d(maps, self.output_grid(self.spec, grid))
-        return super().forward(pooled.flatten(2).transpose(1, 2), grid)
+    def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Pool the cells [C, Dv] of each view to the smaller grid, then map to [sum M, D]."""
+        for grid in grids:
+            self.output_grid(self.spec, grid)
+        return super().forward(pool(features, grids, isqrt(self.spec["visual_tokens"])), grids)

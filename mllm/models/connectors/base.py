@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from mllm.models.errors import check_options
 
 
 class Connector(nn.Module, ABC):
-    """From features [I, N, Dv] of a grid to visual tokens [I, M, D].
+    """From the cells [C, Dv] of views to visual tokens [sum M, D].
 
     Args:
         spec: its options by name; stored in the model's config.json.
@@ -52,8 +52,13 @@ class Connector(nn.Module, ABC):
         """
 
     @abstractmethod
-    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Map features [I, N, Dv], N = rows x columns of `grid`, to tokens [I, M, D]."""
+    def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Map the cells [C, Dv] of all views to tokens [sum M, D].
+
+        The cells of the views stand one after another, each view row by row of its (rows, columns)
+        in `grids`, and so do the tokens. Modules with weights are called as often for one view as
+        for many.
+        """
 
     @abstractmethod
     def last_linear(self) -> nn.Linear:

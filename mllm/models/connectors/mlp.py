@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -31,8 +31,8 @@ class Mlp(Connector):
         """Return the grid itself."""
         return grid
 
-    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Map [I, N, Dv] to [I, N, D]."""
+    def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Map [C, Dv] to [C, D]."""
         tokens: Tensor = self.second(self.act(self.first(self.norm(features))))
         return tokens
 
