@@ -30,7 +30,7 @@ from transformers.models.internvl.modeling_internvl import (
 
 from mllm.models.assemble import load
 from mllm.models.connectors import CONNECTORS, Connector, PretrainedConnector
-from mllm.models.connectors.views import space_to_depth
+from mllm.models.connectors.cells import space_to_depth
 
 QUERIES, VISION, BERT, TEXT = 3, 16, 12, 20
 

@@ -1,4 +1,8 @@
-"""What every connector is: features of the encoder in, visual tokens of the language model out."""
+"""What every connector is: features of the encoder in, visual tokens of the language model out.
+
+Shapes: V views, C cells of all views, Dv features of a cell, M visual tokens of a view (each may
+have another number), D hidden width.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,11 @@ from mllm.models.errors import check_options
 
 
 class Connector(nn.Module, ABC):
-    """From the cells [C, Dv] of views to visual tokens [sum M, D].
+    """From features [C, Dv] of views, each a grid, to their visual tokens [sum M, D].
+
+    It is called once per micro-step, and so is each part of it that has weights, whatever the views
+    are: where weights are sharded every call gathers them, and all ranks must call as often. So
+    weights are applied to all cells or tokens at once; only what has none goes from view to view.
 
     Args:
         spec: its options by name; stored in the model's config.json.
@@ -53,11 +61,11 @@ class Connector(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """Map the cells [C, Dv] of all views to tokens [sum M, D].
+        """Map the cells [C, Dv] of views to their tokens [sum M, D].
 
-        The cells of the views stand one after another, each view row by row of its (rows, columns)
-        in `grids`, and so do the tokens. Modules with weights are called as often for one view as
-        for many.
+        Args:
+            features: one view after another, row by row of its grid.
+            grids: (rows, columns) of each view; C is the sum of their products.
         """
 
     @abstractmethod
@@ -69,6 +77,6 @@ class Connector(nn.Module, ABC):
         return None
 
     def tokens_per_image(self, grid: tuple[int, int]) -> int:
-        """Return M for an image with this feature grid."""
+        """Return M for a view with this feature grid."""
         rows, columns = self.output_grid(self.spec, grid)
         return rows * columns

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mllm.models.connectors.base import Connector
+from mllm.models.connectors.cells import Padding, pool
 from mllm.models.connectors.options import check_whole, square_side, whole
-from mllm.models.connectors.views import Padding, pool
 
 _TOKENS = 144
 _EPS = 1e-6

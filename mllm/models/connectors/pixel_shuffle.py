@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mllm.models.connectors.base import Connector
+from mllm.models.connectors.cells import space_to_depth
 from mllm.models.connectors.options import check_whole, whole
-from mllm.models.connectors.views import space_to_depth
 
 
 class PixelShuffle(Connector):

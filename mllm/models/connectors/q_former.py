@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, Blip2Config, Blip2QFormerConfig, Blip2QFormerModel
 
+from mllm.models.connectors.cells import sequences
 from mllm.models.connectors.options import check_whole, whole
 from mllm.models.connectors.pretrained import PretrainedConnector, read_weights
-from mllm.models.connectors.views import sequences
 from mllm.models.errors import check_folder, loading
 
 _SIZES = {

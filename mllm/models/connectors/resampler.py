@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mllm.models.connectors.base import Connector
+from mllm.models.connectors.cells import sequences
 from mllm.models.connectors.options import check_whole, whole
-from mllm.models.connectors.views import sequences
 
 _TOKENS = 64
 _EPS = 1e-6
