@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 MODULES = ("encoder", "connector", "language_model")
 OBJECTIVE_NAMES = ("language_modeling",)
 
+_COUNTS = (
+    *("cross_every", "depth", "factor", "head_width", "heads", "hidden", "inner", "layers"),
+    "positions",
+)
+"""Options that are whole numbers from 1 on, whichever part has them."""
+
+_SQUARES = ("average_pool", "c_abstractor")  # connectors that pool to a square grid
+
 ENCODER_OPTIONS: dict[str, tuple[str, ...]] = {
     "clip": ("resize", "layer"),
     "efficientnet_lite": ("resize",),
@@ -33,11 +41,26 @@ ENCODER_OPTIONS: dict[str, tuple[str, ...]] = {
 
 CONNECTOR_OPTIONS: dict[str, tuple[str, ...]] = {
     "average_pool": ("visual_tokens", "hidden"),
+    "c_abstractor": ("visual_tokens", "hidden", "depth", "positions"),
+    "linear": (),
     "mlp": ("hidden",),
+    "pixel_shuffle": ("factor", "layers", "hidden"),
+    "q_former": (
+        *("path", "text", "visual_tokens", "hidden", "depth", "heads", "inner", "cross_every"),
+    ),
+    "resampler": ("visual_tokens", "hidden", "depth", "heads", "head_width"),
 }
 """Connector → the options it takes beside name and init."""
 
-CONNECTOR_LAST_LINEAR = {"average_pool": "second", "mlp": "second"}
+CONNECTOR_LAST_LINEAR = {
+    "average_pool": "second",
+    "c_abstractor": "second",
+    "linear": "only",
+    "mlp": "second",
+    "pixel_shuffle": "second",
+    "q_former": "language_projection",
+    "resampler": "last",
+}
 """Connector → the layer inside it that `init: ridge` solves."""
 
 
@@ -193,7 +216,7 @@ def _connector(connector: ConnectorSection) -> Iterable[tuple[Path_, str]]:
         if "visual_tokens" in (closest(each, CONNECTOR_OPTIONS[name]) for each in given):
             return  # it is misspelt, and the unknown option says so
         yield path, "model.connector.visual_tokens is missing: average_pool needs a square number"
-    elif tokens is not None and name in (None, "average_pool") and isqrt(tokens) ** 2 != tokens:
+    elif tokens is not None and name in (None, *_SQUARES) and isqrt(tokens) ** 2 != tokens:
         low = max(1, isqrt(tokens))
         yield (
             (*path, "visual_tokens"),
@@ -211,7 +234,11 @@ def _options(
             yield place, f"unknown option {name!r} of the {what}{nearest(name, known)}"
         elif value is None:
             continue
-        elif name in ("hidden", "layer") and type(value) is not int:
+        elif name in (*_COUNTS, "layer") and type(value) is not int:
             yield place, f"{dotted}: expected a whole number, got {value!r}"
-        elif name == "hidden" and value < 1:
+        elif name in _COUNTS and value < 1:
             yield place, f"{dotted}: expected greater than 0, got {value!r}"
+        elif name == "path" and not (isinstance(value, str) and value):
+            yield place, f"{dotted}: expected a folder or hub id, got {value!r}"
+        elif name == "text" and value is not False:
+            yield place, f"{dotted}: a connector is not given the text yet; leave it out"

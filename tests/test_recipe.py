@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_packing.loss_weights import RULES
 from mllm import recipe_parts
@@ -248,6 +249,26 @@ REFUSALS = {
         ["model.connector.visual_tokens=15"],
         "must be a square number, got 15; the nearest are 9 and 16",
     ),
+    "no square for convolutions": (
+        ["model.connector={name: c_abstractor, visual_tokens: 50}"],
+        "must be a square number, got 50; the nearest are 49 and 64",
+    ),
+    "no layers": (
+        ["model.connector={name: resampler, visual_tokens: 50, depth: 0}"],
+        "model.connector.depth: expected greater than 0, got 0",
+    ),
+    "a factor in words": (
+        ["model.connector={name: pixel_shuffle, factor: two}"],
+        "model.connector.factor: expected a whole number, got 'two'",
+    ),
+    "a path by number": (
+        ["model.connector={name: q_former, path: 3}"],
+        "model.connector.path: expected a folder or hub id, got 3",
+    ),
+    "queries that read text": (
+        ["model.connector={name: q_former, text: true}"],
+        "model.connector.text: a connector is not given the text yet",
+    ),
     "no visual tokens": (
         ["model.connector.visual_tokens=null"],
         "model.connector.visual_tokens is missing",
@@ -371,9 +392,9 @@ def test_the_tables_of_parts_are_those_of_the_registries() -> None:
     assert {name: set(options) for name, options in ENCODER_OPTIONS.items()} == encoders
     assert set(CONNECTOR_LAST_LINEAR) == set(CONNECTORS)
     for name, layer in CONNECTOR_LAST_LINEAR.items():
-        connector = CONNECTORS[name](
-            {"name": name, "visual_tokens": 4} if "pool" in name else {}, 3, 3
-        )
+        spec = {"name": name, "visual_tokens": 4} if "pool" in name else {}
+        with torch.device("meta"):
+            connector = CONNECTORS[name](spec, 3, 3)
         assert connector.get_submodule(layer) is connector.last_linear()
 
 

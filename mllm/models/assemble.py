@@ -20,7 +20,7 @@ from transformers import (
 import mllm.models.auto  # noqa: F401  (the Auto classes know the model from here on)
 from mllm.models import attention
 from mllm.models.config import MultimodalConfig
-from mllm.models.connectors import CONNECTORS
+from mllm.models.connectors import CONNECTORS, PretrainedConnector
 from mllm.models.encoders import ENCODERS
 from mllm.models.errors import check_folder, check_options, choose, loading
 from mllm.models.modeling import MultimodalModel
@@ -109,6 +109,9 @@ def _from_parts(
     options = {key: value for key, value in encoder_section.items() if value is not None}
     connector = {key: value for key, value in connector.items() if value is not None}
     connector_class.check(connector)
+    start = connector.get("path")
+    if start is not None and issubclass(connector_class, PretrainedConnector):
+        connector = connector_class.spec_from_folder(connector)
     encoder = encoder_class.from_folder(path, **options).to(dtype)
     language_path = language_section.pop("path")
     check_options(language_section, (), "language_model")
@@ -125,6 +128,8 @@ def _from_parts(
     )
     model = MultimodalModel(config, encoder=encoder, language_model=language_model)
     model.connector.to(dtype)
+    if start is not None and isinstance(model.connector, PretrainedConnector):
+        model.connector.load_weights(start)
     model.generation_config = _generation_config(language_model, tokenizer, added)
     return model.eval(), processor
 

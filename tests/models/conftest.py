@@ -40,6 +40,14 @@ WORDS = (
     "the cat sat on a red chair while system user assistant helper looked at the picture of "
     "a small green parrot\nWhat is this? It is a dog. Which room does it belong to?\n\n"
 )
+SMALL: dict[str, dict[str, Any]] = {
+    "average_pool": {"visual_tokens": 4},
+    "c_abstractor": {"visual_tokens": 4, "hidden": 8, "depth": 1},
+    "q_former": {"visual_tokens": 3, "hidden": 8, "heads": 2, "depth": 2, "inner": 8},
+    "resampler": {"visual_tokens": 5, "depth": 2, "heads": 2, "head_width": 4},
+}
+"""Connector → the options of a tiny one, where a test gives none."""
+
 Parts = tuple[MultimodalModel, Processor]
 
 
@@ -184,8 +192,7 @@ def build(folders: dict[str, Path]) -> Callable[..., Parts]:
         **options: Any,
     ) -> Parts:
         torch.manual_seed(5)
-        if connector == "average_pool":
-            options.setdefault("visual_tokens", 4)
+        options = options or SMALL.get(connector, {})
         section = {
             "encoder": {"name": encoder, "path": folders[encoder], **(encoder_options or {})},
             "connector": {"name": connector, **options},

@@ -30,6 +30,11 @@ CASES = [
     ("clip", "average_pool"),
     ("siglip", "average_pool"),
     ("efficientnet_lite", "average_pool"),
+    ("clip", "linear"),
+    ("clip", "pixel_shuffle"),
+    ("clip", "c_abstractor"),
+    ("clip", "resampler"),
+    ("clip", "q_former"),
 ]
 
 

@@ -2,8 +2,22 @@
 
 from mllm.models.connectors.average_pool import AveragePool
 from mllm.models.connectors.base import Connector
+from mllm.models.connectors.c_abstractor import CAbstractor
+from mllm.models.connectors.linear import Linear
 from mllm.models.connectors.mlp import Mlp
+from mllm.models.connectors.pixel_shuffle import PixelShuffle
+from mllm.models.connectors.pretrained import PretrainedConnector
+from mllm.models.connectors.q_former import QFormer
+from mllm.models.connectors.resampler import Resampler
 
-CONNECTORS: dict[str, type[Connector]] = {"average_pool": AveragePool, "mlp": Mlp}
+CONNECTORS: dict[str, type[Connector]] = {
+    "average_pool": AveragePool,
+    "c_abstractor": CAbstractor,
+    "linear": Linear,
+    "mlp": Mlp,
+    "pixel_shuffle": PixelShuffle,
+    "q_former": QFormer,
+    "resampler": Resampler,
+}
 
-__all__ = ["CONNECTORS", "Connector"]
+__all__ = ["CONNECTORS", "Connector", "PretrainedConnector"]

@@ -1,0 +1,43 @@
+"""Reading a connector's options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any
+
+
+def check_whole(spec: Mapping[str, Any], names: tuple[str, ...], connector: str) -> None:
+    """Refuse options that are given and are not whole numbers from 1 on.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for name in names:
+        value = spec.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(
+                f"connector {connector}: {name} must be a whole number greater than 0, "
+                f"got {value!r}"
+            )
+
+
+def whole(spec: Mapping[str, Any], name: str, default: int) -> int:
+    """Return the option, or its default if it is not given."""
+    value = spec.get(name)
+    return default if value is None else int(value)
+
+
+def square_side(tokens: int, grid: tuple[int, int], connector: str) -> int:
+    """Return the side of the square grid of so many tokens.
+
+    Raises:
+        ValueError: it is larger than the grid of cells.
+    """
+    side = isqrt(tokens)
+    if side > min(grid):
+        raise ValueError(
+            f"connector {connector}: visual_tokens {tokens} is a {side} x {side} grid, but the "
+            f"encoder gives {grid[0]} x {grid[1]} cells"
+        )
+    return side

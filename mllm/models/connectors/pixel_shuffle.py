@@ -1,0 +1,82 @@
+"""Space to depth, then an MLP (InternVL 1.5, arXiv 2404.16821, section 3.1; SmolVLM, 2504.05299).
+
+The channels of a wide cell are ordered (row in the block, column in the block, channel). InternVL's
+and Idefics3's (hence SmolVLM's) pixel shuffles in transformers write the same permutation in two
+ways; torch's `pixel_unshuffle` is another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from mllm.models.connectors.base import Connector
+from mllm.models.connectors.cells import space_to_depth
+from mllm.models.connectors.options import check_whole, whole
+
+
+class PixelShuffle(Connector):
+    """One visual token per block of factor x factor cells.
+
+    Options:
+        factor: side of a block (default 2). A side that it does not divide is padded with zero
+            cells on the right and below, so a grid of r x c gives ceil(r/f) x ceil(c/f) tokens.
+        layers: 2 (the default) is InternVL's LayerNorm and two-layer GELU MLP, 1 is the single
+            linear layer of Idefics3 and SmolVLM, here with a bias that starts at zero.
+        hidden: width between two layers (default: the language model's).
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ("factor", "layers", "hidden")
+
+    def __init__(self, spec: Mapping[str, Any], features: int, width: int) -> None:
+        super().__init__(spec, features, width)
+        self.factor = whole(spec, "factor", 2)
+        self.layers = whole(spec, "layers", 2)
+        wide = features * self.factor**2
+        if self.layers == 2:
+            hidden = whole(spec, "hidden", width)
+            self.norm = nn.LayerNorm(wide)
+            self.first = nn.Linear(wide, hidden)
+            self.act = nn.GELU()
+            self.second = nn.Linear(hidden, width)
+        else:
+            self.second = nn.Linear(wide, width)
+            nn.init.zeros_(self.second.bias)
+
+    @classmethod
+    def check(cls, spec: Mapping[str, Any]) -> None:
+        """Refuse numbers that are none, and a width between layers where there is one layer."""
+        super().check(spec)
+        check_whole(spec, cls.OPTIONS, "pixel_shuffle")
+        layers = whole(spec, "layers", 2)
+        if layers > 2:
+            raise ValueError(f"connector pixel_shuffle: layers must be 1 or 2, got {layers}")
+        if layers == 1 and spec.get("hidden") is not None:
+            raise ValueError(
+                "connector pixel_shuffle: hidden is the width between two layers; with layers: 1 "
+                "leave it out"
+            )
+
+    @classmethod
+    def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:
+        """Return the grid of blocks; the last ones may be padded."""
+        factor = whole(spec, "factor", 2)
+        return -(-grid[0] // factor), -(-grid[1] // factor)
+
+    def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Map [C, Dv] to [sum M, D]."""
+        wide = space_to_depth(features, grids, self.factor)
+        if self.layers == 2:
+            wide = self.act(self.first(self.norm(wide)))
+        tokens: Tensor = self.second(wide)
+        return tokens
+
+    def last_linear(self) -> nn.Linear:
+        """Return the last layer."""
+        return self.second
+
+    def input_norm(self) -> nn.LayerNorm | None:
+        """Return the LayerNorm over a wide cell, if there are two layers."""
+        return self.norm if self.layers == 2 else None

@@ -1,0 +1,165 @@
+"""BLIP-2's Q-Former: a BERT whose learned queries read the cells (arXiv 2301.12597, section 3.1).
+
+The transformer is transformers' Blip2QFormerModel, and the names of the weights are those of a
+Blip2ForConditionalGeneration folder, so published ones load as they are. Three things differ from
+that model: the encoder's class token is not among the cells, dropout is off (a random mask would
+make a packed step differ from an unpacked one), and new queries start at a normal of 0.02 as in the
+authors' code (transformers starts them at zero, where queries that are alike stay alike).
+
+InstructBLIP's queries also read the question (arXiv 2305.06500, section 2.3). That needs the text
+beside the cells, which `forward` is not given: the option `text` is reserved for it and refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, Blip2Config, Blip2QFormerConfig, Blip2QFormerModel
+
+from mllm.models.connectors.cells import sequences
+from mllm.models.connectors.options import check_whole, whole
+from mllm.models.connectors.pretrained import PretrainedConnector, read_weights
+from mllm.models.errors import check_folder, loading
+
+_SIZES = {
+    "visual_tokens": 32,
+    "hidden": 768,
+    "depth": 12,
+    "heads": 12,
+    "inner": 3072,
+    "cross_every": 2,
+}
+_NAMES = {
+    "hidden": "hidden_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "inner": "intermediate_size",
+    "cross_every": "cross_attention_frequency",
+}
+"""Option → its name in Blip2QFormerConfig."""
+
+_KEPT = ("query_tokens", "qformer.", "language_projection.")
+
+
+class QFormer(PretrainedConnector):
+    """`visual_tokens` tokens per view, whatever its grid.
+
+    Options:
+        path: a BLIP-2 folder or hub id to start from; it brings all sizes. Its projection is taken
+            over too if it leads to a language model of the same width, else it starts anew.
+        visual_tokens: number of queries (default 32).
+        hidden, depth, heads, inner: of the BERT (default 768, 12, 12, and 3072 in its MLPs).
+        cross_every: every how many layers read the cells (default 2).
+        text: reserved, see above.
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ("path", "text", *_SIZES)
+
+    def __init__(self, spec: Mapping[str, Any], features: int, width: int) -> None:
+        super().__init__(spec, features, width)
+        sizes: dict[str, Any] = {
+            name: whole(spec, option, _SIZES[option]) for option, name in _NAMES.items()
+        }
+        config = Blip2QFormerConfig(
+            **sizes,
+            encoder_hidden_size=features,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        queries = whole(spec, "visual_tokens", _SIZES["visual_tokens"])
+        self.query_tokens = nn.Parameter(torch.empty(1, queries, config.hidden_size))
+        nn.init.normal_(self.query_tokens, std=config.initializer_range)
+        self.qformer = Blip2QFormerModel._from_config(config, attn_implementation="sdpa")
+        self.language_projection = nn.Linear(config.hidden_size, width)
+
+    @classmethod
+    def check(cls, spec: Mapping[str, Any]) -> None:
+        """Refuse numbers that are none, sizes beside a path, and text."""
+        super().check(spec)
+        check_whole(spec, tuple(_SIZES), "q_former")
+        if spec.get("text"):
+            raise ValueError(
+                "connector q_former: text is not supported yet (InstructBLIP's queries read the "
+                "question, but a connector is given only the features of the images); leave it out"
+            )
+        given = [name for name in _SIZES if spec.get(name) is not None]
+        if spec.get("path") is not None and given:
+            raise ValueError(
+                f"connector q_former: path brings its own {given[0]}; leave out {', '.join(given)}"
+            )
+        hidden, heads = (whole(spec, name, _SIZES[name]) for name in ("hidden", "heads"))
+        if hidden % heads:
+            raise ValueError(
+                f"connector q_former: hidden {hidden} cannot be divided among {heads} heads"
+            )
+
+    @classmethod
+    def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:
+        """Return one row of all queries."""
+        return (1, whole(spec, "visual_tokens", _SIZES["visual_tokens"]))
+
+    def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Map [C, Dv] to [V x Q, D]."""
+        padding = sequences(grids, features.device)
+        mask = padding.mask()
+        states: Tensor = self.qformer(
+            query_embeds=self.query_tokens.expand(len(grids), -1, -1),
+            encoder_hidden_states=padding.spread(features).flatten(1, 2),
+            encoder_attention_mask=None if mask is None else mask.long(),
+        ).last_hidden_state
+        tokens: Tensor = self.language_projection(states.flatten(0, 1))
+        return tokens
+
+    def last_linear(self) -> nn.Linear:
+        """Return the projection to the language model's width."""
+        return self.language_projection
+
+    @classmethod
+    def spec_from_folder(cls, spec: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the spec with the sizes of the folder's config.json instead of its path."""
+        cls.check(spec)
+        path = spec["path"]
+        check_folder(path, "connector q_former")
+        with loading("connector", path):
+            config = AutoConfig.from_pretrained(path)
+        if not isinstance(config, Blip2Config):
+            raise ValueError(f"{path} holds a {config.model_type!r} model, not a BLIP-2")
+        bert = config.qformer_config
+        plain = Blip2QFormerConfig()
+        for name in ("hidden_act", "layer_norm_eps"):
+            if getattr(bert, name) != getattr(plain, name):
+                raise ValueError(
+                    f"{path}: a Q-Former with {name} {getattr(bert, name)} is not supported, only "
+                    f"{getattr(plain, name)}"
+                )
+        sizes = {option: getattr(bert, name) for option, name in _NAMES.items()}
+        kept = {name: value for name, value in spec.items() if name != "path"}
+        return {**kept, "visual_tokens": config.num_query_tokens, **sizes}
+
+    def load_weights(self, path: str | Path) -> None:
+        """Load queries, Q-Former and, if it fits, the projection."""
+        found, own = read_weights(path, _KEPT), self.state_dict()
+        last = "language_projection."
+        kept = {name: value for name, value in found.items() if name in own}
+        if any(kept[name].shape != own[name].shape for name in kept if name.startswith(last)):
+            logging.getLogger(__name__).warning(
+                "%s: its projection does not lead to this language model's width, %d; "
+                "a new one starts at random",
+                path,
+                self.language_projection.out_features,
+            )
+            kept = {name: value for name, value in kept.items() if not name.startswith(last)}
+        for name, value in own.items():
+            if name not in kept and not name.startswith(last):
+                raise ValueError(f"{path}: the weight {name} is missing")
+            if name in kept and kept[name].shape != value.shape:
+                raise ValueError(
+                    f"{path}: {name} is {list(kept[name].shape)}, but {list(value.shape)} is "
+                    "needed: is this the encoder that the Q-Former was trained with?"
+                )
+        self.load_state_dict(kept, strict=False)
