@@ -105,6 +105,8 @@ def _ending(name: str) -> str:
 def _sorted(name: str, found: list[Member]) -> _Group:
     group, endings = _Group(name), set[str]()
     for member in found:
+        if member.fault and member.name == name:  # the key says it already
+            raise DocumentError(member.fault)
         if member.fault:
             raise DocumentError(f"{shown(member.name)}: {member.fault}")
         ending = _ending(member.name)
