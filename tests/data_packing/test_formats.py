@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,50 @@ def test_captions_are_read_in_order_and_bad_ones_named(tmp_path: Path) -> None:
     assert refused.keys() == reasons.keys()
     for key, reason in reasons.items():
         assert reason in refused[key]
+
+
+def test_what_only_looks_like_an_image_is_refused_as_what_it_is(tmp_path: Path) -> None:
+    folder, far = tmp_path / "photos", tmp_path / "far"
+    (folder / "real").mkdir(parents=True)
+    far.mkdir()
+    for place in (folder, folder / "real", far):
+        (place / "bee.png").write_bytes(png())
+        (place / "bee.txt").write_text("a bee")
+    kinds = ("heic", "HEIF", "jp2", "jxl", "psd", "svg", "raw", "nef", "avif")
+    for kind in kinds:
+        (folder / f"one.{kind}").write_bytes(b"picture")
+    (folder / "one.txt").write_text("a caption of one.heic")
+    (folder / "linked").symlink_to(far)
+    (folder / "linked.txt").write_text("of no image")
+    (folder / "inner").symlink_to(folder / "real")
+    for name in ("gone", "lost"):
+        (folder / f"{name}.png").symlink_to(tmp_path / "nothing.png")
+    (folder / "gone.txt").write_text("a caption of nothing")
+    (folder / "folder.png").mkdir()
+    (folder / "folder.txt").write_text("a caption of a folder")
+    (folder / "film.wmv").write_bytes(b"film")
+    (folder / "film.txt").write_text("a caption of a film")
+    (folder / "mute.png").write_bytes(png())
+    (folder / "mute.txt").symlink_to(folder / "no.txt")
+    os.mkfifo(folder / "pipe.png")
+    documents, refused = read("captions", folder)
+    assert list(documents) == ["bee.png", "real/bee.png"]
+    link = "a link to a folder is not followed: give the folder itself"
+    assert refused == {
+        "film.txt": "a caption without an image of the same name: film.wmv is not read as one",
+        "folder.txt": "a caption without an image of the same name: folder.png is a folder",
+        "gone.png": "a link to nothing",
+        "inner": link,
+        "linked": link,
+        "linked.txt": "a caption without an image of the same name",
+        "lost.png": "a link to nothing",
+        "mute.png": "no caption: mute.txt is a link to nothing",
+        "pipe.png": "no plain file",
+        **{
+            f"one.{kind}": f"{kind.upper()} is not a kind of image that can be read: convert it"
+            for kind in kinds
+        },
+    }
 
 
 def test_captions_need_a_folder_with_images(tmp_path: Path) -> None:
