@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,30 @@ def test_captions_need_a_folder_with_images(tmp_path: Path) -> None:
         read("captions", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no image in"):
         read("captions", tmp_path)
+
+
+def test_what_json_cannot_read_is_said_in_words(tmp_path: Path) -> None:
+    good = '{"id": "1", "texts": ["a"], "images": [null]}'
+    huge = '{"id": ' + "1" * 5000 + ', "texts": ["a"], "images": [null]}'
+    deep = '{"id": ' + "[" * 100_000
+    digits, nested = (
+        "JSON with a number of more than 4,300 digits",
+        "JSON that is nested too deeply",
+    )
+    (tmp_path / "a.jsonl").write_text("\n".join([good, huge, deep]))
+    documents, refused = read("interleaved", tmp_path / "a.jsonl")
+    assert (list(documents), refused) == (["1"], {"line 2": digits, "line 3": nested})
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        info = tarfile.TarInfo("0.json")
+        info.size = len(huge)
+        archive.addfile(info, io.BytesIO(huge.encode()))
+    assert read("webdataset", tmp_path / "a.tar")[1] == {"a/0": f"the json is {digits}"}
+    (tmp_path / "a.json").write_text(f"[{good}, {huge}]")
+    with pytest.raises(ValueError, match=f"a.json is {digits}$"):
+        read("interleaved", tmp_path / "a.json")
+    (tmp_path / "dataset_info.json").write_text('{"a": {"file_name": ' + "1" * 5000 + "}}")
+    with pytest.raises(ValueError, match=f"dataset_info.json is {digits}$"):
+        read("llamafactory", tmp_path / "dataset_info.json")
 
 
 def test_interleaved_pages(tmp_path: Path) -> None:
