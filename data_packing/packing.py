@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +58,11 @@ def pack_lengths(
     Raises:
         ValueError: a document that fits no pack, or arguments that make no sense.
     """
+    capacity, window = _limit("capacity", capacity), _limit("window", window)
+    if second_capacity is not None:
+        second_capacity = _limit("second_capacity", second_capacity)
+    if max_documents is not None:
+        max_documents = _limit("max_documents", max_documents)
     first = _checked("length", lengths, capacity, minimum=1)
     if (second is None) != (second_capacity is None):
         raise ValueError("second and second_capacity belong together: give both or neither")
@@ -67,10 +73,6 @@ def pack_lengths(
             raise ValueError(f"{len(first)} lengths but {len(other)} second lengths")
         if sum(other) == 0:
             other = None
-    if max_documents is not None and max_documents < 1:
-        raise ValueError(f"max_documents is {max_documents}; it must be at least 1")
-    if window < 1:
-        raise ValueError(f"window is {window}; it must be at least 1")
     packer = _Packer(first, capacity, other, second_capacity or 0, max_documents, window)
     if not packer.few:
         return packer.run()
@@ -82,14 +84,18 @@ def pack_lengths(
     return decreasing if allowed and len(decreasing) < len(packs) else packs
 
 
+def _limit(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
+    return int(value)
+
+
 def _checked(name: str, values: Lengths, capacity: int, minimum: int) -> list[int]:
     array = np.asarray(values)
     if array.size == 0:
         return []
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"{name}s must be whole numbers in one row, not {array.dtype} array")
-    if capacity < 1:
-        raise ValueError(f"the capacity for a {name} is {capacity}; it must be at least 1")
     worst = int(array.argmax())
     if array[worst] > capacity:
         raise ValueError(

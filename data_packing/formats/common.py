@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +94,15 @@ def shown(value: Any, longest: int = 80) -> str:
     text = value if isinstance(value, str) else repr(value)
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def not_json(error: ValueError | RecursionError) -> str:
+    """What a text is that `json` cannot read, as a person would say it: "not JSON: …"."""
+    if isinstance(error, RecursionError):
+        return "JSON that is nested too deeply"
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return f"not JSON: {error}"
+    return f"JSON with a number of more than {sys.get_int_max_str_digits():,} digits"
 
 
 def divide(text: str, longest: int = LONGEST_TEXT) -> list[str]:

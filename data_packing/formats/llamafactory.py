@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_packing.document import DocumentError
-from data_packing.formats.common import DEFAULT, Draft, Keys, Options, refused, shown
+from data_packing.formats.common import DEFAULT, Draft, Keys, Options, not_json, refused, shown
 from data_packing.formats.containers import ROWS
 from data_packing.formats.media import Media, inside
 from data_packing.formats.rows import rows
@@ -95,7 +95,7 @@ def _entries(path: Path) -> dict[str, dict[str, Any]]:
     try:
         value = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"llamafactory: {path} is not JSON: {error}") from error
+        raise ValueError(f"llamafactory: {path} is {not_json(error)}") from error
     if not describes_sets(value):
         raise ValueError(
             f"llamafactory: {path} describes no data sets: it must map names to objects with a "

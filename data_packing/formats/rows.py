@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_packing.formats.common import not_json
 from data_packing.formats.containers import HEAD, LINES, Container
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start})") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is {not_json(error)}") from error
     if not isinstance(records, list):
         raise ValueError(f"{path} holds {type(records).__name__}, not a list of records")
     for number, record in enumerate(records, start=1):
@@ -107,7 +108,7 @@ def _line_rows(path: Path) -> Iterator[Row]:
             except UnicodeDecodeError as error:
                 yield Row(place, None, f"not UTF-8 (byte {error.start} of the line)")
             except (ValueError, RecursionError) as error:
-                yield Row(place, None, f"not JSON: {error}")
+                yield Row(place, None, not_json(error))
 
 
 def _row(place: str, record: Any) -> Row:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 _BLOCK = tarfile.BLOCKSIZE
+_CHUNK = 2048 * _BLOCK
 _KINDS = {
     tarfile.SYMTYPE: "a symbolic link",
     tarfile.LNKTYPE: "a hard link",
@@ -37,26 +38,28 @@ class Member:
 def members(path: Path) -> Iterator[Member]:
     """Read the files of a tar in order, folders left out.
 
-    Where the tar is cut short or damaged, the last member says so; those before it are whole.
+    Reading goes on behind the zeros that end a tar: another one may follow (`cat a.tar b.tar`), and
+    a damaged block may be zeros. Where the tar is cut short or damaged, the last member says so;
+    those before it are whole.
     """
+    start: int | None = 0
     end = 0
     with open(path, "rb") as file:
         try:
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                while (info := archive.next()) is not None:
-                    archive.members = []  # type: ignore[attr-defined] # or it keeps them all
-                    member = _read(archive, info)
-                    end = archive.offset
-                    if member is not None:
-                        yield member
+            while start is not None:
+                end = start
+                file.seek(start)
+                with tarfile.open(fileobj=file, mode="r:") as archive:
+                    while (info := archive.next()) is not None:
+                        archive.members = []  # type: ignore[attr-defined] # or it keeps them all
+                        member = _read(archive, info)
+                        end = archive.offset
+                        if member is not None:
+                            yield member
+                start = _behind_zeros(file, end)
         except _DAMAGE as error:
-            yield Member(f"byte {end}", fault=f"the tar is cut short or damaged: {error}")
-            return
-        if not _has_end(file, end):
-            yield Member(
-                f"byte {end}",
-                fault="the tar is cut short or damaged: no member and no end mark stands here",
-            )
+            reason = f"the tar is cut short or damaged: {error}; nothing behind is read"
+            yield Member(f"byte {end}", fault=reason)
 
 
 def unsafe(name: str) -> str:
@@ -83,8 +86,18 @@ def _read(archive: tarfile.TarFile, info: tarfile.TarInfo) -> Member | None:
     return Member(info.name, data)
 
 
-def _has_end(file: BinaryIO, at: int) -> bool:
-    """Whether the block of zeros that ends a tar stands there."""
+def _behind_zeros(file: BinaryIO, at: int) -> int | None:
+    """The first block behind the zeros at a place that is not zeros; None where the file ends.
+
+    Raises:
+        ReadError: there is no block of zeros.
+    """
     file.seek(at)
     block = file.read(_BLOCK)
-    return len(block) == _BLOCK and not any(block)
+    if len(block) < _BLOCK or any(block):
+        raise tarfile.ReadError("no member and no end mark stands here")
+    while chunk := file.read(_CHUNK):
+        if any(chunk):
+            first = len(chunk) - len(chunk.lstrip(b"\0"))
+            return file.tell() - len(chunk) + first // _BLOCK * _BLOCK
+    return None

@@ -18,7 +18,7 @@ from typing import Any
 from data_packing import video
 from data_packing.document import Document, DocumentError, Part
 from data_packing.formats import captions
-from data_packing.formats.common import DEFAULT, Draft, Options, refused, shown
+from data_packing.formats.common import DEFAULT, Draft, Options, not_json, refused, shown
 from data_packing.formats.containers import container
 from data_packing.formats.conversation import listed
 from data_packing.formats.layouts import CAPTIONS, LAYOUTS, layouts_of
@@ -105,6 +105,8 @@ def _ending(name: str) -> str:
 def _sorted(name: str, found: list[Member]) -> _Group:
     group, endings = _Group(name), set[str]()
     for member in found:
+        if member.fault and member.name == name:  # the key says it already
+            raise DocumentError(member.fault)
         if member.fault:
             raise DocumentError(f"{shown(member.name)}: {member.fault}")
         ending = _ending(member.name)
@@ -177,7 +179,7 @@ def _record(data: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise DocumentError(f"the json is not UTF-8 (byte {error.start})") from error
     except (ValueError, RecursionError) as error:
-        raise DocumentError(f"the json is not JSON: {error}") from error
+        raise DocumentError(f"the json is {not_json(error)}") from error
     if not isinstance(record, dict):
         raise DocumentError(f"the json must be an object, not {type(record).__name__}")
     return record

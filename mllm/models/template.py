@@ -7,7 +7,8 @@ Conversation: the tokenizer's own chat template renders the whole conversation, 
 once. An answer is what the template adds between the conversation before it (with the generation
 prompt) and the conversation after it; it is learned up to and with its end-of-turn token. A default
 system prompt stays where the template puts one, and is not learned. Nothing is found by searching
-strings.
+strings. So an answer that begins the conversation is read as the template writes it, and refused
+where it is to be learned: no prompt leads to it.
 
 Text that contains a special token's string is refused: it would end a turn or fake an image.
 """
@@ -26,6 +27,9 @@ from transformers import PreTrainedTokenizerBase
 
 from data_packing.document import Document, DocumentError, Image, Part, Text
 from data_packing.sample import Cost
+
+_FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What the Python inside a template raises on a text that it was not written for."""
 
 VERSION = 1
 """Part of the fingerprint: counts cached under another version of the rule are not used."""
@@ -89,8 +93,9 @@ class Template:
         """Return the ids of a document and which are learned.
 
         Raises:
-            DocumentError: nothing in it, a special token in a text, an answer learned in part, or
-                a conversation that the chat template refuses.
+            DocumentError: nothing in it, a special token in a text, an answer learned in part, a
+                learned answer before any question, or a conversation that the chat template
+                refuses.
             ValueError: a conversation, and the tokenizer has no chat template.
         """
         self._check(document)
@@ -170,12 +175,21 @@ class Template:
 
     def _write_conversation(self, document: Document) -> Written:
         messages = _messages(document, self.image_token)
+        if messages[-1].role == "system" and len(messages) == 1:
+            raise DocumentError("a conversation of nothing but a system prompt")
         text = self._render(messages)
         bounds: list[int] = []
         answers: dict[int, bool] = {}
         for number, message in enumerate(messages):
             if message.role == "assistant":
-                start = self._prefix(text, messages[:number], generation_prompt=True)
+                if number == 0 and message.learned == {True}:
+                    raise DocumentError(
+                        "the conversation begins with an answer, and nothing asks for it: begin "
+                        'with a turn of the user, or mark the answer "loss": false'
+                    )
+                start = (
+                    self._prefix(text, messages[:number], generation_prompt=True) if number else 0
+                )
                 stop = self._prefix(text, messages[: number + 1])
                 bounds += [start, stop]
                 answers[start] = message.learned == {True}
@@ -273,6 +287,7 @@ class Template:
                 "the tokenizer has no chat template, so it cannot write a conversation: choose an "
                 "instruction-tuned language model or add a chat_template.jinja to its folder"
             )
+        self.tokenizer.get_chat_template()  # several and no default: no fault of the document
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text: Any = self.tokenizer.apply_chat_template(
@@ -280,6 +295,9 @@ class Template:
             )
         except TemplateError as error:
             raise DocumentError(f"the chat template refuses it: {error}") from error
+        except _FAILURES as error:
+            what = f"{type(error).__name__}: {error}"
+            raise DocumentError(f"the chat template fails on it: {what}") from error
         assert isinstance(text, str)
         return text
 

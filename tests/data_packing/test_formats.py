@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
+import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +94,79 @@ def test_captions_are_read_in_order_and_bad_ones_named(tmp_path: Path) -> None:
         assert reason in refused[key]
 
 
+def test_what_only_looks_like_an_image_is_refused_as_what_it_is(tmp_path: Path) -> None:
+    folder, far = tmp_path / "photos", tmp_path / "far"
+    (folder / "real").mkdir(parents=True)
+    far.mkdir()
+    for place in (folder, folder / "real", far):
+        (place / "bee.png").write_bytes(png())
+        (place / "bee.txt").write_text("a bee")
+    kinds = ("heic", "HEIF", "jp2", "jxl", "psd", "svg", "raw", "nef", "avif")
+    for kind in kinds:
+        (folder / f"one.{kind}").write_bytes(b"picture")
+    (folder / "one.txt").write_text("a caption of one.heic")
+    (folder / "linked").symlink_to(far)
+    (folder / "linked.txt").write_text("of no image")
+    (folder / "inner").symlink_to(folder / "real")
+    for name in ("gone", "lost"):
+        (folder / f"{name}.png").symlink_to(tmp_path / "nothing.png")
+    (folder / "gone.txt").write_text("a caption of nothing")
+    (folder / "folder.png").mkdir()
+    (folder / "folder.txt").write_text("a caption of a folder")
+    (folder / "film.wmv").write_bytes(b"film")
+    (folder / "film.txt").write_text("a caption of a film")
+    (folder / "mute.png").write_bytes(png())
+    (folder / "mute.txt").symlink_to(folder / "no.txt")
+    os.mkfifo(folder / "pipe.png")
+    documents, refused = read("captions", folder)
+    assert list(documents) == ["bee.png", "real/bee.png"]
+    link = "a link to a folder is not followed: give the folder itself"
+    assert refused == {
+        "film.txt": "a caption without an image of the same name: film.wmv is not read as one",
+        "folder.txt": "a caption without an image of the same name: folder.png is a folder",
+        "gone.png": "a link to nothing",
+        "inner": link,
+        "linked": link,
+        "linked.txt": "a caption without an image of the same name",
+        "lost.png": "a link to nothing",
+        "mute.png": "no caption: mute.txt is a link to nothing",
+        "pipe.png": "no plain file",
+        **{
+            f"one.{kind}": f"{kind.upper()} is not a kind of image that can be read: convert it"
+            for kind in kinds
+        },
+    }
+
+
 def test_captions_need_a_folder_with_images(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a folder"):
         read("captions", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no image in"):
         read("captions", tmp_path)
+
+
+def test_what_json_cannot_read_is_said_in_words(tmp_path: Path) -> None:
+    good = '{"id": "1", "texts": ["a"], "images": [null]}'
+    huge = '{"id": ' + "1" * 5000 + ', "texts": ["a"], "images": [null]}'
+    deep = '{"id": ' + "[" * 100_000
+    digits, nested = (
+        "JSON with a number of more than 4,300 digits",
+        "JSON that is nested too deeply",
+    )
+    (tmp_path / "a.jsonl").write_text("\n".join([good, huge, deep]))
+    documents, refused = read("interleaved", tmp_path / "a.jsonl")
+    assert (list(documents), refused) == (["1"], {"line 2": digits, "line 3": nested})
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        info = tarfile.TarInfo("0.json")
+        info.size = len(huge)
+        archive.addfile(info, io.BytesIO(huge.encode()))
+    assert read("webdataset", tmp_path / "a.tar")[1] == {"a/0": f"the json is {digits}"}
+    (tmp_path / "a.json").write_text(f"[{good}, {huge}]")
+    with pytest.raises(ValueError, match=f"a.json is {digits}$"):
+        read("interleaved", tmp_path / "a.json")
+    (tmp_path / "dataset_info.json").write_text('{"a": {"file_name": ' + "1" * 5000 + "}}")
+    with pytest.raises(ValueError, match=f"dataset_info.json is {digits}$"):
+        read("llamafactory", tmp_path / "dataset_info.json")
 
 
 def test_interleaved_pages(tmp_path: Path) -> None:

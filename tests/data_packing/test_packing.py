@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,6 +103,25 @@ def test_wrong_input_is_refused_with_its_place() -> None:
     with pytest.raises(ValueError, match="whole numbers"):
         pack_lengths([1.5], 8)  # type: ignore[list-item]
     assert pack_lengths([], 8) == []
+
+
+@pytest.mark.parametrize("lengths", [[], [1, 2]])
+@pytest.mark.parametrize("name", ["capacity", "second_capacity", "max_documents", "window"])
+@pytest.mark.parametrize("bad", [-5, 0, 2.5, math.inf, math.nan, "3", None, True, [8]])
+def test_limits_that_are_no_whole_numbers_are_refused(
+    lengths: list[int], name: str, bad: Any
+) -> None:
+    given: dict[str, Any] = {"capacity": 8, "second": lengths, "second_capacity": 8, name: bad}
+    if name == "max_documents" and bad is None:
+        assert pack_lengths(lengths, **given) == ([[0, 1]] if lengths else [])
+        return
+    with pytest.raises(ValueError, match="it must be a whole number, at least 1|both or neither"):
+        pack_lengths(lengths, **given)
+
+
+def test_limits_may_be_numbers_of_numpy() -> None:
+    assert pack_lengths([3, 5] * 9, np.int64(80)) == [list(range(18))]  # type: ignore[arg-type]
+    assert pack_lengths([3, 5], np.int64(80), max_documents=np.int32(1)) == [[0], [1]]  # type: ignore[arg-type]
 
 
 def test_packing_is_fast() -> None:

@@ -169,6 +169,21 @@ def repeated(source: Path) -> Iterator[Draft]:
         yield from drafts(source, "llava")
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_rows_that_share_a_name_are_all_used(source: Path, tmp_path: Path, workers: int) -> None:
+    lines = source.read_text().splitlines()[:10]
+    source.write_text("\n".join(lines * 2))
+    report = write(source, tmp_path / "out", workers)
+    assert (report.documents, report.refused) == (20, [])
+    keys = [
+        read_document(path, number).key
+        for path in report.paths
+        for number in range(len(read_index(path)["offset"]))
+    ]
+    again = [f"r{number} (line {number + 11})" for number in range(10)]
+    assert keys == [*(f"r{number}" for number in range(10)), *again]
+
+
 def test_a_key_of_another_shard_is_refused(source: Path, tmp_path: Path) -> None:
     report = shard(partial(repeated, source), {}, tmp_path / "out", "s", 7, 2)
     assert (report.documents, report.images) == (58, 58)

@@ -171,6 +171,46 @@ def test_a_tar_that_is_cut_short_keeps_what_was_whole(tmp_path: Path) -> None:
     assert list(refused) == [f"c/byte {first}"]
 
 
+def test_what_follows_zeros_in_a_tar_is_read(tmp_path: Path) -> None:
+    first = write_tar(tmp_path / "x.tar", {"0.png": png(), "0.txt": b"a bee"}).read_bytes()
+    second = write_tar(tmp_path / "x.tar", {"1.png": png(seed=1), "1.txt": b"a cat"}).read_bytes()
+    for zeros in (0, 512, 4 << 20):
+        (tmp_path / "x.tar").write_bytes(first + bytes(zeros) + second)
+        documents, refused = gather(tmp_path / "x.tar")
+        assert (list(documents), refused) == (["x/0", "x/1"], {})
+        assert words(documents["x/1"]) == [(None, png(seed=1)), (None, "a cat")]
+    (tmp_path / "x.tar").write_bytes(first + second[: 2 * 512 + 100])
+    documents, refused = gather(tmp_path / "x.tar")
+    assert list(documents) == ["x/0"]
+    place = len(first) + 1024
+    assert [key for key in refused if "byte" in key] == [f"x/byte {place}"]
+    assert str(place) not in refused[f"x/byte {place}"]
+    (tmp_path / "x.tar").write_bytes(first + b"\xaa" * 1000)
+    documents, refused = gather(tmp_path / "x.tar")
+    assert list(documents) == ["x/0"]
+    expect(refused, {f"x/byte {len(first)}": "no member and no end mark stands here"})
+    (tmp_path / "x.tar").write_bytes(first + bytes(100))
+    assert gather(tmp_path / "x.tar")[1] == {}
+
+
+def test_a_header_of_zeros_is_no_end(tmp_path: Path) -> None:
+    names = ["0.png", "0.txt", "empty.d", "1.png", "1.txt", "2.png", "2.txt"]
+    files = {name: png() if name.endswith("png") else b"a bee" for name in names}
+    files["empty.d"] = b""
+    whole = bytearray(write_tar(tmp_path / "z.tar", files).read_bytes())
+    with tarfile.open(tmp_path / "z.tar") as archive:
+        at = {info.name: info.offset for info in archive}
+    whole[at["empty.d"] : at["empty.d"] + 512] = bytes(512)
+    (tmp_path / "z.tar").write_bytes(whole)
+    documents, refused = gather(tmp_path / "z.tar")
+    assert (list(documents), refused) == (["z/0", "z/1", "z/2"], {})
+    whole[at["1.png"] : at["1.png"] + 512] = bytes(512)
+    (tmp_path / "z.tar").write_bytes(whole)
+    documents, refused = gather(tmp_path / "z.tar")
+    assert list(documents) == ["z/0"]
+    expect(refused, {f"z/byte {at['1.png'] + 512}": "the tar is cut short or damaged: no member"})
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_no_damage_of_a_tar_is_an_exception(

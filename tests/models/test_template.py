@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_packing.document import Document, DocumentError, Text
+from data_packing.formats import read
+from data_packing.index import build_index
 from data_packing.sample import IGNORED
+from data_packing.sharding import write_shards
 from mllm.models.geometry import ImageGeometry
 from mllm.models.processor import Processor
 from tests.models.conftest import CHATML, chat, documents, make_tokenizer, picture
@@ -201,6 +206,66 @@ def test_refusals_name_their_reason() -> None:
     merging = Document.conversation([("user", "Hi"), ("assistant", "\n\nthe cat")])
     with pytest.raises(DocumentError, match="inside a token"):
         processor.encode(merging)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, NO_END])
+@pytest.mark.parametrize("system", [None, "You speak of animals."])
+def test_a_conversation_that_begins_with_the_assistant(template: str, system: str | None) -> None:
+    processor = make_processor(template)
+    turns: list[Any] = [("assistant", "What is this?"), ("user", "the cat"), ("assistant", "dog")]
+    document = Document.conversation(turns)
+    for refuse in (processor.cost, processor.encode):
+        with pytest.raises(DocumentError, match="begins with an answer, and nothing asks for it"):
+            refuse(document)
+    greeting = Text("What is this?", "assistant", learned=False)
+    leading = (Text(system, "system"),) if system and template == CHATML else ()
+    unlearned = Document((*leading, greeting, *document.parts[1:]))
+    messages = [{"role": part.role, "content": part.text} for part in unlearned.parts]  # type: ignore[union-attr]
+    sample = processor.encode(unlearned)
+    assert sample.input_ids.tolist() == processor.apply_chat_template(messages, return_dict=False)
+    prompt = processor.prompt(Document(unlearned.parts[:-1]))["input_ids"][0].tolist()
+    assert sample.input_ids[: len(prompt)].tolist() == prompt
+    learned = sample.labels != IGNORED
+    assert "What" not in learned_text(processor, unlearned)
+    assert learned_text(processor, unlearned).strip().startswith("dog")
+    assert not learned[: len(prompt)].any()
+    assert_every_slice_is_priced(processor, unlearned)
+
+
+def test_a_record_that_begins_with_the_assistant_is_refused_alone(tmp_path: Path) -> None:
+    spoken = [{"from": who, "value": "Hi"} for who in ("gpt", "human", "gpt")]
+    lines = [json.dumps({"id": str(n), "conversations": spoken[n:]}) for n in range(2)]
+    (tmp_path / "talk.jsonl").write_text("\n".join(lines))
+    documents = [item for item in read(tmp_path / "talk.jsonl") if isinstance(item, Document)]
+    paths = write_shards(documents, tmp_path / "out", "talk").paths
+    index = build_index(paths, make_processor().cost, "one")
+    assert [item.key for item in index.refused] == ["0"]
+    assert index.refused_documents == 1
+    assert "begins with an answer" in index.refused[0].reason
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [
+        "{{ messages[0]['content'] + 1 }}",
+        "{{ messages[0]['content'] % 1 }}",
+        "{{ '%d' % messages[0]['content'] }}",
+        "{{ messages[0]['content'].index('?') }}",
+        "{{ 1 // (messages[0]['content'] | length - 2) }}",
+        "{{ raise_exception('no') }}",
+    ],
+)
+def test_a_template_that_fails_on_a_document_refuses_it(failing: str) -> None:
+    processor = make_processor(failing)
+    document = Document.conversation([("user", "Hi"), ("assistant", "the cat")])
+    with pytest.raises(DocumentError, match="the chat template (fails on|refuses) it: "):
+        processor.cost(document)
+
+
+def test_a_system_prompt_alone_is_refused() -> None:
+    document = Document((Text("You speak of animals.", "system", learned=False),))
+    with pytest.raises(DocumentError, match="nothing but a system prompt"):
+        make_processor().cost(document)
 
 
 def picture_of(role: Any) -> Any:
