@@ -25,7 +25,12 @@ MODULES = ("encoder", "connector", "language_model")
 OBJECTIVE_NAMES = ("language_modeling",)
 
 ENCODER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "aimv2": ("resize", "layer"),
     "clip": ("resize", "layer"),
+    "dinov2": ("resize", "layer", "class_token"),
+    "dinov2_with_registers": ("resize", "layer", "class_token"),
+    "dinov3_convnext": ("resize", "layer"),
+    "dinov3_vit": ("resize", "layer", "class_token"),
     "efficientnet_lite": ("resize",),
     "siglip": ("resize", "layer"),
 }
@@ -213,5 +218,7 @@ def _options(
             continue
         elif name in ("hidden", "layer") and type(value) is not int:
             yield place, f"{dotted}: expected a whole number, got {value!r}"
+        elif name == "class_token" and type(value) is not bool:
+            yield place, f"{dotted}: expected true or false, got {value!r}"
         elif name == "hidden" and value < 1:
             yield place, f"{dotted}: expected greater than 0, got {value!r}"

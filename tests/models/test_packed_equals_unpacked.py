@@ -30,6 +30,11 @@ CASES = [
     ("clip", "average_pool"),
     ("siglip", "average_pool"),
     ("efficientnet_lite", "average_pool"),
+    ("aimv2", "mlp"),
+    ("dinov2", "average_pool"),
+    ("dinov2_with_registers", "mlp"),
+    ("dinov3_convnext", "average_pool"),
+    ("dinov3_vit", "average_pool"),
 ]
 
 
