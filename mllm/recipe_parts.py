@@ -33,6 +33,7 @@ ENCODER_OPTIONS: dict[str, tuple[str, ...]] = {
     "dinov3_vit": ("resize", "layer", "class_token"),
     "efficientnet_lite": ("resize",),
     "siglip": ("resize", "layer"),
+    "timm": ("resize", "layer"),
 }
 """Encoder → the options it takes beside name and path."""
 

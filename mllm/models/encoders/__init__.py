@@ -7,6 +7,7 @@ from mllm.models.encoders.dinov2 import Dinov2Encoder, Dinov2WithRegistersEncode
 from mllm.models.encoders.dinov3 import Dinov3ConvNextEncoder, Dinov3VitEncoder
 from mllm.models.encoders.efficientnet_lite import EfficientNetLiteEncoder
 from mllm.models.encoders.siglip import SiglipEncoder
+from mllm.models.encoders.timm_backbone import TimmEncoder
 
 ENCODERS: dict[str, type[VisionEncoder]] = {
     "aimv2": Aimv2Encoder,
@@ -17,6 +18,7 @@ ENCODERS: dict[str, type[VisionEncoder]] = {
     "dinov3_vit": Dinov3VitEncoder,
     "efficientnet_lite": EfficientNetLiteEncoder,
     "siglip": SiglipEncoder,
+    "timm": TimmEncoder,
 }
 
 __all__ = ["ENCODERS", "VisionEncoder"]
