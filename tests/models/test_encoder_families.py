@@ -244,6 +244,23 @@ def test_a_strip_is_cut_as_its_own_processor_cuts_it(folders: dict[str, Path], n
         assert own.std() > 0.01
 
 
+def test_a_strip_is_never_scaled_whole(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[tuple[int, int]] = []
+    resize = PillowImage.Image.resize
+
+    def noting(image: Any, size: tuple[int, int], *args: Any, **kwargs: Any) -> Any:
+        sizes.append(size)
+        return resize(image, size, *args, **kwargs)
+
+    monkeypatch.setattr(PillowImage.Image, "resize", noting)
+    encoder = ENCODERS["dinov2"].from_folder(folders["dinov2"])
+    for shape in ((1, 60000, 3), (60000, 2, 3), (40, 600, 3)):
+        encoder.preprocess(np.zeros(shape, dtype=np.uint8))
+    assert sizes == [(32, 32), (32, 32), (540, 36)]
+
+
 # -- folders that cannot be used ---------------------------------------------------------------
 
 

@@ -82,6 +82,9 @@ def test_the_smaller_one_sees_the_larger_square_scaled_down(
     step = 1 / 255 / min(getattr(pair, small).std)
     torch.testing.assert_close(seen, wanted, rtol=0, atol=step)
     assert seen.shape == (1, 3, 32, 32)
+    harsh = np.random.default_rng(0).integers(0, 2, square.shape, dtype=np.uint8) * 255
+    seen = pair._view(own_normalisation(pair, "first", harsh), getattr(pair, small))
+    assert seen.abs().max() <= 1 + 1e-6  # the filter overshoots, pixels do not
     same = own_normalisation(pair, large, square)
     torch.testing.assert_close(pair._view(images, getattr(pair, large)), same, rtol=0, atol=1e-5)
     found = pair.features(images)[0]

@@ -30,6 +30,7 @@ SMALL_VIT = {
     "depth": 3,
     "num_heads": 2,
     "drop_path_rate": 0.5,
+    "patch_drop_rate": 0.5,
 }
 # architecture, its arguments, side, cells of levels -1 and -2
 BACKBONES: dict[str, tuple[str, dict[str, Any], int, tuple[int, int]]] = {
