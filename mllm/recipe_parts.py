@@ -15,7 +15,6 @@ from mllm.recipe_yaml import Path_, closest, nearest
 if TYPE_CHECKING:
     from mllm.recipe import (
         ConnectorSection,
-        EncoderSection,
         ModelSection,
         SourceSection,
         TrainSection,
@@ -33,9 +32,16 @@ _COUNTS = (
 _SQUARES = ("average_pool", "c_abstractor")  # connectors that pool to a square grid
 
 ENCODER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "aimv2": ("resize", "layer"),
     "clip": ("resize", "layer"),
+    "dinov2": ("resize", "layer", "class_token"),
+    "dinov2_with_registers": ("resize", "layer", "class_token"),
+    "dinov3_convnext": ("resize", "layer"),
+    "dinov3_vit": ("resize", "layer", "class_token"),
     "efficientnet_lite": ("resize",),
+    "pair": ("resize", "first", "second"),
     "siglip": ("resize", "layer"),
+    "timm": ("resize", "layer"),
 }
 """Encoder → the options it takes beside name and path."""
 
@@ -179,21 +185,48 @@ def _source_objectives(
 
 def _parts(model: ModelSection) -> Iterable[tuple[Path_, str]]:
     if model.encoder is not None:
-        yield from _encoder(model.encoder)
+        encoder = model.encoder
+        yield from _encoder(("model", "encoder"), encoder.name, encoder.path, encoder.options)
     if model.connector is not None:
         yield from _connector(model.connector)
 
 
-def _encoder(encoder: EncoderSection) -> Iterable[tuple[Path_, str]]:
-    path: Path_ = ("model", "encoder")
-    options = ENCODER_OPTIONS.get(encoder.name)
+def _encoder(
+    path: Path_, name: str, folder: Any, given: Mapping[str, Any]
+) -> Iterable[tuple[Path_, str]]:
+    dotted = ".".join(map(str, path))
+    options = ENCODER_OPTIONS.get(name)
     if options is None:
-        hint = nearest(encoder.name, ENCODER_OPTIONS)
-        yield (*path, "name"), f"unknown encoder {encoder.name!r}{hint}"
+        hint = nearest(name, ENCODER_OPTIONS)
+        yield (*path, "name"), f"unknown encoder {name!r}{hint}"
     else:
-        yield from _options(path, f"encoder {encoder.name}", encoder.options, options)
-    if not encoder.path:
-        yield path, "model.encoder.path is missing: give the folder or hub id of its weights"
+        yield from _options(path, f"encoder {name}", given, options)
+    if name == "pair":
+        yield from _pair(path, folder, given)
+    elif not folder:
+        yield path, f"{dotted}.path is missing: give the folder or hub id of its weights"
+
+
+def _pair(path: Path_, folder: Any, given: Mapping[str, Any]) -> Iterable[tuple[Path_, str]]:
+    dotted = ".".join(map(str, path))
+    if folder:
+        yield (*path, "path"), f"{dotted}.path: a pair has none; its first and second have"
+    for part in ("first", "second"):
+        place, section = (*path, part), given.get(part)
+        if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
+            yield (place if part in given else path), f"give {dotted}.{part}: {{name: …, path: …}}"
+            continue
+        values = dict(section)
+        name, own = values.pop("name"), values.pop("path", None)
+        if name == "pair":
+            yield (*place, "name"), f"{dotted}.{part}: a pair of pairs is not supported"
+        elif "resize" in values:
+            yield (
+                (*place, "resize"),
+                f"{dotted}.{part}: both see one view of an image; give {dotted}.resize",
+            )
+        else:
+            yield from _encoder(place, name, own, values)
 
 
 def _connector(connector: ConnectorSection) -> Iterable[tuple[Path_, str]]:
@@ -236,6 +269,8 @@ def _options(
             continue
         elif name in (*_COUNTS, "layer") and type(value) is not int:
             yield place, f"{dotted}: expected a whole number, got {value!r}"
+        elif name == "class_token" and type(value) is not bool:
+            yield place, f"{dotted}: expected true or false, got {value!r}"
         elif name in _COUNTS and value < 1:
             yield place, f"{dotted}: expected greater than 0, got {value!r}"
         elif name == "path" and not (isinstance(value, str) and value):

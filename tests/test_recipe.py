@@ -273,6 +273,39 @@ REFUSALS = {
         ["model.connector.visual_tokens=null"],
         "model.connector.visual_tokens is missing",
     ),
+    "half a class token": (
+        ["model.encoder={name: dinov2, path: x, class_token: 1}"],
+        "model.encoder.class_token: expected true or false, got 1",
+    ),
+    "class token of CLIP": (["model.encoder.class_token=true"], "unknown option 'class_token'"),
+    "pair with a path": (
+        ["model.encoder={name: pair, path: x, first: {name: clip, path: y}}"],
+        "model.encoder.path: a pair has none; its first and second have",
+    ),
+    "half a pair": (
+        ["model.encoder={name: pair, first: {name: clip, path: y}}"],
+        "give model.encoder.second: {name: …, path: …}",
+    ),
+    "pair of a pair": (
+        ["model.encoder={name: pair, first: {name: pair}, second: clip}"],
+        "model.encoder.first: a pair of pairs is not supported",
+    ),
+    "part without a path": (
+        ["model.encoder={name: pair, first: {name: clip}, second: {name: dinov2, path: y}}"],
+        "model.encoder.first.path is missing",
+    ),
+    "part with a wrong option": (
+        ["model.encoder={name: pair, first: {name: clip, path: x, layr: -1}}"],
+        "unknown option 'layr' of the encoder clip; did you mean 'layer'?",
+    ),
+    "part with a rule": (
+        ["model.encoder={name: pair, first: {name: clip, path: x, resize: pad}}"],
+        "model.encoder.first: both see one view of an image; give model.encoder.resize",
+    ),
+    "unknown part": (
+        ["model.encoder={name: pair, first: {name: sigllip, path: x}}"],
+        "unknown encoder 'sigllip'; did you mean 'siglip'?",
+    ),
     "no encoder path": (["model.encoder.path=null"], "model.encoder.path is missing"),
     "an objective twice": (
         ["objectives=[language_modeling, language_modeling]"],

@@ -21,7 +21,7 @@ import mllm.models.auto  # noqa: F401  (the Auto classes know the model from her
 from mllm.models import attention
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, PretrainedConnector
-from mllm.models.encoders import ENCODERS
+from mllm.models.encoders import ENCODERS, WITHOUT_PATH
 from mllm.models.errors import check_folder, check_options, choose, loading
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import IMAGE_TOKEN, Processor, changed_connector
@@ -60,6 +60,8 @@ def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[Multimod
         if not parts.get(name):
             raise ValueError(f"model.{name} is missing (or give model.from, a trained folder)")
     for name, key in (("encoder", "name"), ("encoder", "path"), ("connector", "name")):
+        if key == "path" and parts[name]["name"] in WITHOUT_PATH:
+            continue
         if not parts[name].get(key):
             raise ValueError(f"model.{name}.{key} is missing")
     return _from_parts(dict(parts["encoder"]), connector, dict(parts["language_model"]), dtype)
@@ -103,7 +105,7 @@ def _from_parts(
     language_section: dict[str, Any],
     dtype: torch.dtype,
 ) -> tuple[MultimodalModel, Processor]:
-    name, path = encoder_section.pop("name"), encoder_section.pop("path")
+    name = encoder_section.pop("name")
     encoder_class = choose(ENCODERS, name, "encoder")
     connector_class = choose(CONNECTORS, connector["name"], "connector")
     options = {key: value for key, value in encoder_section.items() if value is not None}
@@ -112,7 +114,7 @@ def _from_parts(
     start = connector.get("path")
     if start is not None and issubclass(connector_class, PretrainedConnector):
         connector = connector_class.spec_from_folder(connector)
-    encoder = encoder_class.from_folder(path, **options).to(dtype)
+    encoder = encoder_class.from_folder(**options).to(dtype)
     language_path = language_section.pop("path")
     check_options(language_section, (), "language_model")
     language_model, tokenizer = load_language_model(language_path, dtype)

@@ -25,6 +25,8 @@ RESAMPLING_NAMES = ("nearest", "lanczos", "bilinear", "bicubic")
 
 _REDUCING_GAP = 3.0  # Pillow halves a much larger image first; above 3 nobody sees a difference
 
+_LONG = 16  # sides beyond this ratio: only what stays is scaled
+
 
 @dataclass(frozen=True, slots=True)
 class ImageGeometry:
@@ -103,9 +105,24 @@ class ImageGeometry:
         edge = self.short_edge or self.image_size
         longer = int(edge * long / short)
         width, height = (edge, longer) if image.width <= image.height else (longer, edge)
+        if longer > _LONG * edge:
+            return self._crop_long(image, width, height)
         scaled = self._resized(image, width, height)
         left, top = (width - self.image_size) // 2, (height - self.image_size) // 2
         return scaled.crop((left, top, left + self.image_size, top + self.image_size))
+
+    def _crop_long(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        """Compute only the centre: the whole of a long strip would take gigabytes."""
+        side = self.image_size
+        across, down = image.width / width, image.height / height  # pixels for one scaled pixel
+        left, top = (width - side) // 2 * across, (height - side) // 2 * down
+        box = (
+            left,
+            top,
+            min(left + side * across, image.width),
+            min(top + side * down, image.height),
+        )
+        return image.resize((side, side), _RESAMPLING[self.resampling], box=box)
 
     def _pad(self, image: Image.Image) -> Image.Image:
         side, long = self.image_size, max(image.size)

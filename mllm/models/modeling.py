@@ -66,7 +66,13 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leave new modules as their constructors made them; the parts know best."""
+        """Leave new modules as their constructors made them; the parts know best.
+
+        Only what is in no file is computed again: loading starts from tensors without data.
+        """
+        compute = getattr(module, "init_non_persistent_buffers", None)  # timm's name for it
+        if compute is not None:
+            compute()
 
     # -- the path from ids and pixels to hidden states ------------------------------------------
 

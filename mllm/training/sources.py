@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_packing.shards import expand
 from mllm.models.errors import check_folder
-from mllm.recipe import Recipe
+from mllm.recipe import EncoderSection, Recipe
 from mllm.training.run_folder import RunFolder
 
 
@@ -56,6 +56,18 @@ def check_paths(recipes: Sequence[Recipe]) -> None:
         shards(recipe)
 
 
+def _encoder_paths(encoder: EncoderSection | None) -> dict[str, str | None]:
+    """Key → path of the encoder, or of the parts of a composed one."""
+    if encoder is None:
+        return {}
+    parts = {
+        f"model.encoder.{name}.path": section.get("path")
+        for name, section in encoder.options.items()
+        if isinstance(section, Mapping)
+    }
+    return {"model.encoder.path": encoder.path, **parts}
+
+
 def check_models(recipes: Sequence[Recipe]) -> None:
     """Refuse paths of models that are no folder of one, before a worker starts.
 
@@ -69,7 +81,7 @@ def check_models(recipes: Sequence[Recipe]) -> None:
         model = recipe.model
         named = {
             "model.from": model.from_,
-            "model.encoder.path": model.encoder.path if model.encoder else None,
+            **_encoder_paths(model.encoder),
             "model.language_model.path": model.language_model.path
             if model.language_model
             else None,

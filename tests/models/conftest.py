@@ -27,6 +27,7 @@ from data_packing.document import Document, Image
 from mllm.models.assemble import assemble
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
+from tests.models.encoder_folders import SAVERS
 
 CHATML = (
     "{% for message in messages %}"
@@ -120,6 +121,7 @@ def save_clip(folder: Path) -> Path:
     )
     CLIPVisionModel(config).save_pretrained(folder)
     values = {
+        "image_processor_type": "CLIPImageProcessor",
         "size": {"shortest_edge": 32},
         "crop_size": {"height": 32, "width": 32},
         "do_center_crop": True,
@@ -144,6 +146,7 @@ def save_siglip(folder: Path) -> Path:
     )
     SiglipVisionModel(config).save_pretrained(folder)
     values = {
+        "image_processor_type": "SiglipImageProcessor",
         "size": {"height": 32, "width": 32},
         "resample": 2,
         "image_mean": [0.5, 0.5, 0.5],
@@ -176,6 +179,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "clip": save_clip(root / "clip"),
         "siglip": save_siglip(root / "siglip"),
         "efficientnet_lite": save_efficientnet(root / "efficientnet_lite"),
+        **{name: save(root / name) for name, save in SAVERS.items()},
     }
 
 

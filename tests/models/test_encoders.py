@@ -94,7 +94,7 @@ def test_resize_rules() -> None:
 
 
 def test_options_change_the_rule(folders: dict[str, Path]) -> None:
-    for name in ENCODERS:
+    for name in (each for each in ENCODERS if each in folders):
         encoder = ENCODERS[name].from_folder(folders[name], resize="pad")
         assert encoder.geometry.resize == "pad"
         with pytest.raises(ValueError, match="did you mean 'resize'"):
@@ -114,7 +114,7 @@ def test_the_wrong_family_is_named(folders: dict[str, Path]) -> None:
 
 
 def test_damaged_encoder_folders(folders: dict[str, Path], tmp_path: Path) -> None:
-    for name in ENCODERS:
+    for name in (each for each in ENCODERS if each in folders):
         folder = tmp_path / name
         shutil.copytree(folders[name], folder)
         weights = folder / "model.safetensors"

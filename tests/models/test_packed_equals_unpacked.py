@@ -35,6 +35,11 @@ CASES = [
     ("clip", "c_abstractor"),
     ("clip", "resampler"),
     ("clip", "q_former"),
+    ("aimv2", "mlp"),
+    ("dinov2", "average_pool"),
+    ("dinov2_with_registers", "mlp"),
+    ("dinov3_convnext", "average_pool"),
+    ("dinov3_vit", "average_pool"),
 ]
 
 

@@ -309,6 +309,15 @@ def test_models_that_are_not_there_are_refused_before_anything_is_written(
         values["model"][part]["path"] = str(tmp_path / "gone")
         with pytest.raises(ValueError, match=rf"model.{part}.path: there is no folder"):
             train(tiny.write_recipe(first, values), [], Ranks(1, gpus=False))
+    values = tiny.recipe(home, tmp_path / "first")
+    gone = {"name": "clip", "path": str(tmp_path / "gone")}
+    values["model"]["encoder"] = {
+        "name": "pair",
+        "first": values["model"]["encoder"],
+        "second": gone,
+    }
+    with pytest.raises(ValueError, match=r"model.encoder.second.path: there is no folder"):
+        train(tiny.write_recipe(first, values), [], Ranks(1, gpus=False))
     assert not (tmp_path / "first").exists()
     good = load(tiny.write_recipe(first, tiny.recipe(home, tmp_path / "first")))
     check_models([good, load(stage_after(home, tmp_path / "first", tmp_path))])

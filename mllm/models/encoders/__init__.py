@@ -1,14 +1,29 @@
 """Vision encoders by name."""
 
+from mllm.models.encoders.aimv2 import Aimv2Encoder
 from mllm.models.encoders.base import VisionEncoder
 from mllm.models.encoders.clip import ClipEncoder
+from mllm.models.encoders.dinov2 import Dinov2Encoder, Dinov2WithRegistersEncoder
+from mllm.models.encoders.dinov3 import Dinov3ConvNextEncoder, Dinov3VitEncoder
 from mllm.models.encoders.efficientnet_lite import EfficientNetLiteEncoder
+from mllm.models.encoders.pair import PairEncoder
 from mllm.models.encoders.siglip import SiglipEncoder
+from mllm.models.encoders.timm_backbone import TimmEncoder
 
 ENCODERS: dict[str, type[VisionEncoder]] = {
+    "aimv2": Aimv2Encoder,
     "clip": ClipEncoder,
+    "dinov2": Dinov2Encoder,
+    "dinov2_with_registers": Dinov2WithRegistersEncoder,
+    "dinov3_convnext": Dinov3ConvNextEncoder,
+    "dinov3_vit": Dinov3VitEncoder,
     "efficientnet_lite": EfficientNetLiteEncoder,
+    "pair": PairEncoder,
     "siglip": SiglipEncoder,
+    "timm": TimmEncoder,
 }
 
-__all__ = ["ENCODERS", "VisionEncoder"]
+WITHOUT_PATH = ("pair",)
+"""Families whose parts have folders, not they."""
+
+__all__ = ["ENCODERS", "WITHOUT_PATH", "VisionEncoder"]

@@ -15,6 +15,7 @@ class ClipEncoder(VisionTransformer):
 
     MODEL = CLIPVisionModel
     CONFIG = CLIPVisionConfig
+    FINAL_NORM = "post_layernorm"
 
     def _strip(self) -> None:
-        drop(self.vision, "post_layernorm")
+        drop(self.vision, self.FINAL_NORM)

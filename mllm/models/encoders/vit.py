@@ -1,8 +1,7 @@
-"""What CLIP and SigLIP share: a vision transformer of transformers and its preprocessor file."""
+"""What encoders share whose classes are those of transformers: configuration, layer, weights."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,66 +10,142 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
-from transformers.utils.hub import cached_file
 
 from mllm.models.encoders.base import VisionEncoder
-from mllm.models.errors import check_folder, loading, read_json
-from mllm.models.geometry import RESAMPLING_NAMES, ImageGeometry
+from mllm.models.encoders.preprocessor import read_geometry, read_preprocessor, square
+from mllm.models.errors import check_folder, loading
+
+_QUIET: dict[str, Any] = {
+    "attention_dropout": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "drop_path_rate": 0.0,
+    "hidden_dropout_prob": 0.0,
+    "pos_embed_jitter": None,
+    "pos_embed_rescale": None,
+    "pos_embed_shift": None,
+}
+"""Randomness that some models add while they train: with it a packed step would differ from an
+unpacked one, and a resumed run from an uninterrupted one."""
+
+_OF_BACKBONES = ("out_features", "out_indices", "_out_features", "_out_indices", "stage_names")
 
 
 class VisionTransformer(VisionEncoder):
     """Patch features of one layer of a vision transformer.
 
     Layers above the chosen one are not built: they would take memory and never get a gradient.
+    Where the layer is the last, the model's final normalisation is applied; inner layers come as
+    they are. Class and register tokens are left out: they have no place on the grid. Families
+    whose class token is trained for use take `class_token: true`, which repeats it beside every
+    cell (as DINOv2's depth probes do, arXiv 2304.07193, section 7.4) and doubles the width.
 
     Spec: `config` (the vision configuration, already cut to the chosen layer), `layer` (-1 is the
-    last layer of the original, -2 the one before it) and `geometry`.
+    last layer of the original, -2 the one before it), `class_token` (where the family takes it)
+    and `geometry`.
     """
 
-    OPTIONS = ("resize", "layer")
+    OPTIONS: ClassVar[tuple[str, ...]] = ("resize", "layer")
     MODEL: ClassVar[type[PreTrainedModel]]
     CONFIG: ClassVar[type[PreTrainedConfig]]
+    FINAL_NORM: ClassVar[str]
     DEFAULT_LAYER: ClassVar[int] = -2
+    ATTENTION: ClassVar[str] = "sdpa"
+    RENAMED: ClassVar[dict[str, str]] = {}  # names in a folder that transformers does not map
+    UNUSED: ClassVar[Mapping[str, Any]] = {}  # values of the configuration that leave parts out
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__(spec)
         config = self._config(spec)
-        self.width = config.hidden_size
-        self.vision = self.MODEL._from_config(config, attn_implementation="sdpa")
+        self.class_token = bool(spec.get("class_token", False))
+        self.width = self._width(config) * (2 if self.class_token else 1)
+        self.vision = self.MODEL._from_config(config, attn_implementation=self.ATTENTION)
         self._strip()
 
-    @abstractmethod
     def _strip(self) -> None:
         """Remove what the chosen layer does not use."""
+        if self.spec["layer"] != -1:
+            drop(self.vision, self.FINAL_NORM)
+
+    @classmethod
+    def _depth(cls, config: PreTrainedConfig) -> int:
+        """Layers of the whole model."""
+        return int(config.num_hidden_layers)
+
+    @classmethod
+    def _cut(cls, config: PreTrainedConfig, depth: int) -> None:
+        """Keep the first `depth` layers."""
+        config.num_hidden_layers = depth
+
+    @classmethod
+    def _width(cls, config: PreTrainedConfig) -> int:
+        """Features of a cell of the last layer built."""
+        return int(config.hidden_size)
+
+    @classmethod
+    def _cells(cls, config: PreTrainedConfig, side: int) -> int:
+        """Rows of the grid of an image of this side; a border below one patch is not seen."""
+        return side // int(config.patch_size)
+
+    @classmethod
+    def _takes(cls, config: PreTrainedConfig) -> int | None:
+        """The only image side that the positions fit; None if they fit any."""
+        return int(config.image_size)
 
     @classmethod
     def _config(cls, spec: Mapping[str, Any]) -> PreTrainedConfig:
         # the dtype of the moment counts, not the one of the folder the encoder came from
         values = {key: value for key, value in spec["config"].items() if key != "dtype"}
-        config = cls.CONFIG(**values)
-        config._attn_implementation = "sdpa"
+        config = cls.CONFIG(**{**values, **cls.UNUSED})
+        for name, value in _QUIET.items():
+            if hasattr(config, name):
+                setattr(config, name, value)
+        config._attn_implementation = cls.ATTENTION
+        return config
+
+    @classmethod
+    def _read_config(cls, path: str | Path) -> PreTrainedConfig:
+        """Read config.json; of a model of images and texts, its vision part."""
+        check_folder(path, "encoder")
+        with loading("encoder", path):
+            config = AutoConfig.from_pretrained(path)
+        config = getattr(config, "vision_config", config)
+        if type(config) is not cls.CONFIG:
+            raise ValueError(f"{path} holds a {config.model_type!r} model, not {cls.__name__}")
+        for name in ("image_size", "patch_size"):
+            if hasattr(config, name):
+                side = square(getattr(config, name), f"{path}: {name} of config.json")
+                setattr(config, name, side)
+        if config.num_channels != 3:
+            raise ValueError(f"{path}: config.json has {config.num_channels} channels, not 3")
         return config
 
     @classmethod
     def spec_from_folder(cls, path: str | Path, **options: Any) -> dict[str, Any]:
         """Read config.json and preprocessor_config.json."""
-        check_folder(path, "encoder")
-        with loading("encoder", path):
-            config = AutoConfig.from_pretrained(path)
-        config = getattr(config, "vision_config", config)
-        if not isinstance(config, cls.CONFIG):
-            raise ValueError(f"{path} holds a {config.model_type!r} model, not {cls.__name__}")
-        layer = options.get("layer", cls.DEFAULT_LAYER)
-        if not -config.num_hidden_layers <= layer <= -1:
+        config = cls._read_config(path)
+        layer, depth = options.get("layer", cls.DEFAULT_LAYER), cls._depth(config)
+        if type(layer) is not int or not -depth <= layer <= -1:
             raise ValueError(
-                f"layer {layer}: the encoder has {config.num_hidden_layers} layers, "
-                "counted back from -1"
+                f"layer {layer!r}: the encoder has {depth} layers, counted back from -1"
             )
-        config.num_hidden_layers += layer + 1
-        geometry = _geometry(_preprocessor(path), config, options.get("resize"), str(path))
+        cls._cut(config, depth + layer + 1)
+        geometry = read_geometry(
+            read_preprocessor(path),
+            path,
+            cells=lambda side: cls._cells(config, side),
+            takes=cls._takes(config),
+            resize=options.get("resize"),
+        )
         values = config.to_diff_dict()
-        values["num_hidden_layers"] = config.num_hidden_layers
-        return {"config": values, "layer": layer, "geometry": geometry.to_dict()}
+        values["num_hidden_layers"] = cls._depth(config)  # also where it is the class's default
+        spec = {
+            "config": {key: value for key, value in values.items() if key not in _OF_BACKBONES},
+            "layer": layer,
+            "geometry": geometry.to_dict(),
+        }
+        if "class_token" in cls.OPTIONS:
+            spec["class_token"] = _yes_or_no(options.get("class_token", False), "class_token")
+        return spec
 
     def load_weights(self, path: str | Path) -> None:
         """Load the safetensors of the folder or hub id; weights of unused layers are left out."""
@@ -81,8 +156,10 @@ class VisionTransformer(VisionEncoder):
                 loaded: Any = self.MODEL.from_pretrained(
                     path,
                     config=self._config(self.spec),
-                    attn_implementation="sdpa",
+                    attn_implementation=self.ATTENTION,
                     use_safetensors=True,
+                    ignore_mismatched_sizes=True,  # reported below, in one line
+                    key_mapping=self.RENAMED or None,
                     dtype=torch.get_default_dtype(),
                     output_loading_info=True,
                 )
@@ -91,6 +168,12 @@ class VisionTransformer(VisionEncoder):
         self.vision, report = loaded
         self._strip()
         needed = {name for name, _ in self.vision.named_parameters()}
+        wrong = sorted(needed & {_name(key) for key in report["mismatched_keys"]})
+        if wrong:
+            raise ValueError(
+                f"{path}: {len(wrong)} weights of the encoder have another shape than config.json "
+                f"says, {wrong[0]} first; take both files from one checkpoint"
+            )
         missing = sorted(needed & set(report["missing_keys"]))
         if missing:
             raise ValueError(
@@ -98,9 +181,12 @@ class VisionTransformer(VisionEncoder):
             )
 
     def features(self, images: Tensor) -> Tensor:
-        """Encode [V, 3, S, S] to [V, cells, Dv]."""
+        """Encode [V, 3, S, S] to [V, cells, Dv]; prefix tokens come first and are cut off."""
         states: Tensor = self.vision(images).last_hidden_state
-        return states[:, states.shape[1] - self.geometry.cells**2 :]
+        cells = states[:, states.shape[1] - self.geometry.cells**2 :]
+        if not self.class_token:
+            return cells
+        return torch.cat([cells, states[:, :1].expand(-1, cells.shape[1], -1)], dim=-1)
 
 
 def drop(module: nn.Module, name: str) -> None:
@@ -108,36 +194,20 @@ def drop(module: nn.Module, name: str) -> None:
     setattr(module, name, nn.Identity())
 
 
-def _preprocessor(path: str | Path) -> dict[str, Any]:
-    """Read preprocessor_config.json of a folder or hub id."""
-    name = "preprocessor_config.json"
-    if Path(path).is_dir():
-        return read_json(Path(path) / name)
-    with loading("preprocessor", path):
-        return read_json(Path(str(cached_file(path, name))))
+def drop_mask_token(model: Any) -> None:
+    """Turn the mask token of self-supervised pre-training into a constant nobody reads."""
+    embeddings: Any = model.embeddings
+    if isinstance(token := embeddings.mask_token, nn.Parameter):
+        del embeddings.mask_token
+        embeddings.register_buffer("mask_token", token.detach(), persistent=False)
 
 
-def _geometry(
-    seen: Mapping[str, Any], config: PreTrainedConfig, resize: str | None, path: str
-) -> ImageGeometry:
-    """Read a transformers preprocessor_config.json."""
-    size = seen.get("size", config.image_size)
-    short_edge = size if isinstance(size, int) else size.get("shortest_edge", 0)
-    crops = bool(short_edge) and seen.get("do_center_crop", False)
-    crop = seen.get("crop_size", config.image_size)
-    side = (crop if isinstance(crop, int) else crop["height"]) if crops else config.image_size
-    if side != config.image_size:
-        raise ValueError(
-            f"{path}: the preprocessor makes {side} pixels, the encoder takes {config.image_size}"
-        )
-    rule = resize or ("crop" if crops else "squash")
-    normal = seen.get("do_normalize", True)
-    return ImageGeometry(
-        image_size=config.image_size,
-        cells=config.image_size // config.patch_size,
-        mean=tuple(seen["image_mean"]) if normal else (0.0, 0.0, 0.0),
-        std=tuple(seen["image_std"]) if normal else (1.0, 1.0, 1.0),
-        resize=rule,
-        resampling=RESAMPLING_NAMES[seen.get("resample", 3)],
-        short_edge=short_edge if rule == "crop" and crops else 0,
-    )
+def _yes_or_no(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected true or false, got {value!r}")
+    return value
+
+
+def _name(key: Any) -> str:
+    """The name in a report of transformers, which lists names or (name, shape, shape)."""
+    return str(key[0]) if isinstance(key, tuple) else str(key)
