@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from mllm.models import attention
-from mllm.models.errors import check_folder, loading
+from mllm.models.errors import check_language_model, loading
 from mllm.models.families import blueprint, check_config, check_model
 from mllm.models.probe import probe
 from mllm.models.processor import IMAGE_TOKEN
@@ -32,26 +32,32 @@ _ROWS = 64  # the embedding is padded to a multiple: tensor cores want it
 def load_language_model(
     path: str | Path, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model (safetensors only) and its tokenizer.
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        path: a folder with safetensors, a hub id, or a .gguf file (its blocks are dequantised, and
+            its tokenizer and chat template are used; needs the package gguf).
+        dtype: of the weights.
 
     Raises:
-        ValueError: the folder (or hub id) cannot be used, or the model cannot be packed: for what
-            its configuration and its modules say, before weights are loaded, or for what they do.
+        ValueError: the path cannot be used, or the model cannot be packed: for what its
+            configuration and its modules say, before weights are loaded, or for what they do.
     """
-    check_folder(path, "language_model")
+    check_language_model(path, "language_model")
+    folder, options = _source(path)
     with loading("language model", path):
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(folder, **options)
         check_config(config)
         check_model(blueprint(config))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
+            folder,
             config=config,
             dtype=dtype,
             attn_implementation=attention.NAME,
-            use_safetensors=True,
             output_loading_info=True,
+            **(options or {"use_safetensors": True}),
         )
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{path}: {len(missing)} weights are missing, {missing[0]} first")
@@ -59,11 +65,20 @@ def load_language_model(
     return model, tokenizer
 
 
+def _source(path: str | Path) -> tuple[str | Path, dict[str, Any]]:
+    """Where transformers looks, and what it is told besides."""
+    if str(path).endswith(".gguf"):
+        return Path(path).parent, {"gguf_file": Path(path).name}
+    return path, {}
+
+
 def add_image_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Add the image token once; return the rows of the embedding that are nobody's text."""
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        token = AddedToken(IMAGE_TOKEN, special=True, normalized=False)
-        tokenizer.add_tokens([token], special_tokens=True)
+    """Add the image token once; return the rows of the embedding that are nobody's text.
+
+    A tokenizer that has it keeps its id; a plain word becomes special, so that no text may hold it.
+    """
+    token = AddedToken(IMAGE_TOKEN, special=True, normalized=False)
+    tokenizer.add_tokens([token], special_tokens=True)
     before = _rows(model)
     if len(tokenizer) <= before:
         return [tokenizer.get_vocab()[IMAGE_TOKEN]]
