@@ -9,6 +9,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -18,6 +19,7 @@ from transformers import (
     GraniteConfig,
     GraniteMoeConfig,
     LlamaConfig,
+    MiniCPM3Config,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -51,6 +53,15 @@ GATED = {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2, "initialize
 GEMMA = {**GATED, "head_dim": 16}
 EXPERTS = {**GATED, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
 SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+LATENT = {
+    **GATED,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
 NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 
 FAMILIES: dict[str, PreTrainedConfig] = {
@@ -80,6 +91,16 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         **SMALL, initializer_range=0.2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
     ),
     "mixtral": MixtralConfig(**GATED, num_local_experts=4, sliding_window=WINDOW),
+    "deepseek_v3": DeepseekV3Config(
+        **LATENT,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        moe_intermediate_size=16,
+    ),
+    "minicpm3": MiniCPM3Config(**LATENT, dim_model_base=8),
     "gpt_oss": GptOssConfig(**GEMMA, **SLIDING, num_local_experts=4, num_experts_per_tok=2),
     "granite": GraniteConfig(
         **GATED, logits_scaling=8.0, embedding_multiplier=12.0, attention_multiplier=0.3

@@ -22,7 +22,7 @@ from tests.models.families import FAMILIES, save_family
 from tests.models.test_packed_equals_unpacked import assert_packed_is_unpacked, logits_of
 
 Parts = tuple[MultimodalModel, Processor, Path]
-MOE = {"qwen2_moe", "qwen3_moe", "mixtral", "gpt_oss", "granitemoe"}
+MOE = {"deepseek_v3", "qwen2_moe", "qwen3_moe", "mixtral", "gpt_oss", "granitemoe"}
 
 
 @pytest.fixture(scope="module")
