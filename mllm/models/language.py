@@ -2,7 +2,10 @@
 
 A mixture-of-experts model is trained with the objectives of the recipe and nothing else: the
 auxiliary losses of its router (load balance, z-loss) are no part of the body's forward and are not
-added in silence, whatever `output_router_logits` and `router_aux_loss_coef` say.
+added in silence, whatever `output_router_logits` and `router_aux_loss_coef` say. Its experts are
+slices of one weight of one module, multiplied in groups. transformers' other way, a loop over the
+experts that got a token, calls a module (their activation) as often as the tokens decide, and ranks
+with sharded weights would then disagree about what comes next.
 """
 
 from __future__ import annotations

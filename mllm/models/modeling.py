@@ -63,8 +63,11 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             config.connector, self.encoder.width, embedding.embedding_dim
         )
         self.language_model = language_model
-        for shared in (text, self.language_model.config):
-            shared._attn_implementation = attention.NAME  # the outer config resets its parts'
+        # looped over in Python, experts call modules by what the tokens are; shards cannot bear it
+        experts = language_model.get_correct_experts_implementation(None)
+        for shared in (text, language_model.config):  # the outer config resets its parts'
+            shared._attn_implementation = attention.NAME
+            shared._experts_implementation = experts
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -157,8 +157,10 @@ def _mean_square(embedding: nn.Module) -> float:
     """Mean squared length of what the embedding gives for a word: some scale what they store."""
     assert isinstance(embedding, nn.Embedding)
     ids = torch.arange(embedding.num_embeddings, device=embedding.weight.device)
-    sums = [embedding(some).float().square().sum().item() for some in ids.split(4096)]
-    return sum(sums) / len(ids)
+    total = 0.0
+    for some in ids.split(4096):
+        total += float(embedding(some).float().square().sum())
+    return total / len(ids)
 
 
 def warm_start(

@@ -182,3 +182,39 @@ def test_granite_scales_words_and_visual_tokens_alike(
     logits_of(model, pack)
     embeds = model._embed(pack.input_ids[None], pack.pixels)
     torch.testing.assert_close(entered[0], embeds * 12.0)
+
+
+@pytest.mark.parametrize("family", sorted(MOE))
+def test_experts_are_chosen_inside_one_module(
+    build: Callable[..., Any], saved: dict[str, Path], family: str
+) -> None:
+    """Whatever the tokens, the same modules run in the same order: sharded weights are gathered
+    by module, and ranks that call different ones would wait for each other for ever."""
+    model, _ = build("clip", "mlp", saved[family])
+    called: list[str] = []
+    for name, module in model.language_model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+    orders = []
+    for ids in (*two_documents(), torch.full((1, 26), 7)):
+        called.clear()
+        model.hidden_states(ids, cu_seqlens=CU_SEQLENS)
+        orders.append(list(called))
+    assert orders[0] == orders[1] == orders[2]
+    assert any(name.endswith("experts") for name in orders[0])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_router_losses_are_not_added(
+    build: Callable[..., Any], saved: dict[str, Path], family: str
+) -> None:
+    model, processor = build("clip", "mlp", saved[family])
+    pack = packed(processor)
+
+    def loss() -> torch.Tensor:
+        output = model(pack.input_ids, pack.pixels, cu_seqlens=pack.cu_seqlens, labels=pack.labels)
+        return output.loss
+
+    plain = loss()
+    text = model.language_model.config
+    text.output_router_logits, text.router_aux_loss_coef = True, 10.0
+    assert torch.equal(loss(), plain)
