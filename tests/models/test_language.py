@@ -137,6 +137,7 @@ def test_gguf_files_that_cannot_be_used(gguf_file: Path, monkeypatch: pytest.Mon
     gguf_file.write_bytes(gguf_file.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"tiny\.gguf"):
         load_language_model(gguf_file)
+    errors.check_language_model(gguf_file, "model.language_model.path")
     monkeypatch.setattr(errors, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"pip install .mllm\[gguf\]"):
         load_language_model(gguf_file)
