@@ -34,7 +34,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_packing.document import Document, Text
 from data_packing.shards import expand, read_document, read_index
 from mllm.evaluation.measure import HeldOutData, measure
-from mllm.models.assemble import assemble, load_language_model
+from mllm.models.assemble import assemble
+from mllm.models.language import load_language_model
 
 VISUAL_TOKENS, WIDTH, FEATURES = 16, 576, 1280
 

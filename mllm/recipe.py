@@ -79,7 +79,7 @@ class ConnectorSection(PartSection):
 
 
 class LanguageModelSection(Section):
-    """Any causal language model of transformers: a local folder or a hub id."""
+    """Any causal language model of transformers: a local folder, a hub id or a .gguf file."""
 
     path: str
 

@@ -152,7 +152,7 @@ def _original(stages: Sequence[Stage], device: str | None) -> Callable[[], tuple
         import torch
 
         from mllm.inference.generate import choose_device
-        from mllm.models.assemble import load_language_model
+        from mllm.models.language import load_language_model
 
         precise = stages[0].run.get("precision") == "fp32"
         dtype = torch.float32 if precise else torch.bfloat16

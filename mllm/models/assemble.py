@@ -7,26 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import mllm.models.auto  # noqa: F401  (the Auto classes know the model from here on)
-from mllm.models import attention
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, PretrainedConnector
 from mllm.models.encoders import ENCODERS, WITHOUT_PATH
 from mllm.models.errors import check_folder, check_options, choose, loading
+from mllm.models.language import add_image_token, load_language_model
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import IMAGE_TOKEN, Processor, changed_connector
 
-_ROWS = 64  # the embedding is padded to a multiple: tensor cores want it
 _TRAINING_OPTIONS = ("init",)  # of a connector's section, but not the model's concern
 
 
@@ -118,7 +109,7 @@ def _from_parts(
     language_path = language_section.pop("path")
     check_options(language_section, (), "language_model")
     language_model, tokenizer = load_language_model(language_path, dtype)
-    added = _add_image_token(language_model, tokenizer)
+    added = add_image_token(language_model, tokenizer)
     processor = Processor(tokenizer, encoder.geometry, connector)
     config = MultimodalConfig(
         encoder={"name": name, **encoder.spec},
@@ -134,55 +125,6 @@ def _from_parts(
         model.connector.load_weights(start)
     model.generation_config = _generation_config(language_model, tokenizer, added)
     return model.eval(), processor
-
-
-def load_language_model(
-    path: str | Path, dtype: torch.dtype = torch.float32
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model (safetensors only) and its tokenizer.
-
-    Raises:
-        ValueError: the folder (or hub id) cannot be used, or the model cannot be packed.
-    """
-    check_folder(path, "language_model")
-    with loading("language model", path):
-        config = AutoConfig.from_pretrained(path)
-        attention.check_supported(config)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention.NAME,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{path}: {len(missing)} weights are missing, {missing[0]} first")
-    return model, tokenizer
-
-
-def _add_image_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Add the image token once; return the rows of the embedding that are nobody's text."""
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        token = AddedToken(IMAGE_TOKEN, special=True, normalized=False)
-        tokenizer.add_tokens([token], special_tokens=True)
-    before = _rows(model)
-    if len(tokenizer) <= before:
-        return [tokenizer.get_vocab()[IMAGE_TOKEN]]
-    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=_ROWS, mean_resizing=False)
-    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-    with torch.no_grad():
-        for weight in {id(layer.weight): layer.weight for layer in layers}.values():
-            # the mean's logit is far below any likely token's, a random row's need not be
-            weight[before:] = weight[:before].float().mean(dim=0).to(weight.dtype)
-    return list(range(before, _rows(model)))
-
-
-def _rows(model: PreTrainedModel) -> int:
-    embedding: Any = model.get_input_embeddings()
-    return int(embedding.num_embeddings)
 
 
 def _generation_config(

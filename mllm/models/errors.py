@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,7 +74,7 @@ def loading(what: str, path: str | Path) -> Iterator[None]:
             f"{what} {path}: a weights file is damaged or cut short ({_first_line(error)}); "
             "copy or download it again"
         ) from error
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, json.JSONDecodeError, struct.error) as error:
         raise ValueError(f"cannot load {what} from {path}: {_first_line(error)}") from error
 
 
@@ -98,3 +100,18 @@ def check_folder(path: str | Path, what: str) -> None:
         raise ValueError(f"{what}: {text} is a file; give the folder that holds the model")
     if text.startswith((".", "~")) or folder.is_absolute() or text.count("/") != 1:
         raise ValueError(f"{what}: there is no folder {text}")
+
+
+def check_language_model(path: str | Path, what: str) -> None:
+    """As `check_folder`, but a .gguf file will do.
+
+    Raises:
+        ValueError: as `check_folder`; no such file, or the package that reads it is missing.
+    """
+    if not str(path).endswith(".gguf"):
+        check_folder(path, what)
+        return
+    if not Path(path).is_file():
+        raise ValueError(f"{what}: there is no file {path}")
+    if find_spec("gguf") is None:
+        raise ValueError(f"{what}: {path} needs the package gguf: pip install 'mllm[gguf]'")

@@ -20,6 +20,7 @@ from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, Connector
 from mllm.models.encoders import ENCODERS, VisionEncoder
 from mllm.models.errors import check_folder, choose, loading
+from mllm.models.families import check_config, output_layer
 from mllm.models.views import repeat_rows
 
 
@@ -51,18 +52,23 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
     ) -> None:
         super().__init__(config)
         text = config.text_config
+        check_config(text)
         self.encoder = encoder or choose(ENCODERS, config.encoder["name"], "encoder")(
             config.encoder
         )
-        self.connector: Connector = choose(CONNECTORS, config.connector["name"], "connector")(
-            config.connector, self.encoder.width, text.hidden_size
-        )
-        self.language_model = language_model or AutoModelForCausalLM.from_config(
+        language_model = language_model or AutoModelForCausalLM.from_config(
             text, attn_implementation=attention.NAME
         )
-        for shared in (text, self.language_model.config):
-            shared._attn_implementation = attention.NAME  # the outer config resets its parts'
-        attention.check_supported(text, self.language_model)
+        embedding: Any = language_model.get_input_embeddings()  # OPT's may be narrower than hidden
+        self.connector: Connector = choose(CONNECTORS, config.connector["name"], "connector")(
+            config.connector, self.encoder.width, embedding.embedding_dim
+        )
+        self.language_model = language_model
+        # looped over in Python, experts call modules by what the tokens are; shards cannot bear it
+        experts = language_model.get_correct_experts_implementation(None)
+        for shared in (text, language_model.config):  # the outer config resets its parts'
+            shared._attn_implementation = attention.NAME
+            shared._experts_implementation = experts
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -109,10 +115,11 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
     @property
     def lm_head(self) -> nn.Module:
-        """The output layer [.., D] -> [.., W]; call it as a module, a shard is gathered then."""
-        head: nn.Module | None = self.language_model.get_output_embeddings()
-        assert head is not None
-        return head
+        """The output layer [.., D] -> [.., W]; call it as a module, a shard is gathered then.
+
+        It gives logits as the family defines them, its scale and soft cap included.
+        """
+        return output_layer(self.get_output_embeddings(), self.language_model.config)
 
     def image_features(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         """Return the visual tokens [sum M, D] of views; arguments as `hidden_states`."""
@@ -312,8 +319,10 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The language model's output layer."""
-        return self.lm_head
+        """The language model's output layer, without what its family does afterwards."""
+        head: nn.Module | None = self.language_model.get_output_embeddings()
+        assert head is not None
+        return head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replace the language model's output layer."""

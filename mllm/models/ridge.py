@@ -150,10 +150,18 @@ def _scale(model: MultimodalModel, covariance: Tensor, weight: Tensor, mean: Ten
     back gradients that are larger by as much.
     """
     spread = ((weight @ covariance) * weight).sum().item()
-    table = model.get_input_embeddings()
-    assert isinstance(table, nn.Embedding)
-    wanted = table.weight.float().square().sum(dim=1).mean().item() - mean.square().sum().item()
+    wanted = _mean_square(model.get_input_embeddings()) - mean.square().sum().item()
     return (wanted / spread) ** 0.5 if wanted > 0 and spread > 0 else 1.0
+
+
+def _mean_square(embedding: nn.Module) -> float:
+    """Mean squared length of what the embedding gives for a word: some scale what they store."""
+    assert isinstance(embedding, nn.Embedding)
+    ids = torch.arange(embedding.num_embeddings, device=embedding.weight.device)
+    total = 0.0
+    for some in ids.split(4096):
+        total += float(embedding(some).float().square().sum())
+    return total / len(ids)
 
 
 def warm_start(

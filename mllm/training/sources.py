@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_packing.shards import expand
-from mllm.models.errors import check_folder
+from mllm.models.errors import check_folder, check_language_model
 from mllm.recipe import EncoderSection, Recipe
 from mllm.training.run_folder import RunFolder
 
@@ -88,5 +88,6 @@ def check_models(recipes: Sequence[Recipe]) -> None:
         }
         for key, path in named.items():
             if path is not None and Path(path).resolve() not in written:
-                check_folder(path, key)
+                check = check_language_model if "language_model" in key else check_folder
+                check(path, key)
         written.add(recipe.output.resolve())

@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    Gemma2Config,
-    GptOssConfig,
-    GraniteConfig,
-    Llama4TextConfig,
-    MambaConfig,
-)
 
-from mllm.models import attention
-from tests.models.conftest import llama_config
+from mllm.models import attention, backends
 
 BOUNDS = (0, 5, 6, 17, 40)
 
@@ -64,11 +53,69 @@ def test_sdpa_isolates_documents(window: int | None, scale: float | None) -> Non
         torch.testing.assert_close(gradient, other, rtol=0, atol=1e-5)
 
 
+def outright(
+    q: Any, k: Any, v: Any, window: int | None, softcap: float | None, sinks: Any
+) -> torch.Tensor:
+    """Soft caps and sinks over the whole pack, head by head."""
+    documents = torch.repeat_interleave(torch.arange(len(BOUNDS) - 1), torch.tensor(BOUNDS).diff())
+    at = torch.arange(BOUNDS[-1])
+    seen = (documents[:, None] == documents) & (at[:, None] >= at)
+    if window:
+        seen &= at[:, None] - at < window
+    heads = []
+    for head in range(q.shape[1]):
+        keys, values = k[0, head // 2], v[0, head // 2]
+        scores = q[0, head] @ keys.T * q.shape[-1] ** -0.5
+        scores = softcap * (scores / softcap).tanh() if softcap else scores
+        weights = scores.exp() * seen
+        total = weights.sum(-1, keepdim=True) + (sinks[head].exp() if sinks is not None else 0)
+        heads.append(weights / total @ values)
+    return torch.stack(heads, dim=1)[None]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("sinking", [False, True])
+def test_soft_caps_and_sinks(window: int | None, softcap: float | None, sinking: bool) -> None:
+    q, k, v = tensors()
+    sinks = torch.tensor([0.0, 1.0, -1.0, 2.0], requires_grad=True) if sinking else None
+    bounds = torch.tensor(BOUNDS, dtype=torch.int32)
+    options: Any = {"sliding_window": window, "softcap": softcap, "s_aux": sinks}
+    out, _ = attention.packed_attention(nn.Module(), q, k, v, None, cu_seqlens=bounds, **options)
+    wanted = outright(q, k, v, window, softcap, sinks)
+    torch.testing.assert_close(out, wanted, rtol=0, atol=1e-6)
+    inputs = [q, k, v, *([sinks] if sinking else [])]
+    found = torch.autograd.grad(out.square().sum(), inputs)
+    for gradient, other in zip(
+        found, torch.autograd.grad(wanted.square().sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(gradient, other, rtol=0, atol=1e-5)
+
+
+def test_values_may_be_narrower_than_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in multi-head latent attention; fused kernels get zeros beside them."""
+    q, k, v = tensors()
+    bounds = torch.tensor(BOUNDS, dtype=torch.int32)
+    narrow = v[..., :5]
+    wanted = reference(q, k, narrow, None, None)
+    for backend in ("sdpa", "varlen_attn"):
+        monkeypatch.setattr(backends, "chosen_backend", lambda *_, name=backend: name)
+        monkeypatch.setitem(backends.BACKENDS, "varlen_attn", same_width)
+        out = backends.attend_in_documents(q, k, narrow, bounds, BOUNDS, None, None, 0.0)
+        torch.testing.assert_close(out, wanted, rtol=0, atol=1e-6)
+
+
+def same_width(query: Any, key: Any, value: Any, *rest: Any) -> Any:
+    """A kernel that wants one width."""
+    assert query.shape[-1] == value.shape[-1]
+    return backends._sdpa(query, key, value, *rest)
+
+
 def test_back_ends_are_named() -> None:
-    assert attention.available_backends()[-1] == "sdpa"
-    assert attention.chosen_backend("cpu") == "sdpa"
-    assert attention.chosen_backend("cuda", torch.float32) == "sdpa"
-    assert attention._varlen_attn() is not None
+    assert backends.available_backends()[-1] == "sdpa"
+    assert backends.chosen_backend("cpu") == "sdpa"
+    assert backends.chosen_backend("cuda", torch.float32) == "sdpa"
+    assert backends._varlen_attn() is not None
 
 
 @pytest.mark.gpu
@@ -76,11 +123,11 @@ def test_back_ends_are_named() -> None:
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_back_ends_agree_on_a_gpu(backend: Any, window: int | None, scale: float | None) -> None:
-    if backend not in attention.available_backends():
+    if backend not in backends.available_backends():
         pytest.skip(f"{backend} is not installed here")
     q, k, v = tensors(torch.bfloat16, "cuda", 64)
     bounds = torch.tensor(BOUNDS, dtype=torch.int32, device="cuda")
-    out = attention._BACKENDS[backend](q, k, v, bounds, BOUNDS, scale, window, 0.0)
+    out = backends.BACKENDS[backend](q, k, v, bounds, BOUNDS, scale, window, 0.0)
     exact = tensors(torch.bfloat16, "cuda", 64)
     wanted = reference(*(one.float() for one in exact), window, scale)
     torch.testing.assert_close(out.float(), wanted, rtol=2e-2, atol=2e-2)
@@ -134,28 +181,33 @@ def test_every_signature_of_varlen_attn(
     import torch.nn.attention.varlen as module
 
     monkeypatch.setattr(module, "varlen_attn", fake_varlen(names))
-    attention._varlen_attn.cache_clear()
+    backends._varlen_attn.cache_clear()
     q, k, v = tensors()
     bounds = torch.tensor(BOUNDS, dtype=torch.int32)
     try:
         if window and "window_size" not in names:
             with pytest.raises(ValueError, match="no sliding window"):
-                attention._varlen(q, k, v, bounds, BOUNDS, scale, window, 0.0)
+                backends._varlen(q, k, v, bounds, BOUNDS, scale, window, 0.0)
             return
-        out = attention._varlen(q, k, v, bounds, BOUNDS, scale, window, 0.0)
+        out = backends._varlen(q, k, v, bounds, BOUNDS, scale, window, 0.0)
         torch.testing.assert_close(out, reference(q, k, v, window, scale), rtol=0, atol=1e-6)
     finally:
-        attention._varlen_attn.cache_clear()
+        backends._varlen_attn.cache_clear()
 
 
 def test_what_a_layer_asks_in_vain_is_refused() -> None:
     q, k, v = tensors()
     bounds = torch.tensor(BOUNDS, dtype=torch.int32)
-    for extra in ("softcap", "s_aux", "position_bias"):
-        with pytest.raises(ValueError, match="not supported"):
+    for extra, reason in (
+        (("position_bias", True), "not supported"),
+        (("is_causal", False), "causal"),
+    ):
+        with pytest.raises(ValueError, match=reason):
             attention.packed_attention(
-                nn.Module(), q, k, v, None, cu_seqlens=bounds, **{extra: 30.0}
+                nn.Module(), q, k, v, None, cu_seqlens=bounds, **dict([extra])
             )
+    with pytest.raises(ValueError, match="a mask of its own"):
+        attention.packed_attention(nn.Module(), q, k, v, q, cu_seqlens=bounds)
     with pytest.raises(ValueError, match="without a cache"):
         attention.packed_attention(nn.Module(), q[:, :, :3], k, v, None, cu_seqlens=bounds)
     two = [torch.cat([one, one]) for one in (q, k, v)]
@@ -182,50 +234,3 @@ def test_a_model_that_drops_the_bounds_is_noticed(build: Callable[..., Any]) -> 
     inner.forward = lambda hidden_states, **_: (hidden_states, None)
     with pytest.raises(ValueError, match="in 1 of its 2 layers"):
         model.hidden_states(pack.input_ids, pack.pixels, pack.sizes, cu_seqlens=pack.cu_seqlens)
-
-
-SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (Gemma2Config(**SMALL, head_dim=8, intermediate_size=16), "softcapping"),
-        (GraniteConfig(**SMALL, logits_scaling=8.0), "scaled logits"),
-        (Llama4TextConfig(**SMALL, intermediate_size_mlp=16, head_dim=8), "chunked_attention"),
-    ],
-    ids=["gemma2", "granite", "llama4"],
-)
-def test_configurations_that_would_be_wrong_are_refused(config: Any, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        attention.check_supported(config)
-
-
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2), "AttentionInterface"),
-        (MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2), "linear_attention"),
-        (
-            GptOssConfig(
-                **SMALL,
-                num_key_value_heads=1,
-                head_dim=8,
-                intermediate_size=16,
-                num_local_experts=2,
-                num_experts_per_tok=1,
-            ),
-            "sinks",
-        ),
-    ],
-    ids=["bloom", "mamba", "gpt_oss"],
-)
-def test_models_that_would_be_wrong_are_refused(config: Any, reason: str) -> None:
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match=reason):
-        attention.check_supported(config, model)
-
-
-def test_a_llama_is_accepted(tmp_path: Path) -> None:
-    config = llama_config()
-    attention.check_supported(config, AutoModelForCausalLM.from_config(config))

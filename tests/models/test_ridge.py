@@ -18,6 +18,7 @@ from mllm.models import ridge
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
 from tests.models.conftest import chat, documents, picture
+from tests.models.families import FAMILIES, save_family
 from tests.models.test_packed_equals_unpacked import logits_of, loss_of
 
 NAMES = ("a red chair", "the cat", "a small green parrot", "the system user assistant")
@@ -74,6 +75,21 @@ def test_it_lowers_the_caption_loss(build: Callable[..., Any]) -> None:
     wanted, found = wanted - wanted.mean(0), tokens.mean(1) - tokens.mean((0, 1))
     assert torch.cosine_similarity(found, wanted).min() > 0.9
     assert float(tokens.square().mean()) == pytest.approx(float(table.square().mean()), rel=0.05)
+
+
+def test_a_scaled_embedding_is_matched_as_it_comes_out(
+    build: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Gemma multiplies what it stores by the root of its width; visual tokens are as long."""
+    model, processor = build("clip", "average_pool", save_family(tmp_path, FAMILIES["gemma"]))
+    samples = [processor.encode(one) for one in captions()]
+    ridge.fit(model, samples, strength=0.01)
+    views = [sample.pixels[0] for sample in samples[:4]]
+    with torch.no_grad():
+        tokens = model.image_features(*join_views(views)).unflatten(0, (4, -1))
+        embedding = model.get_input_embeddings()
+        words = embedding(torch.arange(embedding.num_embeddings))
+    assert float(tokens.square().mean()) == pytest.approx(float(words.square().mean()), rel=0.05)
 
 
 def test_features_enter_without_their_common_mean(build: Callable[..., Any]) -> None:

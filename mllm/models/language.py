@@ -1,0 +1,99 @@
+"""A causal language model and its tokenizer: from a folder to parts of a multimodal model.
+
+A mixture-of-experts model is trained with the objectives of the recipe and nothing else: the
+auxiliary losses of its router (load balance, z-loss) are no part of the body's forward and are not
+added in silence, whatever `output_router_logits` and `router_aux_loss_coef` say. Its experts are
+slices of one weight of one module, multiplied in groups. transformers' other way, a loop over the
+experts that got a token, calls a module (their activation) as often as the tokens decide, and ranks
+with sharded weights would then disagree about what comes next.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from mllm.models import attention
+from mllm.models.errors import check_language_model, loading
+from mllm.models.families import blueprint, check_config, check_model
+from mllm.models.probe import probe
+from mllm.models.processor import IMAGE_TOKEN
+
+_ROWS = 64  # the embedding is padded to a multiple: tensor cores want it
+
+
+def load_language_model(
+    path: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        path: a folder with safetensors, a hub id, or a .gguf file (its blocks are dequantised, and
+            its tokenizer and chat template are used; needs the package gguf).
+        dtype: of the weights.
+
+    Raises:
+        ValueError: the path cannot be used, or the model cannot be packed: for what its
+            configuration and its modules say, before weights are loaded, or for what they do.
+    """
+    check_language_model(path, "language_model")
+    folder, options = _source(path)
+    with loading("language model", path):
+        config = AutoConfig.from_pretrained(folder, **options)
+        check_config(config)
+        check_model(blueprint(config))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            output_loading_info=True,
+            **(options or {"use_safetensors": True}),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{path}: {len(missing)} weights are missing, {missing[0]} first")
+    probe(model)
+    return model, tokenizer
+
+
+def _source(path: str | Path) -> tuple[str | Path, dict[str, Any]]:
+    """Where transformers looks, and what it is told besides."""
+    if str(path).endswith(".gguf"):
+        return Path(path).parent, {"gguf_file": Path(path).name}
+    return path, {}
+
+
+def add_image_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Add the image token once; return the rows of the embedding that are nobody's text.
+
+    A tokenizer that has it keeps its id; a plain word becomes special, so that no text may hold it.
+    """
+    token = AddedToken(IMAGE_TOKEN, special=True, normalized=False)
+    tokenizer.add_tokens([token], special_tokens=True)
+    before = _rows(model)
+    if len(tokenizer) <= before:
+        return [tokenizer.get_vocab()[IMAGE_TOKEN]]
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=_ROWS, mean_resizing=False)
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    with torch.no_grad():
+        for weight in {id(layer.weight): layer.weight for layer in layers}.values():
+            # the mean's logit is far below any likely token's, a random row's need not be
+            weight[before:] = weight[:before].float().mean(dim=0).to(weight.dtype)
+    return list(range(before, _rows(model)))
+
+
+def _rows(model: PreTrainedModel) -> int:
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.num_embeddings)
