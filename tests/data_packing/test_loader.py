@@ -83,6 +83,7 @@ def encode_and_die(document: Document) -> Sample:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "BLOCK", 30)
+    monkeypatch.setattr(plan_module, "STEPS", 1)
 
 
 def plan_of(index: Index, across_documents: bool = False) -> Plan:
@@ -282,7 +283,7 @@ from test_loader import long_plan
 
 if __name__ == "__main__":
     folder, workers = Path(sys.argv[1]), int(sys.argv[2])
-    module.BLOCK = 700
+    module.BLOCK, module.STEPS = 700, 1
     index = build_index(sorted(folder.glob("toys-*.tar")), cost, "toy processor")
     plan = long_plan(index)
     loader = Loader(plan, encode, rank=0, world=1, workers=workers, prefetch=2_000_000)

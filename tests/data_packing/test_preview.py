@@ -66,6 +66,7 @@ def plan_of(index: Index, **changes: Any) -> Plan:
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
     """Captions, pages that are cut, one that is refused, and an image that does not decode."""
     monkeypatch.setattr(plan_module, "BLOCK", 30)
+    monkeypatch.setattr(plan_module, "STEPS", 1)
     broken = Document((Image(png(16, 16)[:-60], 16, 16), Text("a" * 9)), "toys", "broken")
     pages = [page([50] * 4, f"page{number}", True) for number in range(3)]
     notes = [Document((Text("z" * 9), image()), "toys", f"note{number}") for number in range(9)]
