@@ -25,7 +25,7 @@ OBJECTIVE_NAMES = ("language_modeling",)
 
 _COUNTS = (
     *("cross_every", "depth", "factor", "head_width", "heads", "hidden", "inner", "layers"),
-    "positions",
+    *("positions", "tiles", "min_tiles", "longest_edge"),
 )
 """Options that are whole numbers from 1 on, whichever part has them."""
 
@@ -70,9 +70,19 @@ CONNECTOR_LAST_LINEAR = {
 """Connector → the layer inside it that `init: ridge` solves."""
 
 
+TILING_OPTIONS: dict[str, tuple[str, ...]] = {
+    "any_resolution": ("grids", "tiles"),
+    "dynamic": ("tiles", "min_tiles", "thumbnail"),
+    "none": (),
+    "split": ("longest_edge",),
+}
+"""Tiling → the options it takes."""
+
+
 def model_problems(model: ModelSection) -> Iterable[tuple[Path_, str]]:
     """What is wrong with the model section: (path, message)."""
     yield from _parts(model)
+    yield from _images(model)
     if model.from_ is not None:
         for part in ("encoder", "language_model"):
             if getattr(model, part) is not None:
@@ -183,6 +193,24 @@ def _source_objectives(
             yield (*path, i), f"{dotted}: the objective {name!r} is given twice"
 
 
+def _images(model: ModelSection) -> Iterable[tuple[Path_, str]]:
+    """What is wrong with how images are cut."""
+    images, path = model.images, ("model", "images")
+    if images is None:
+        return
+    name = images.tiling
+    if name is None and model.from_ is None:
+        yield path, f"give model.images.tiling; valid: {', '.join(TILING_OPTIONS)}"
+    elif name is not None and name not in TILING_OPTIONS:
+        hint = nearest(name, TILING_OPTIONS)
+        yield (*path, "tiling"), f"unknown tiling {name!r}{hint}"
+    elif name is not None:
+        yield from _options(path, f"tiling {name}", images.options, TILING_OPTIONS[name])
+    else:  # it comes with model.from, so its kind is not known here
+        every = {option for options in TILING_OPTIONS.values() for option in options}
+        yield from _options(path, "tiling", images.options, every)
+
+
 def _parts(model: ModelSection) -> Iterable[tuple[Path_, str]]:
     if model.encoder is not None:
         encoder = model.encoder
@@ -269,7 +297,7 @@ def _options(
             continue
         elif name in (*_COUNTS, "layer") and type(value) is not int:
             yield place, f"{dotted}: expected a whole number, got {value!r}"
-        elif name == "class_token" and type(value) is not bool:
+        elif name in ("class_token", "thumbnail") and type(value) is not bool:
             yield place, f"{dotted}: expected true or false, got {value!r}"
         elif name in _COUNTS and value < 1:
             yield place, f"{dotted}: expected greater than 0, got {value!r}"
