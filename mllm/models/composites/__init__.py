@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from mllm.models.composites.base import Composite
+from mllm.models.composites.internvl import INTERNVL
 
-COMPOSITES: dict[str, Composite] = {}
+COMPOSITES: dict[str, Composite] = {
+    "internvl": INTERNVL,
+}
 
 __all__ = ["COMPOSITES", "Composite"]

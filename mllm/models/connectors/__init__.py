@@ -20,4 +20,4 @@ CONNECTORS: dict[str, type[Connector]] = {
     "resampler": Resampler,
 }
 
-__all__ = ["CONNECTORS", "Connector", "PretrainedConnector"]
+__all__ = ["CONNECTORS", "Connector", "PixelShuffle", "PretrainedConnector"]

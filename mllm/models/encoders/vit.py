@@ -23,6 +23,7 @@ _QUIET: dict[str, Any] = {
     "pos_embed_jitter": None,
     "pos_embed_rescale": None,
     "pos_embed_shift": None,
+    "projection_dropout": 0.0,
 }
 """Randomness that some models add while they train: with it a packed step would differ from an
 unpacked one, and a resumed run from an uninterrupted one."""
@@ -103,12 +104,22 @@ class VisionTransformer(VisionEncoder):
         return config
 
     @classmethod
+    def _own(cls, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Turn a configuration of another name but the same meaning into the family's."""
+        return config
+
+    @classmethod
+    def _preprocessor(cls, path: str | Path) -> Mapping[str, Any]:
+        """Read what the folder says about images."""
+        return read_preprocessor(path)
+
+    @classmethod
     def _read_config(cls, path: str | Path) -> PreTrainedConfig:
         """Read config.json; of a model of images and texts, its vision part."""
         check_folder(path, "encoder")
         with loading("encoder", path):
             config = AutoConfig.from_pretrained(path)
-        config = getattr(config, "vision_config", config)
+        config = cls._own(getattr(config, "vision_config", config))
         if type(config) is not cls.CONFIG:
             raise ValueError(f"{path} holds a {config.model_type!r} model, not {cls.__name__}")
         for name in ("image_size", "patch_size"):
@@ -130,7 +141,7 @@ class VisionTransformer(VisionEncoder):
             )
         cls._cut(config, depth + layer + 1)
         geometry = read_geometry(
-            read_preprocessor(path),
+            cls._preprocessor(path),
             path,
             cells=lambda side: cls._cells(config, side),
             takes=cls._takes(config),
