@@ -12,19 +12,21 @@ import torch
 from PIL import Image as PillowImage
 from torch import Tensor
 from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
     InternVLConfig,
     InternVLForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 
 from data_packing.document import Document, Image
 from tests.models.conftest import llama_config, make_tokenizer
 
-_PARTS = (
-    "{% if part['type'] == 'image' %}{{ IMAGE }}{% else %}{{ part['text'] }}{% endif %}"
-)
+_PARTS = "{% if part['type'] == 'image' %}{{ IMAGE }}{% else %}{{ part['text'] }}{% endif %}"
 CHATML_PARTS = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -117,6 +119,67 @@ def save_internvl(folder: Path, **changes: Any) -> Path:
         {"image_seq_length": 4, "processor_class": "InternVLProcessor"},
     )
     return folder
+
+
+MARKS = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+
+
+def save_idefics3(folder: Path, name: str = "idefics3", **changes: Any) -> Path:
+    """4 x 4 patches of 8 pixels, 4 tokens a tile, a long edge of 3 tiles."""
+    torch.manual_seed(22)
+    around = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
+    tokenizer = tokenizer_with("<image>", *around, *MARKS, image="<image>")
+    text = llama_config(vocab_size=384, tie_word_embeddings=False).to_dict()
+    values: dict[str, Any] = {
+        "vision_config": {
+            "hidden_size": 16,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        "text_config": text,
+        "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
+        "scale_factor": 2,
+        "tie_word_embeddings": False,
+    }
+    values |= changes
+    model: PreTrainedModel
+    if name == "idefics3":
+        model = Idefics3ForConditionalGeneration(Idefics3Config(**values))
+    else:
+        model = SmolVLMForConditionalGeneration(SmolVLMConfig(**values))
+    randomize(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    kind = "Idefics3" if name == "idefics3" else "SmolVLM"
+    seen = {
+        "image_processor_type": f"{kind}ImageProcessor",
+        "do_convert_rgb": True,
+        "do_image_splitting": True,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "max_image_size": {"longest_edge": 32},
+        "resample": 1,
+        "rescale_factor": 1 / 255,
+        "size": {"longest_edge": 96},
+    }
+    _save_json(folder / "preprocessor_config.json", seen)
+    whole = {"image_seq_len": 4, "processor_class": f"{kind}Processor"}
+    _save_json(folder / "processor_config.json", whole)
+    return folder
+
+
+def change_json(file: Path, **values: Any) -> None:
+    """Set values of a JSON file; of values that are objects, some of theirs."""
+    found = json.loads(file.read_text())
+    for key, value in values.items():
+        found[key] = {**found[key], **value} if isinstance(value, dict) else value
+    _save_json(file, found)
 
 
 def _save_json(file: Path, values: dict[str, Any]) -> None:

@@ -30,9 +30,15 @@ class _SmolVlm(SmolVLMProcessor):
     def get_attributes(cls) -> list[str]:
         return ["image_processor", "tokenizer"]
 
-    def __init__(self, image_processor: Any, tokenizer: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        image_seq_len: int = 169,
+        chat_template: str | None = None,
+    ) -> None:
         processing_smolvlm.num2words = processing_smolvlm.num2words or str
-        super().__init__(image_processor, tokenizer, None, **kwargs)
+        super().__init__(image_processor, tokenizer, None, image_seq_len, chat_template)
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
         return super(SmolVLMProcessor, self).apply_chat_template(*args, **kwargs)

@@ -22,7 +22,7 @@ from tests.models.composite_checks import (
     same_weights,
     train_a_step,
 )
-from tests.models.composite_folders import save_internvl
+from tests.models.composite_folders import change_json, save_internvl
 from tests.models.conftest import save_language_model
 
 Parts = tuple[MultimodalModel, Processor]
@@ -127,10 +127,7 @@ def test_refuses_a_folder(
 ) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / "config.json").read_text())
-    for key, value in changes.items():
-        config[key] = {**config[key], **value} if isinstance(value, dict) else value
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    change_json(tmp_path / "config.json", **changes)
     with pytest.raises(ValueError, match=match) as caught:
         read(tmp_path, torch.float32)
     assert "\n" not in str(caught.value)

@@ -69,6 +69,7 @@ def read(path: str | Path, dtype: torch.dtype | str) -> tuple[MultimodalModel, P
         head=theirs.lm_head,
         connector=_renamed(projector, {there: here for here, there in _CONNECTOR.items()}),
         generation=theirs.generation_config,
+        image_id=config.image_token_id,
     )
     return join(whole, tokenizer, looks)
 
@@ -135,7 +136,9 @@ def _checked(config: InternVLConfig, path: str | Path) -> tuple[int, int]:
             "keeps the class token, which has no place on the grid"
         )
     if config.projector_hidden_act != "gelu":
-        raise ValueError(f"{path}: projector_hidden_act {config.projector_hidden_act!r} is not gelu")
+        raise ValueError(
+            f"{path}: projector_hidden_act {config.projector_hidden_act!r} is not gelu"
+        )
     factor = round(1 / ratio)
     if factor < 1 or int(1 / ratio) != factor or factor * ratio != 1:
         raise ValueError(f"{path}: downsample_ratio {ratio} is not 1 over a whole number")
@@ -153,7 +156,9 @@ def _check(model: MultimodalModel) -> None:
     connector = model.connector
     assert isinstance(connector, PixelShuffle)
     if connector.layers != 2:
-        raise ValueError(f"internvl cannot hold the connector's layers {connector.layers}: it has 2")
+        raise ValueError(
+            f"internvl cannot hold the connector's layers {connector.layers}: it has 2"
+        )
     width = connector.second.out_features
     if connector.first.out_features != width:
         raise ValueError(
@@ -201,7 +206,7 @@ def _named_tokens(processor: Processor) -> dict[str, str]:
         "context_image_token": processor.image_token,
         "end_image_token": after,
         "start_image_token": before,
-        "video_token": getattr(tokenizer, "video_token", processor.image_token),
+        "video_token": getattr(tokenizer, "video_token", "<video>"),
     }
 
 

@@ -116,6 +116,7 @@ class Whole:
         body: the language model without its output layer, head: the output layer.
         connector: weights by the names that they have here.
         generation: their model's generation config.
+        image_id: the id of the image token in their configuration.
     """
 
     origin: str
@@ -124,6 +125,7 @@ class Whole:
     head: nn.Module
     connector: Weights
     generation: Any
+    image_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,11 @@ def join(
         looks.images,
         looks.image_text,
     )
+    if processor.image_token_id != whole.image_id:
+        raise ValueError(
+            f"{whole.origin}: image_token_id is {whole.image_id} in config.json, but the "
+            f"tokenizer's {looks.image_token!r} has the id {processor.image_token_id}"
+        )
     if processor.image_token_id >= rows:
         raise ValueError(
             f"{whole.origin}: the image token has the id {processor.image_token_id}, but the "

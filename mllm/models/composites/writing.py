@@ -169,7 +169,9 @@ def write_model(
         theirs: Any = kind(config)
     own = theirs.state_dict()
     wrong = sorted(own.keys() ^ tensors.keys())
-    wrong += [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    wrong += [
+        name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape
+    ]
     if wrong:
         raise ValueError(f"{kind.__name__} cannot hold these weights: {wrong[0]} does not fit")
     theirs.load_state_dict(

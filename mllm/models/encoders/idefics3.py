@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from transformers import Idefics3VisionConfig, PreTrainedConfig
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
@@ -49,3 +50,11 @@ class Idefics3Encoder(VisionTransformer):
         edge = tile.get("longest_edge") if isinstance(tile, Mapping) else tile
         side = square(edge, f"{path}: max_image_size of the preprocessor file")
         return {**seen, "size": {"height": side, "width": side}, "do_pad": False}
+
+
+def shares_positions(cells: int) -> bool:
+    """Return whether rounding gives two of so many cells of a side one position, in fp32."""
+    bounds = torch.arange(1 / cells, 1.0, 1 / cells)
+    places = torch.arange(cells, dtype=torch.float32) * (1.0 / torch.tensor([cells]))
+    found = torch.bucketize(places.clamp(max=1.0 - 1e-6), bounds, right=True)
+    return found.tolist() != [*range(cells)]

@@ -28,7 +28,7 @@ _QUIET: dict[str, Any] = {
 """Randomness that some models add while they train: with it a packed step would differ from an
 unpacked one, and a resumed run from an uninterrupted one."""
 
-_OF_BACKBONES = ("out_features", "out_indices", "_out_features", "_out_indices", "stage_names")
+_NOT_KEPT = ("dtype", "out_features", "out_indices", "_out_features", "_out_indices", "stage_names")
 
 
 class VisionTransformer(VisionEncoder):
@@ -150,7 +150,7 @@ class VisionTransformer(VisionEncoder):
         values = config.to_diff_dict()
         values["num_hidden_layers"] = cls._depth(config)  # also where it is the class's default
         spec = {
-            "config": {key: value for key, value in values.items() if key not in _OF_BACKBONES},
+            "config": {key: value for key, value in values.items() if key not in _NOT_KEPT},
             "layer": layer,
             "geometry": geometry.to_dict(),
         }
