@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTraine
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mllm.models import attention
+from mllm.models.blocks import Blocks, image_blocks
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, Connector
 from mllm.models.encoders import ENCODERS, VisionEncoder
@@ -185,6 +186,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             position_ids = position_ids[None]
         body = self.language_model.base_model
         if cu_seqlens is None:
+            kwargs |= self._blocks(input_ids, None, kwargs.get("past_key_values"))
             return body(
                 inputs_embeds=embeds,
                 position_ids=position_ids,
@@ -196,6 +198,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         bounds = attention.document_bounds(cu_seqlens, embeds.shape[1])
         if position_ids is None:
             position_ids = _restarting_positions(bounds, embeds.device)[None]
+        kwargs |= self._blocks(input_ids, bounds)
         with attention.packed_call(body, self.config.text_config.num_hidden_layers):
             return body(
                 inputs_embeds=embeds,
@@ -204,6 +207,28 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 bounds=bounds,
                 **{"use_cache": False, **kwargs},
             )
+
+    def _blocks(
+        self,
+        input_ids: Tensor | None,
+        bounds: tuple[int, ...] | None,
+        cache: Cache | None = None,
+    ) -> dict[str, Blocks]:
+        """What attention is told of images that see themselves in both directions."""
+        if not self.config.bidirectional_images:
+            return {}
+        if input_ids is None:
+            raise ValueError(
+                "inputs_embeds do not say which tokens are one image, and this model's images see "
+                "themselves in both directions: give input_ids"
+            )
+        blocks = image_blocks(input_ids == self.config.image_token_id, bounds)
+        if blocks is not None and cache is not None and cache.is_compileable:
+            raise ValueError(
+                "this model's images see themselves in both directions, which a cache of fixed "
+                "length does not allow: leave cache_implementation out"
+            )
+        return {} if blocks is None else {"blocks": blocks}
 
     def _embed(
         self,
