@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from mllm.models.composites.base import Composite
+from mllm.models.composites.gemma3 import GEMMA3
 from mllm.models.composites.idefics3 import IDEFICS3, SMOLVLM
 from mllm.models.composites.internvl import INTERNVL
 
 COMPOSITES: dict[str, Composite] = {
+    "gemma3": GEMMA3,
     "idefics3": IDEFICS3,
     "internvl": INTERNVL,
     "smolvlm": SMOLVLM,
