@@ -332,17 +332,20 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | Path | None, **kwargs: Any
     ) -> Any:
         """Load what `save_pretrained` wrote; arguments as in transformers, safetensors only.
+
+        None: no folder, but `config` and `state_dict`.
 
         Raises:
             ValueError: not a model of this kind, files missing or damaged, weights that do not fit.
         """
         path = pretrained_model_name_or_path
-        check_folder(path, "model")
+        if path is not None:
+            check_folder(path, "model")
         wants_report = kwargs.pop("output_loading_info", False)
-        with loading("model", path):
+        with loading("model", path or "its weights"):
             loaded: Any = super().from_pretrained(
                 path, **{**kwargs, "output_loading_info": True, "use_safetensors": True}
             )

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from mllm.models.composites.base import Composite
+from mllm.models.composites.llava import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION
 
-COMPOSITES: dict[str, Composite] = {}
+COMPOSITES: dict[str, Composite] = {
+    "llava": LLAVA,
+    "llava_next": LLAVA_NEXT,
+    "llava_onevision": LLAVA_ONEVISION,
+}
 
 __all__ = ["COMPOSITES", "Composite"]
