@@ -365,7 +365,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         quantisation: Any = kwargs.get("quantization_config")
         if getattr(quantisation, "llm_int8_skip_modules", ()) is None:
             quantisation.llm_int8_skip_modules = list(_NEVER_QUANTISED)
-        with loading("model", path or "its weights"):
+        with loading("model", path or "memory"):
             loaded: Any = super().from_pretrained(
                 path, **{**kwargs, "output_loading_info": True, "use_safetensors": True}
             )
@@ -373,7 +373,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if names := sorted(map(str, report.get(kind) or ())):
                 raise ValueError(
-                    f"{path}: the weights do not fit the configuration "
+                    f"{path or 'the model'}: the weights do not fit the configuration "
                     f"({len(names)} {kind.replace('_', ' ')}, {names[0]} first)"
                 )
         return (model, report) if wants_report else model

@@ -23,14 +23,14 @@ _QUESTION = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
 
 
 def read_tokenizer(
-    path: str | Path, image_id: int, asked: str = ""
+    path: str | Path, image_id: int, times: int | None = None
 ) -> tuple[PreTrainedTokenizerBase, str]:
     """Load the tokenizer of a class's folder (or hub id), and say which string its image token is.
 
     Args:
         path: the folder.
         image_id: the id of the image token by config.json.
-        asked: what the chat template writes for an image; left out, the image token.
+        times: how many image tokens the chat template writes for an image (default one).
 
     Raises:
         ValueError: no tokenizer, or none that has the image token.
@@ -50,7 +50,7 @@ def read_tokenizer(
     template: Any = tokenizer.chat_template
     if isinstance(template, str) and _adds_begin(tokenizer) and not _begins(tokenizer):
         tokenizer.chat_template = "{{- bos_token }}" + template
-    with_images(tokenizer, asked or token)
+    with_images(tokenizer, token * (times or 1))
     return tokenizer, str(token)
 
 
