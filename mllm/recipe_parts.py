@@ -33,6 +33,7 @@ _SQUARES = ("average_pool", "c_abstractor")  # connectors that pool to a square 
 
 ENCODER_OPTIONS: dict[str, tuple[str, ...]] = {
     "aimv2": ("resize", "layer"),
+    "blip2": ("resize", "layer", "class_cell"),
     "clip": ("resize", "layer"),
     "dinov2": ("resize", "layer", "class_token"),
     "dinov2_with_registers": ("resize", "layer", "class_token"),
@@ -49,7 +50,7 @@ CONNECTOR_OPTIONS: dict[str, tuple[str, ...]] = {
     "average_pool": ("visual_tokens", "hidden"),
     "c_abstractor": ("visual_tokens", "hidden", "depth", "positions"),
     "linear": (),
-    "mlp": ("hidden",),
+    "mlp": ("hidden", "norm", "bias"),
     "pixel_shuffle": ("factor", "layers", "hidden"),
     "q_former": (
         *("path", "text", "visual_tokens", "hidden", "depth", "heads", "inner", "cross_every"),

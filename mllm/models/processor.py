@@ -327,7 +327,7 @@ class Processor(PushToHubMixin):
         parts = (
             self.tokenizer.backend_tokenizer.to_str(),
             str(self.tokenizer.chat_template),
-            *self.template.image_text,
+            *map(str, filter(None, self.template.image_text)),
             str(template.VERSION),
         )
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

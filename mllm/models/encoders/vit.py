@@ -126,14 +126,21 @@ class VisionTransformer(VisionEncoder):
             if hasattr(config, name):
                 side = square(getattr(config, name), f"{path}: {name} of config.json")
                 setattr(config, name, side)
-        if config.num_channels != 3:
-            raise ValueError(f"{path}: config.json has {config.num_channels} channels, not 3")
+        channels = getattr(config, "num_channels", 3)  # some classes can have no others
+        if channels != 3:
+            raise ValueError(f"{path}: config.json has {channels} channels, not 3")
         return config
 
     @classmethod
     def spec_from_folder(cls, path: str | Path, **options: Any) -> dict[str, Any]:
         """Read config.json and preprocessor_config.json."""
-        config = cls._read_config(path)
+        return cls.spec_from(cls._read_config(path), cls._preprocessor(path), path, **options)
+
+    @classmethod
+    def spec_from(
+        cls, config: PreTrainedConfig, seen: Mapping[str, Any], path: str | Path, **options: Any
+    ) -> dict[str, Any]:
+        """Return the spec of what both files say, changing `config`; `path` is for messages."""
         layer, depth = options.get("layer", cls.DEFAULT_LAYER), cls._depth(config)
         if type(layer) is not int or not -depth <= layer <= -1:
             raise ValueError(
@@ -141,7 +148,7 @@ class VisionTransformer(VisionEncoder):
             )
         cls._cut(config, depth + layer + 1)
         geometry = read_geometry(
-            cls._preprocessor(path),
+            seen,
             path,
             cells=lambda side: cls._cells(config, side),
             takes=cls._takes(config),
@@ -155,7 +162,7 @@ class VisionTransformer(VisionEncoder):
             "geometry": geometry.to_dict(),
         }
         if "class_token" in cls.OPTIONS:
-            spec["class_token"] = _yes_or_no(options.get("class_token", False), "class_token")
+            spec["class_token"] = yes_or_no(options.get("class_token", False), "class_token")
         return spec
 
     def load_weights(self, path: str | Path) -> None:
@@ -213,7 +220,8 @@ def drop_mask_token(model: Any) -> None:
         embeddings.register_buffer("mask_token", token.detach(), persistent=False)
 
 
-def _yes_or_no(value: Any, name: str) -> bool:
+def yes_or_no(value: Any, name: str) -> bool:
+    """Return an option that is true or false; a ValueError where it is neither."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}: expected true or false, got {value!r}")
     return value
