@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -62,7 +63,5 @@ def image_blocks(is_image: Tensor, bounds: Sequence[int] | None = None) -> Block
     if bounds is None:
         return Blocks(numbers) if bool(is_image.any()) else None
     before = functional.pad(is_image[0].cumsum(dim=0), (1, 0)).tolist()
-    documents = tuple(
-        before[high] > before[low] for low, high in zip(bounds, bounds[1:], strict=False)
-    )
+    documents = tuple(before[high] > before[low] for low, high in pairwise(bounds))
     return Blocks(numbers, documents) if any(documents) else None

@@ -1,5 +1,4 @@
-"""Gemma 3: images that see themselves in both directions, read, packed, written, loaded without us.
-"""
+"""Gemma 3: images that see themselves both ways, read, packed, written, loaded without us."""
 
 from __future__ import annotations
 
@@ -46,6 +45,7 @@ def parts(folder: Path) -> Parts:
 
 def test_reads_what_its_own_class_computes(folder: Path, parts: Parts) -> None:
     assert parts[0].config.origin == GEMMA3.name == "gemma3"
+    assert parts[1].template.takes_parts
     check_read("gemma3", folder, *parts)
     check_packed(*parts)
 
@@ -158,7 +158,7 @@ def test_our_own_folder_keeps_it(parts: Parts, tmp_path: Path) -> None:
         ({"mm_tokens_per_image": 9}, "9 tokens of an image cannot be averages"),
         ({"text_config": {"final_logit_softcapping": 30.0}}, "final_logit_softcapping is set"),
         ({"text_config": {"use_bidirectional_attention": True}}, "attends to later tokens"),
-        ({"image_token_index": 7}, "image_token_id is 7"),
+        ({"image_token_index": 7}, "by config.json and"),
     ],
 )
 def test_refuses_a_folder(

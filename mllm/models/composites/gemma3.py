@@ -14,105 +14,108 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
+from torch import Tensor
+from transformers import AutoConfig, Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
 from mllm.models.composites import writing
 from mllm.models.composites.base import Composite
-from mllm.models.composites.reading import (
-    Looks,
-    Whole,
-    join,
-    read_config,
-    read_model,
-    read_tokenizer,
-    special_text,
+from mllm.models.composites.folder import (
+    Names,
+    body_and_head,
+    build,
+    check_language,
+    read_weights,
+    save,
+    tied,
 )
-from mllm.models.connectors.options import whole as number
+from mllm.models.composites.text import check_token, named_token, read_tokenizer
+from mllm.models.config import MultimodalConfig
+from mllm.models.connectors.options import whole
 from mllm.models.encoders.siglip import SiglipEncoder
+from mllm.models.errors import loading
 from mllm.models.families import LogitsRule, logits_rule
+from mllm.models.geometry import ImageGeometry
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
 from mllm.models.template import ImageText
 
-_PROJECTOR, _TOWER = "model.multi_modal_projector.", "model.vision_tower."
-_NORM, _MATRIX = "mm_soft_emb_norm.weight", "mm_input_projection_weight"
+_EMBEDDING = "model.language_model.embed_tokens.weight"
+_OURS, _THEIRS = "connector.second.weight", "model.multi_modal_projector.mm_input_projection_weight"
+"""The matrix: ours as `nn.Linear` has it, theirs the other way round."""
 
 
 def read(path: str | Path, dtype: torch.dtype | str) -> tuple[MultimodalModel, Processor]:
-    """Read their folder; see `Composite`."""
-    config: Any = read_config(path, Gemma3Config)
-    if logits_rule(config.text_config) != LogitsRule():
+    """From its folder to our model."""
+    with loading("model", path):
+        config: Any = AutoConfig.from_pretrained(path)
+    text = copy.deepcopy(config.text_config)
+    check_language(text, path)
+    if logits_rule(text) != LogitsRule():
         raise ValueError(
             f"{path}: final_logit_softcapping is set, which the class with images does not apply"
         )
     spec = SiglipEncoder.spec_from_folder(path, layer=-1)
     _check_pooling(spec["geometry"]["cells"], config.mm_tokens_per_image, str(path))
-    tokenizer = read_tokenizer(path)
-    token, start, end = (
-        special_text(tokenizer, name, path) for name in ("image_token", "boi_token", "eoi_token")
-    )
-    looks = Looks(
+    tokenizer, token = read_tokenizer(path, config.image_token_id, asked_id=config.boi_token_index)
+    check_token(token, named_token(tokenizer, "image_token", path), path)
+    start, end = (named_token(tokenizer, name, path) for name in ("boi_token", "eoi_token"))
+    connector = {
+        "name": "gemma3",
+        "visual_tokens": config.mm_tokens_per_image,
+        "eps": config.vision_config.layer_norm_eps,
+    }
+    geometry = ImageGeometry.from_dict(spec["geometry"])
+    image_text = ImageText(start, f"\n\n{start}{token}{end}\n\n")
+    processor = Processor(tokenizer, geometry, connector, token, {}, image_text)
+    weights, generation = read_weights(path, Gemma3ForConditionalGeneration, dtype)
+    text.tie_word_embeddings = tied(weights, _EMBEDDING)
+    ours = MultimodalConfig(
         encoder={"name": "siglip", **spec},
-        connector={
-            "name": "gemma3",
-            "visual_tokens": config.mm_tokens_per_image,
-            "eps": config.vision_config.layer_norm_eps,
-        },
-        images={},
+        connector=connector,
+        text_config=text,
         image_token=token,
-        image_text=ImageText(start, f"\n\n{start}{token}{end}\n\n"),
+        image_token_id=config.image_token_id,
+        origin=GEMMA3.name,
+        bidirectional_images=True,
     )
-    theirs = read_model(path, Gemma3ForConditionalGeneration, dtype)
-    projector = theirs.model.multi_modal_projector.state_dict()
-    parts = Whole(
-        origin="gemma3",
-        vision=theirs.model.vision_tower,
-        body=theirs.model.language_model,
-        head=theirs.lm_head,
-        connector={
-            "norm.weight": projector[_NORM],
-            "second.weight": projector[_MATRIX].T.contiguous(),
-        },
-        generation=theirs.generation_config,
-        image_id=config.image_token_id,
-    )
-    return join(parts, tokenizer, looks, bidirectional_images=True)
+    weights[_OURS] = weights.pop(_THEIRS).T.contiguous()
+    return build(ours, processor, weights, _names(text), generation), processor
 
 
 def write(model: MultimodalModel, processor: Processor, folder: Path) -> None:
-    """Write the folder of their class; see `Composite`."""
+    """From our model to its folder."""
     _check(model)
-    names = _named_tokens(processor)
-    tensors, tied = writing.text_tensors(model, "model.language_model.")
-    vision: Any = model.encoder.vision
-    tensors |= {_TOWER + name: weight for name, weight in vision.state_dict().items()}
-    connector: Any = model.connector
-    tensors[_PROJECTOR + _NORM] = connector.norm.weight
-    tensors[_PROJECTOR + _MATRIX] = connector.second.weight.T.contiguous()
-    tower = copy.deepcopy(vision.config)
-    tower._attn_implementation = None
-    tower.dtype = model.dtype
-    tokens = writing.tokens_of_view(processor)
+    named = _named_tokens(processor)
     tokenizer: Any = processor.tokenizer
+    square, tokens = model.encoder.geometry, writing.tokens_of_view(processor)
     config = Gemma3Config(
-        vision_config=tower,
-        text_config=writing.text_config(model, tied),
+        vision_config=writing.vision_values(model),
+        text_config=writing.text_values(model),
         mm_tokens_per_image=tokens,
         image_token_index=processor.image_token_id,
-        boi_token_index=tokenizer.convert_tokens_to_ids(names["boi_token"]),
-        eoi_token_index=tokenizer.convert_tokens_to_ids(names["eoi_token"]),
-        tie_word_embeddings=tied,
+        boi_token_index=tokenizer.convert_tokens_to_ids(named["boi_token"]),
+        eoi_token_index=tokenizer.convert_tokens_to_ids(named["eoi_token"]),
+        tie_word_embeddings=writing.embedding_is_output(model),
     )
-    writing.write_model(Gemma3ForConditionalGeneration, config, tensors, model, folder)
-    square = model.encoder.geometry
+    weights: dict[str, Tensor] = model.state_dict()
+    weights[_THEIRS] = weights.pop(_OURS).T.contiguous()
+    names = _names(model.config.text_config)
+    save(Gemma3ForConditionalGeneration, config, model, names, folder, weights)
     seen = {
-        **writing.pixels_of(square),
+        **writing.pixels_of(square, "gemma3"),
         "image_processor_type": "Gemma3ImageProcessor",
-        "size": writing.squares_of(square.image_size),
     }
     writing.write_processor(
-        tokenizer, names, "Gemma3Processor", seen, folder, image_seq_length=tokens
+        processor, named, "Gemma3Processor", seen, folder, image_seq_length=tokens
     )
+
+
+def _names(text: Any) -> Names:
+    return [
+        ("encoder.vision.", "model.vision_tower."),
+        ("connector.norm.", "model.multi_modal_projector.mm_soft_emb_norm."),
+        *body_and_head(text, Gemma3ForConditionalGeneration),
+    ]
 
 
 def _check(model: MultimodalModel) -> None:
@@ -128,8 +131,8 @@ def _check(model: MultimodalModel) -> None:
             "the last layer, so layer: -1 is needed"
         )
     spec = writing.check_connector(model, "gemma3", "gemma3")
-    _check_pooling(model.encoder.geometry.cells, number(spec, "visual_tokens", 256), "gemma3")
-    eps, own = model.connector.norm.eps, model.encoder.vision.config.layer_norm_eps
+    _check_pooling(model.encoder.geometry.cells, whole(spec, "visual_tokens", 256), "gemma3")
+    eps, own = spec.get("eps") or 1e-6, writing.vision_values(model)["layer_norm_eps"]
     if eps != own:
         raise ValueError(
             f"gemma3 cannot hold the connector's eps {eps}: it is that of the tower there, {own}"
@@ -168,12 +171,15 @@ def _named_tokens(processor: Processor) -> dict[str, str]:
     Raises:
         ValueError: the text of an image is not the one that the processor writes.
     """
-    asked, written = processor.template.image_text
+    writing.check_begin(processor, "gemma3")
+    asked, written, _ = processor.template.image_text
     before, after = written.split(processor.image_token)
     start, end = before.removeprefix("\n\n"), after.removesuffix("\n\n")
     vocabulary = processor.tokenizer.get_vocab()
     fits = before == f"\n\n{start}" and after == f"{end}\n\n" and asked == start
-    if not fits or not all(processor.template.is_special(vocabulary.get(t, -1)) for t in (start, end)):
+    if not fits or not all(
+        processor.template.is_special(vocabulary.get(t, -1)) for t in (start, end)
+    ):
         raise ValueError(
             f"gemma3 cannot hold {written!r} for an image: its processor writes an empty line, a "
             "start token, the image, an end token and an empty line for the start token"
