@@ -102,7 +102,7 @@ def add_special_tokens(
 def generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, never: list[int]
 ) -> GenerationConfig:
-    """Return the model's own settings, ending turns, never writing these ids."""
+    """The language model's own, ending turns, never writing what stands for images."""
     config = model.generation_config or GenerationConfig()
     ends = config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}

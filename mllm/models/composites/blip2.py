@@ -1,8 +1,9 @@
 """BLIP-2 (Li et al. 2023, arXiv 2301.12597): a ViT, a Q-Former, and a decoder-only language model.
 
 Its processor puts the tokens of the image before everything, the tokenizer's begin token included:
-so does our reading of a raw document (`ImageText.before_begin`). A model that has a chat template
-is written with a processor that leaves the tokens of images to the template.
+so does our reading of a raw document (`ImageText.before_begin`). It has no place for a chat
+template, nor for images between texts. A model that was not read from such a folder is therefore
+written with LLaVA's processor, which puts the tokens of an image where the image stands.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import (
     Blip2Processor,
     BlipImageProcessorPil,
     CLIPImageProcessorPil,
+    LlavaProcessor,
 )
 
 from mllm.models.composites.base import Composite
@@ -68,15 +70,13 @@ def read(path: str | Path, dtype: torch.dtype | str) -> tuple[MultimodalModel, P
     check_language(text, path)
     encoder = {"name": "blip2", **Blip2Encoder.spec_from_folder(path)}
     connector = QFormer.spec_from_folder({"name": "q_former", "path": str(path)})
-    queries = connector["visual_tokens"]
-    first = _image_first(path)
-    tokenizer, token = read_tokenizer(path, config.image_token_id, None if first else queries)
+    tokenizer, token = read_tokenizer(path, config.image_token_id)
     processor = Processor(
         tokenizer,
         ImageGeometry.from_dict(encoder["geometry"]),
         connector,
         token,
-        image_text=ImageText(token if first else token * queries, token, before_begin=first),
+        image_text=ImageText(token, token, before_begin=_image_first(path)),
     )
     ours = MultimodalConfig(
         encoder=encoder,
@@ -105,7 +105,7 @@ def write(model: MultimodalModel, processor: Processor, folder: Path) -> None:
     text["eos_token_id"] = model.generation_config.eos_token_id  # its generate asks only this one
     text["pad_token_id"] = model.generation_config.pad_token_id
     config = Blip2Config(
-        vision_config=spec["config"],
+        vision_config={key: value for key, value in spec["config"].items() if key != "dtype"},
         qformer_config={
             **{name: whole(connector, option, SIZES[option]) for option, name in NAMES.items()},
             "encoder_hidden_size": model.encoder.width,
@@ -138,45 +138,29 @@ def _check(ours: Any) -> None:
 
 
 def _processor(processor: Processor, queries: int) -> Any:
-    """Its processor, which writes the tokens of an image, or has them written by the template."""
+    """Its own processor where there is no chat template, else LLaVA's, told how many tokens."""
     text, token = processor.template.image_text, processor.image_token
-    if token != "<image>" or text.written != token:
-        raise ValueError(f"blip2: an image is the token '<image>' alone, not {text.written!r}")
+    if text.asked != token or text.written != token:
+        raise ValueError(f"blip2: an image is its image token alone, not {text.written!r}")
     tokenizer = written_tokenizer(processor.tokenizer)
     geometry = ImageGeometry.from_dict(processor.geometry.to_dict())
     options = image_processor(geometry, "blip2")
-    pictures: Any = CLIPImageProcessorPil(**options)
-    if geometry.resize == "squash":
-        unused = ("do_center_crop", "crop_size")
-        pictures = BlipImageProcessorPil(**{k: v for k, v in options.items() if k not in unused})
-    if not tokenizer.chat_template:
-        return Blip2Processor(pictures, tokenizer, queries if text.before_begin else None)
-    tokenizer.chat_template = _writing(tokenizer, text.asked, token * queries)
-    return Blip2Processor(pictures, tokenizer, None)
-
-
-def _writing(tokenizer: Any, asked: str, tokens: str) -> str:
-    """Return the chat template that writes so many tokens for an image.
-
-    Raises:
-        ValueError: a template whose text for an image cannot be exchanged.
-    """
-    template: str = tokenizer.chat_template
-    if asked == tokens:
-        return template
-    changed = template.replace(asked, tokens)
-    parts: Any = [{"type": "image"}, {"type": "text", "text": "probe"}]
-    probe = [{"role": "user", "content": parts}]
-    before, after = (
-        tokenizer.apply_chat_template(probe, chat_template=one, tokenize=False)
-        for one in (template, changed)
+    if text.before_begin and token == "<image>":
+        pictures: Any = CLIPImageProcessorPil(**options)
+        if geometry.resize == "squash":
+            unused = ("do_center_crop", "crop_size")
+            kept = {name: value for name, value in options.items() if name not in unused}
+            pictures = BlipImageProcessorPil(**kept)
+        return Blip2Processor(pictures, tokenizer, queries)
+    return LlavaProcessor(
+        CLIPImageProcessorPil(**options),
+        tokenizer,
+        patch_size=geometry.image_size,  # one token for the whole square
+        num_additional_image_tokens=queries - 1,
+        vision_feature_select_strategy="full",
+        chat_template=tokenizer.chat_template,
+        image_token=token,
     )
-    if before.replace(asked, tokens) != after or tokens not in after:
-        raise ValueError(
-            "blip2: the chat template must write the tokens of an image, and this one's "
-            f"{asked!r} cannot be exchanged for them"
-        )
-    return changed
 
 
 BLIP2 = Composite("blip2", read, write)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from mllm.models.config import MultimodalConfig
 from mllm.models.errors import loading
@@ -38,10 +39,19 @@ def read_weights(
     Raises:
         ValueError: files that are missing or damaged, weights that are missing or of another shape.
     """
-    with loading("model", path):
-        loaded: Any = kind.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with loading("model", path):
+            loaded: Any = kind.from_pretrained(
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported below, in one line
+                output_loading_info=True,
+            )
+    finally:
+        logging.set_verbosity(level)
     model, report = loaded
     for problem in ("missing_keys", "mismatched_keys"):
         if names := sorted(map(str, report[problem])):
@@ -99,7 +109,8 @@ def build(
     embedding: Any = model.get_input_embeddings()
     never = [processor.image_token_id, *range(len(processor.tokenizer), embedding.num_embeddings)]
     model.generation_config = generation_config(language_model, processor.tokenizer, never)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def save(
@@ -128,7 +139,9 @@ def save(
     weights = _renamed(model.state_dict(), names)
     for name, meta in theirs.state_dict().items():
         if name not in weights and name.endswith(_NORMS):
-            weights[name] = torch.full(meta.shape, float(name.endswith("weight")), dtype=model.dtype)
+            weights[name] = torch.full(
+                meta.shape, float(name.endswith("weight")), dtype=model.dtype
+            )
         if name not in weights or weights[name].shape != meta.shape:
             found = list(weights[name].shape) if name in weights else "none"
             raise ValueError(
@@ -170,7 +183,7 @@ def text_config(model: MultimodalModel) -> dict[str, Any]:
     """Return the configuration of the language model as a class's config.json holds it."""
     language_model: Any = model.language_model
     values: dict[str, Any] = language_model.config.to_dict()
-    return values
+    return {name: value for name, value in values.items() if name != "dtype"}
 
 
 def _renamed(weights: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -84,16 +84,15 @@ def _read(kind: _Kind, path: str | Path, dtype: torch.dtype | str) -> Any:
     """From its folder to our model."""
     with loading("model", path):
         config: Any = AutoConfig.from_pretrained(path)
-    family, spec, seen = _tower(config, path)
-    side = spec["geometry"]["image_size"]
-    images = _tiling(kind, config, side, path) if kind.tiles else {}
+    family, spec = _tower(config, path)
+    geometry = ImageGeometry.from_dict(spec["geometry"])
+    images = _tiling(kind, config, geometry, path) if kind.tiles else {}
     text = copy.deepcopy(config.text_config)
     text.tie_word_embeddings = config.tie_word_embeddings
     check_language(text, path)
     names = _names(text, kind)
     tokenizer, token = read_tokenizer(path, config.image_token_index)
     connector = {"name": "mlp", "norm": False, "bias": config.multimodal_projector_bias}
-    geometry = ImageGeometry.from_dict(spec["geometry"])
     processor = Processor(tokenizer, geometry, connector, token, images)
     ours = MultimodalConfig(
         encoder={"name": family, **spec},
@@ -108,8 +107,8 @@ def _read(kind: _Kind, path: str | Path, dtype: torch.dtype | str) -> Any:
     return build(ours, processor, weights, names, generation), processor
 
 
-def _tower(config: Any, path: str | Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Our family, the spec of the encoder and the preprocessor file."""
+def _tower(config: Any, path: str | Path) -> tuple[str, dict[str, Any]]:
+    """Our family and the spec of the encoder."""
     tower, layer = config.vision_config, config.vision_feature_layer
     if tower.model_type not in _ENCODERS:
         raise ValueError(
@@ -134,18 +133,25 @@ def _tower(config: Any, path: str | Path) -> tuple[str, dict[str, Any], dict[str
     depth = layer if layer >= 0 else tower.num_hidden_layers + 1 + layer
     if not 1 <= depth <= tower.num_hidden_layers:
         raise ValueError(f"{path}: vision_feature_layer {layer}: the tower has no such layer")
-    seen = read_preprocessor(path)
     kind: Any = ENCODERS[family]
     assert issubclass(kind, VisionTransformer)
     one_more = kind._read_config(path)
     one_more.num_hidden_layers = depth + 1  # not built, and so nothing is normalised after `depth`
-    seen = {key: value for key, value in seen.items() if key != "do_pad"}  # tiles do it their way
-    return family, kind.spec_from(one_more, seen, path, layer=-2), seen
+    seen = read_preprocessor(path)
+    if "image_grid_pinpoints" in seen:  # then do_pad is about tiles, not about one image
+        seen = {key: value for key, value in seen.items() if key != "do_pad"}
+    return family, kind.spec_from(one_more, seen, path, layer=-2)
 
 
-def _tiling(kind: _Kind, config: Any, side: int, path: str | Path) -> dict[str, Any]:
+def _tiling(kind: _Kind, config: Any, geometry: ImageGeometry, path: str | Path) -> dict[str, Any]:
     """The `images:` section that cuts as `image_grid_pinpoints` say."""
+    side, short_edge = geometry.image_size, geometry.short_edge
     points = config.image_grid_pinpoints
+    if short_edge > side:
+        raise ValueError(
+            f"{path}: the preprocessor file scales tiles to {short_edge} pixels and cuts {side} of "
+            "them, which is not done here; make size and crop_size equal"
+        )
     if any(edge % side or edge < side for point in points for edge in point):
         raise ValueError(
             f"{path}: image_grid_pinpoints {points} are not whole tiles of {side} pixels"
@@ -185,6 +191,7 @@ def _write(kind: _Kind, model: MultimodalModel, processor: Processor, folder: Pa
     side = spec["geometry"]["image_size"]
     strategy = "default" if _PREFIX_TOKENS[family] else "full"
     vision = {**spec["config"], **ENCODERS[family].UNUSED}  # type: ignore[attr-defined]
+    vision.pop("dtype", None)
     vision["model_type"] = ENCODERS[family].CONFIG.model_type  # type: ignore[attr-defined]
     values: dict[str, Any] = {
         "vision_config": vision,
@@ -268,14 +275,16 @@ def _processor(kind: _Kind, processor: Processor, config: Any) -> Any:
         "chat_template": tokenizer.chat_template,
         "image_token": processor.image_token,
     }
+    pictures: Any
     if not kind.tiles:
         pictures = CLIPImageProcessorPil(**image_processor(square, kind.name))
         return LlavaProcessor(pictures, tokenizer, **options)
-    values = image_processor(
-        ImageGeometry.from_dict({**square.to_dict(), "resize": "squash"}), kind.name
-    )
+    if square.resize == "pad" or square.short_edge > square.image_size:
+        square = replace(square, resize="squash", short_edge=0)  # a rule that tiles do not ask for
     pictures = LlavaNextImageProcessorPil(
-        **values, do_pad=True, image_grid_pinpoints=config.image_grid_pinpoints
+        **image_processor(square, kind.name),
+        do_pad=True,
+        image_grid_pinpoints=config.image_grid_pinpoints,
     )
     return LlavaNextProcessor(pictures, tokenizer, **options)
 

@@ -19,18 +19,15 @@ from transformers.utils.hub import cached_file
 from mllm.models.chat_template import with_images
 from mllm.models.errors import loading, read_json
 
-_QUESTION = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
+_QUESTION: Any = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
 
 
-def read_tokenizer(
-    path: str | Path, image_id: int, times: int | None = None
-) -> tuple[PreTrainedTokenizerBase, str]:
+def read_tokenizer(path: str | Path, image_id: int) -> tuple[PreTrainedTokenizerBase, str]:
     """Load the tokenizer of a class's folder (or hub id), and say which string its image token is.
 
     Args:
         path: the folder.
         image_id: the id of the image token by config.json.
-        times: how many image tokens the chat template writes for an image (default one).
 
     Raises:
         ValueError: no tokenizer, or none that has the image token.
@@ -50,7 +47,7 @@ def read_tokenizer(
     template: Any = tokenizer.chat_template
     if isinstance(template, str) and _adds_begin(tokenizer) and not _begins(tokenizer):
         tokenizer.chat_template = "{{- bos_token }}" + template
-    with_images(tokenizer, token * (times or 1))
+    with_images(tokenizer, token)
     return tokenizer, str(token)
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mllm.models.connectors.base import Connector
-from mllm.models.connectors.options import check_flags
+from mllm.models.connectors.options import check_flag
 
 
 class Mlp(Connector):
@@ -35,7 +35,8 @@ class Mlp(Connector):
     def check(cls, spec: Mapping[str, Any]) -> None:
         """Refuse switches that are neither on nor off."""
         super().check(spec)
-        check_flags(spec, ("norm", "bias"), "mlp")
+        for name in ("norm", "bias"):
+            check_flag(spec, name, "mlp")
 
     @classmethod
     def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:

@@ -22,16 +22,15 @@ def check_whole(spec: Mapping[str, Any], names: tuple[str, ...], connector: str)
             )
 
 
-def check_flags(spec: Mapping[str, Any], names: tuple[str, ...], connector: str) -> None:
-    """Refuse options that are given and are neither true nor false.
+def check_flag(spec: Mapping[str, Any], name: str, connector: str) -> None:
+    """Refuse an option that is given and is neither true nor false.
 
     Raises:
         ValueError: naming the option.
     """
-    for name in names:
-        value = spec.get(name)
-        if value is not None and not isinstance(value, bool):
-            raise ValueError(f"connector {connector}: {name} must be true or false, got {value!r}")
+    value = spec.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"connector {connector}: {name} must be true or false, got {value!r}")
 
 
 def whole(spec: Mapping[str, Any], name: str, default: int) -> int:
