@@ -105,7 +105,7 @@ def test_without_its_class_token_the_q_former_reads_something_else(
     ids = processor.prompt(Document.conversation([("user", [picture(4), QUESTION])]))
     assert without.encoder.grid(32, 32) == (4, 4)
     assert with_token.encoder.grid(32, 32) == (1, 17)
-    assert (logits(with_token, ids) - logits(without, ids)).abs().max() > 1e-2
+    assert (logits(with_token, ids) - logits(without, ids)).abs().max() > 1e-3
 
 
 def test_a_folder_gives_the_ids_and_logits_of_its_class(folder: Path) -> None:
