@@ -104,12 +104,12 @@ def train_one_step(model: MultimodalModel, processor: Processor) -> None:
     pack = collate(samples, 0)
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    order = pack.order if len(pack.order) else None
     model(
         input_ids=pack.input_ids,
         pixels=pack.pixels,
         sizes=pack.sizes,
-        order=order,
+        order=pack.order,
+        bags=pack.bags,
         cu_seqlens=pack.cu_seqlens,
         labels=pack.labels,
     ).loss.backward()
@@ -483,6 +483,7 @@ def test_what_cannot_be_written(
     [
         ("llava", {"tiling": "dynamic"}, "no tiles, this model cuts images by dynamic"),
         ("llava_onevision", {"tiling": "any_resolution", "tiles": 12}, "takes 12 as they are"),
+        ("llava", {"regions": "feature"}, "no features of regions"),
     ],
 )
 def test_tilings_that_cannot_be_written(
