@@ -45,12 +45,24 @@ SAVERS: dict[str, Callable[..., Path]] = {
     "llava_next": llava_folders.save_llava_next,
     "llava_onevision": llava_folders.save_llava_onevision,
 }
+ASSEMBLED = {
+    "llava_assembled": ("siglip", {}),
+    "llava_next_assembled": ("clip", {"tiling": "any_resolution"}),
+    "llava_onevision_assembled": ("siglip", {"tiling": "any_resolution", "tiles": 9}),
+}
+"""Name → encoder and `images:` of a model that never was a folder of theirs."""
+
 CLASSES = {
     "llava": "LlavaForConditionalGeneration",
     "llava_siglip": "LlavaForConditionalGeneration",
     "llava_next": "LlavaNextForConditionalGeneration",
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
 }
+
+
+def composite(name: str) -> str:
+    """The class's key in COMPOSITES."""
+    return name.removesuffix("_siglip").removesuffix("_assembled")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +142,7 @@ def test_a_folder_gives_the_ids_and_logits_of_its_class(
     model, processor = load(theirs[name])
     own = AutoModelForImageTextToText.from_pretrained(theirs[name])
     assert type(own).__name__ == CLASSES[name]
-    assert model.config.origin == name.split("_sig")[0]
+    assert model.config.origin == composite(name)
     if name == "llava_onevision":  # its processor needs torchvision; see the tests of tiles below
         COMPOSITES["llava_onevision"].write(model, processor, tmp_path)
     their_processor = AutoProcessor.from_pretrained(
@@ -198,8 +210,8 @@ def test_parts_of_a_llava_make_the_same_model(theirs: dict[str, Path], tmp_path:
 
 
 @pytest.fixture(scope="module")
-def trained(theirs: dict[str, Path]) -> dict[str, Parts]:
-    """Each of them after a packed step."""
+def trained(theirs: dict[str, Path], folders: dict[str, Path]) -> dict[str, Parts]:
+    """Each of them after a packed step, and models that were assembled here."""
     result = {}
     for name, folder in theirs.items():
         model, processor = load(folder)
@@ -207,6 +219,16 @@ def trained(theirs: dict[str, Path]) -> dict[str, Parts]:
         train_one_step(model, processor)
         assert not same(model, before)
         result[name] = (model, processor)
+    for name, (encoder, images) in ASSEMBLED.items():
+        torch.manual_seed(6)
+        result[name] = assemble(
+            {
+                "encoder": {"name": encoder, "path": folders[encoder]},
+                "connector": {"name": "mlp", "norm": False},
+                "language_model": {"path": folders["llama"]},
+                "images": images,
+            }
+        )
     return result
 
 
@@ -215,7 +237,7 @@ def written(trained: dict[str, Parts], tmp_path_factory: pytest.TempPathFactory)
     """Their folders after a packed step."""
     root = tmp_path_factory.mktemp("written")
     for name, (model, processor) in trained.items():
-        COMPOSITES[name.split("_sig")[0]].write(model, processor, root / name)
+        COMPOSITES[composite(name)].write(model, processor, root / name)
     return {name: root / name for name in trained}
 
 
@@ -230,20 +252,21 @@ def test_what_was_trained_is_at_home_in_its_class(
     for (name, document), found in zip(wanted, outside_process.run(jobs, tmp_path), strict=True):
         model, processor = trained[name]
         mine = processor.prompt(document)
-        assert found["class"] == CLASSES[name]
+        assert found["class"] == CLASSES[composite(name)]
         assert found["ids"].tolist() == mine["input_ids"].tolist()
         torch.testing.assert_close(found["logits"], logits(model, mine), rtol=0, atol=1e-5)
         new = model.generate(**mine, max_new_tokens=8, do_sample=False)
         assert found["new"].tolist() == new[:, mine["input_ids"].shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("name", SAVERS)
+@pytest.mark.parametrize("name", [*SAVERS, *ASSEMBLED])
 def test_a_round_trip_changes_no_bit(
     trained: dict[str, Parts], written: dict[str, Path], name: str
 ) -> None:
     again, processor = load(written[name])
     assert same(trained[name][0], again)
-    assert again.config.encoder == trained[name][0].config.encoder
+    for key in ("name", "layer", "geometry"):
+        assert again.config.encoder[key] == trained[name][0].config.encoder[key]
     for document in questions():
         first = trained[name][1].prompt(document)
         for key, value in processor.prompt(document).items():
@@ -279,7 +302,7 @@ def image(height: int, width: int) -> Image:
     return Image.from_bytes(buffer.getvalue())
 
 
-@pytest.mark.parametrize("name", SAVERS)
+@pytest.mark.parametrize("name", [*SAVERS, *ASSEMBLED])
 def test_images_of_any_size_give_the_same_pixels(
     trained: dict[str, Parts], written: dict[str, Path], name: str
 ) -> None:
