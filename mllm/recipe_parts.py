@@ -47,7 +47,7 @@ ENCODER_OPTIONS: dict[str, tuple[str, ...]] = {
 """Encoder → the options it takes beside name and path."""
 
 CONNECTOR_OPTIONS: dict[str, tuple[str, ...]] = {
-    "average_pool": ("visual_tokens", "hidden"),
+    "average_pool": ("visual_tokens", "hidden", "norm", "bias"),
     "c_abstractor": ("visual_tokens", "hidden", "depth", "positions"),
     "linear": (),
     "mlp": ("hidden", "norm", "bias"),

@@ -32,7 +32,7 @@ from mllm.models.composites.folder import (
     save,
     text_config,
 )
-from mllm.models.composites.images import image_processor
+from mllm.models.composites.images import image_processor, tiling
 from mllm.models.composites.text import read_tokenizer, written_tokenizer
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors.options import whole
@@ -131,10 +131,8 @@ def _check(ours: Any) -> None:
         )
     if connector != "q_former":
         raise ValueError(f"blip2: its connector is q_former, this model's is {connector}")
-    if ours.images:
-        raise ValueError(
-            f"blip2: it has no tiles, this model cuts images by {ours.images['tiling']}"
-        )
+    if (found := tiling(ours.images, "blip2")) != "none":
+        raise ValueError(f"blip2: it has no tiles, this model cuts images by {found}")
 
 
 def _processor(processor: Processor, queries: int) -> Any:

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mllm.models.geometry import RESAMPLING_NAMES, ImageGeometry
+
+
+def tiling(images: Mapping[str, Any], name: str) -> str:
+    """Return how an `images:` section cuts images, "none" for not at all.
+
+    Args:
+        images: the section.
+        name: the class that is written, for messages.
+
+    Raises:
+        ValueError: it asks for more than a class of transformers can do.
+    """
+    if images.get("regions") == "feature":
+        raise ValueError(
+            f"{name}: it has no features of regions in the text (images.regions: feature)"
+        )
+    return str(images.get("tiling", "none"))
 
 
 def image_processor(geometry: ImageGeometry, name: str) -> dict[str, Any]:

@@ -47,7 +47,7 @@ from mllm.models.composites.folder import (
     save,
     text_config,
 )
-from mllm.models.composites.images import image_processor
+from mllm.models.composites.images import image_processor, tiling
 from mllm.models.composites.text import read_tokenizer, written_tokenizer
 from mllm.models.config import MultimodalConfig
 from mllm.models.encoders import ENCODERS
@@ -243,7 +243,7 @@ def _check(kind: _Kind, ours: Any, processor: Processor) -> None:
             f"{kind.name}: between its two layers it is as wide as the language model, {width}, "
             f"this model {connector['hidden']}"
         )
-    found = images.get("tiling", "none")
+    found = tiling(images, kind.name)
     if found != ("any_resolution" if kind.tiles else "none"):
         has = "any_resolution tiles and a newline" if kind.tiles else "no tiles"
         raise ValueError(f"{kind.name}: it has {has}, this model cuts images by {found}")
