@@ -29,7 +29,7 @@ _COUNTS = (
 )
 """Options that are whole numbers from 1 on, whichever part has them."""
 
-_SQUARES = ("average_pool", "c_abstractor")  # connectors that pool to a square grid
+_SQUARES = ("average_pool", "c_abstractor", "gemma3")  # connectors that pool to a square grid
 
 ENCODER_OPTIONS: dict[str, tuple[str, ...]] = {
     "aimv2": ("resize", "layer"),
@@ -40,6 +40,8 @@ ENCODER_OPTIONS: dict[str, tuple[str, ...]] = {
     "dinov3_convnext": ("resize", "layer"),
     "dinov3_vit": ("resize", "layer", "class_token"),
     "efficientnet_lite": ("resize",),
+    "idefics3": ("resize", "layer"),
+    "internvl": ("resize", "layer"),
     "pair": ("resize", "first", "second"),
     "siglip": ("resize", "layer"),
     "timm": ("resize", "layer"),
@@ -49,9 +51,10 @@ ENCODER_OPTIONS: dict[str, tuple[str, ...]] = {
 CONNECTOR_OPTIONS: dict[str, tuple[str, ...]] = {
     "average_pool": ("visual_tokens", "hidden", "norm", "bias"),
     "c_abstractor": ("visual_tokens", "hidden", "depth", "positions"),
+    "gemma3": ("visual_tokens", "eps"),
     "linear": (),
     "mlp": ("hidden", "norm", "bias"),
-    "pixel_shuffle": ("factor", "layers", "hidden"),
+    "pixel_shuffle": ("factor", "layers", "hidden", "bias"),
     "q_former": (
         *("path", "text", "visual_tokens", "hidden", "depth", "heads", "inner", "cross_every"),
     ),
@@ -62,6 +65,7 @@ CONNECTOR_OPTIONS: dict[str, tuple[str, ...]] = {
 CONNECTOR_LAST_LINEAR = {
     "average_pool": "second",
     "c_abstractor": "second",
+    "gemma3": "second",
     "linear": "only",
     "mlp": "second",
     "pixel_shuffle": "second",
@@ -75,7 +79,7 @@ TILING_OPTIONS: dict[str, tuple[str, ...]] = {
     "any_resolution": ("grids", "tiles"),
     "dynamic": ("tiles", "min_tiles", "thumbnail"),
     "none": (),
-    "split": ("longest_edge",),
+    "split": ("longest_edge", "whole_only"),
 }
 """Tiling → the options it takes."""
 
@@ -144,6 +148,12 @@ def ridge_problems(
     connector = model.connector
     if connector is None or connector.init != "ridge":
         return
+    if connector.name == "gemma3" or connector.options.get("bias") is False:
+        yield (
+            ("model", "connector", "init"),
+            "model.connector.init: ridge sets a bias of the last layer, and this connector has "
+            "none there; use init: random",
+        )
     layer = f"connector.{CONNECTOR_LAST_LINEAR.get(connector.name or '', '')}".rstrip(".")
     weight = f"{layer}.weight"
     keys = [key for key in train if weight == key or weight.startswith(f"{key}.")]

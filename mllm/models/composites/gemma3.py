@@ -87,7 +87,7 @@ def write(model: MultimodalModel, processor: Processor, folder: Path) -> None:
     _check(model)
     named = _named_tokens(processor)
     tokenizer: Any = processor.tokenizer
-    square, tokens = model.encoder.geometry, writing.tokens_of_view(processor)
+    square, tokens = model.encoder.geometry, writing.tokens_of_view(model)
     config = Gemma3Config(
         vision_config=writing.vision_values(model),
         text_config=writing.text_values(model),
@@ -137,7 +137,7 @@ def _check(model: MultimodalModel) -> None:
         raise ValueError(
             f"gemma3 cannot hold the connector's eps {eps}: it is that of the tower there, {own}"
         )
-    writing.check_tiling(model, "gemma3", "")
+    writing.check_tiling(model, "gemma3", "none")
     if not isinstance(model.config.text_config, Gemma3TextConfig):
         raise ValueError(
             f"gemma3 cannot hold the language model {model.config.text_config.model_type}: its own "

@@ -115,7 +115,7 @@ def _write(kind: _Kind, model: MultimodalModel, processor: Processor, folder: Pa
     weights = model.state_dict()
     weights.pop("connector.second.bias", None)  # zero, as `_check` saw
     save(kind.model, config, model, _names(kind, model.config.text_config), folder, weights)
-    _write_processor(kind, processor, folder)
+    _write_processor(kind, model, processor, folder)
 
 
 def _names(kind: _Kind, text: Any) -> Names:
@@ -195,7 +195,9 @@ def _vision_config(kind: _Kind, model: MultimodalModel) -> dict[str, Any]:
     return {name: value for name, value in writing.vision_values(model).items() if name in own}
 
 
-def _write_processor(kind: _Kind, processor: Processor, folder: Path) -> None:
+def _write_processor(
+    kind: _Kind, model: MultimodalModel, processor: Processor, folder: Path
+) -> None:
     tiles = processor.geometry
     assert isinstance(tiles, SplitTiles)
     pixels = writing.pixels_of(tiles.square, kind.name)
@@ -208,7 +210,7 @@ def _write_processor(kind: _Kind, processor: Processor, folder: Path) -> None:
         "max_image_size": side,
         "size": longest,
     }
-    tokens = writing.tokens_of_view(processor)
+    tokens = writing.tokens_of_view(model)
     writing.write_processor(processor, {}, kind.processor, seen, folder, image_seq_len=tokens)
     if kind.video:
         video = {"video_processor_type": kind.video, "max_image_size": side, "size": side}

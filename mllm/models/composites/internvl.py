@@ -81,7 +81,7 @@ def write(model: MultimodalModel, processor: Processor, folder: Path) -> None:
     named = _named_tokens(processor)
     square, images = model.encoder.geometry, model.config.images
     pixels = writing.pixels_of(square, "internvl")
-    tokens = writing.tokens_of_view(processor)
+    tokens = writing.tokens_of_view(model)
     config = InternVLConfig(
         vision_config=_vision_config(model),
         text_config=writing.text_values(model),
@@ -92,11 +92,12 @@ def write(model: MultimodalModel, processor: Processor, folder: Path) -> None:
     )
     names = _names(model.config.text_config)
     save(InternVLForConditionalGeneration, config, model, names, folder)
+    cuts = "tiling" in images
     tiles = {
         "image_processor_type": "GotOcr2ImageProcessor",
-        "crop_to_patches": bool(images),
-        "max_patches": images.get("tiles", 12) if images else 1,
-        "min_patches": images.get("min_tiles", 1) if images else 1,
+        "crop_to_patches": cuts,
+        "max_patches": images.get("tiles", 12) if cuts else 1,
+        "min_patches": images.get("min_tiles", 1) if cuts else 1,
     }
     writing.write_processor(
         processor,
@@ -171,7 +172,7 @@ def _check(model: MultimodalModel) -> None:
             "which is exact for powers of 2"
         )
     writing.check_blocks(model, "internvl", factor)
-    writing.check_tiling(model, "internvl", "dynamic", "")
+    writing.check_tiling(model, "internvl", "dynamic", "none")
     if model.config.images.get("thumbnail", True) is False:
         raise ValueError("internvl cannot hold thumbnail: false: its processor always adds one")
     writing.check_language_model(model, "internvl")

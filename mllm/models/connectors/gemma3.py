@@ -16,7 +16,7 @@ from mllm.models.connectors.options import check_whole, square_side, whole
 
 
 class Gemma3Norm(nn.Module):
-    """x / rms(x) * (1 + weight), computed in fp32."""
+    """x / rms(x) * (1 + weight), computed in fp32 at least."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -25,9 +25,9 @@ class Gemma3Norm(nn.Module):
 
     def forward(self, cells: Tensor) -> Tensor:
         """Normalise [.., W]."""
-        exact = cells.float()
+        exact = cells.to(torch.promote_types(cells.dtype, torch.float32))
         scale = torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (exact * scale * (1.0 + self.weight.float())).type_as(cells)
+        return (exact * scale * (1.0 + self.weight.to(exact.dtype))).type_as(cells)
 
 
 class Gemma3Projector(Connector):
