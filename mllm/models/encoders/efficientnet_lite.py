@@ -14,6 +14,7 @@ from torch import Tensor
 from mllm.models.encoders.base import VisionEncoder
 from mllm.models.errors import check_folder, loading, read_json, unknown
 from mllm.models.geometry import RESAMPLING_NAMES, ImageGeometry
+from mllm.parts import ENCODERS
 
 IMAGE_SIZES = {
     "efficientnet-lite0": 224,
@@ -32,6 +33,7 @@ class EfficientNetLiteEncoder(VisionEncoder):
     Spec: `variant` (a key of IMAGE_SIZES) and `geometry`.
     """
 
+    OPTIONS = ENCODERS["efficientnet_lite"].options
     width = 1280
 
     def __init__(self, spec: dict[str, Any]) -> None:

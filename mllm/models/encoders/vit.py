@@ -44,11 +44,9 @@ class VisionTransformer(VisionEncoder):
     and `geometry`.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ("resize", "layer")
     MODEL: ClassVar[type[PreTrainedModel]]
     CONFIG: ClassVar[type[PreTrainedConfig]]
     FINAL_NORM: ClassVar[str]
-    DEFAULT_LAYER: ClassVar[int] = -2
     ATTENTION: ClassVar[str] = "sdpa"
     RENAMED: ClassVar[dict[str, str]] = {}  # names in a folder that transformers does not map
     UNUSED: ClassVar[Mapping[str, Any]] = {}  # values of the configuration that leave parts out
@@ -123,7 +121,7 @@ class VisionTransformer(VisionEncoder):
     def spec_from_folder(cls, path: str | Path, **options: Any) -> dict[str, Any]:
         """Read config.json and preprocessor_config.json."""
         config = cls._read_config(path)
-        layer, depth = options.get("layer", cls.DEFAULT_LAYER), cls._depth(config)
+        layer, depth = options.get("layer", cls.OPTIONS["layer"].default), cls._depth(config)
         if type(layer) is not int or not -depth <= layer <= -1:
             raise ValueError(
                 f"layer {layer!r}: the encoder has {depth} layers, counted back from -1"
@@ -144,7 +142,7 @@ class VisionTransformer(VisionEncoder):
             "geometry": geometry.to_dict(),
         }
         if "class_token" in cls.OPTIONS:
-            spec["class_token"] = _yes_or_no(options.get("class_token", False), "class_token")
+            spec["class_token"] = options.get("class_token", False)
         return spec
 
     def load_weights(self, path: str | Path) -> None:
@@ -200,12 +198,6 @@ def drop_mask_token(model: Any) -> None:
     if isinstance(token := embeddings.mask_token, nn.Parameter):
         del embeddings.mask_token
         embeddings.register_buffer("mask_token", token.detach(), persistent=False)
-
-
-def _yes_or_no(value: Any, name: str) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}: expected true or false, got {value!r}")
-    return value
 
 
 def _name(key: Any) -> str:

@@ -1,0 +1,41 @@
+"""What a recipe can name, declared without torch: the one place for names, options and defaults.
+
+Recipes are checked against these tables before anything is loaded, the classes take their options
+and defaults from them, and `mllm models` prints them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mllm.parts.connectors import CONNECTORS
+from mllm.parts.encoders import ENCODERS
+from mllm.parts.objectives import OBJECTIVES
+from mllm.parts.option import Option, Part
+
+__all__ = ["CONNECTORS", "ENCODERS", "OBJECTIVES", "REGISTRIES", "Option", "Part", "Registry"]
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """Parts of one kind.
+
+    Attributes:
+        title: for people.
+        key: where a recipe names them.
+        parts: by name.
+        note: what holds for all of them.
+    """
+
+    title: str
+    key: str
+    parts: Mapping[str, Part]
+    note: str = ""
+
+
+REGISTRIES = (
+    Registry("encoders", "model.encoder", ENCODERS, "path: the folder or hub id of its weights"),
+    Registry("connectors", "model.connector", CONNECTORS, "init: random, or ridge (needs data)"),
+    Registry("objectives", "objectives", OBJECTIVES),
+)
