@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_packing.ledger import Refusal
 from data_packing.loss_weights import EVEN, Weighting
-from data_packing.sample import IGNORED, Sample
+from data_packing.sample import IGNORED, ImageSlot, Sample
 
 
 @dataclass(slots=True)
@@ -30,6 +30,8 @@ class Pack:
         pixels uint8 [B]: of all views one after another, each as [height, width, 3].
         sizes int32 [V, 2]: (height, width) of each view; V may be 0. It stays on the CPU: the model
             needs the numbers there, and asking a GPU for them would wait for it.
+        order int64 [K]: for every image token in `input_ids` its place among the visual tokens
+            that all views make, -1 for a newline. Empty: as they are made.
         keys: of the documents.
         refused: documents that were planned for this pack and failed.
         number: of the pack in the plan, -1 where a rank has none.
@@ -44,6 +46,7 @@ class Pack:
     cu_seqlens: Tensor
     pixels: Tensor
     sizes: Tensor
+    order: Tensor
     keys: list[str] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     number: int = -1
@@ -66,7 +69,16 @@ class Pack:
         return collate([], -1, weighting=Weighting(uses=((1,) * objectives,)))
 
 
-TENSORS = ("input_ids", "labels", "weights", "position_ids", "cu_seqlens", "pixels", "sizes")
+TENSORS = (
+    "input_ids",
+    "labels",
+    "weights",
+    "position_ids",
+    "cu_seqlens",
+    "pixels",
+    "sizes",
+    "order",
+)
 
 
 Empty = Callable[[int], NDArray[np.uint8]]
@@ -125,6 +137,7 @@ def collate(
         cu_seqlens=torch.from_numpy(bounds),
         pixels=pixels,
         sizes=sizes,
+        order=torch.from_numpy(join_orders([slot for sample in samples for slot in sample.slots])),
         keys=[sample.key for sample in samples],
         number=number,
         across_documents=across_documents,
@@ -149,6 +162,22 @@ def join_views(views: Sequence[NDArray[np.uint8]], empty: Empty = plain) -> tupl
         pixels[at : at + view.size].reshape(view.shape)[...] = view
         at += view.size
     return torch.from_numpy(pixels), torch.from_numpy(sizes)
+
+
+def join_orders(slots: Sequence[ImageSlot]) -> NDArray[np.int64]:
+    """Return the order of the visual tokens of images that follow each other; see `Pack.order`.
+
+    It is empty where every image takes the tokens that its views make, as they are made.
+    """
+    if all(slot.order is None for slot in slots):
+        return np.zeros(0, dtype=np.int64)
+    orders, first = [], 0
+    for slot in slots:
+        made = slot.made or slot.length
+        order = np.arange(made, dtype=np.int64) if slot.order is None else slot.order
+        orders.append(np.where(order < 0, order, order + first))
+        first += made
+    return _joined(orders)
 
 
 def _joined(rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -22,22 +22,27 @@ class ImageSlot:
 
     Attributes:
         start: position of its first token in `Sample.input_ids`.
-        length: how many tokens it takes.
-        grid: (rows, columns) of its visual tokens.
+        length: how many tokens it takes, marks between its visual tokens included.
+        grid: (rows, columns) of its visual tokens, (1, all of them) where they make no grid.
         views: how many views it became; the next ones in `Sample.pixels` are its own.
+        made: visual tokens that these views make; 0: as many as the slot takes.
+        order: int64, for every visual token in the slot its place among those made, -1 for a
+            newline. None: all of them as they are made.
     """
 
     start: int
     length: int
     grid: tuple[int, int]
     views: int = 1
+    made: int = 0
+    order: NDArray[np.int64] | None = None
 
 
 @dataclass(slots=True)
 class Sample:
     """One document as the model sees it.
 
-    A view is one thing that the encoder encodes. Today every image is one view.
+    A view is one thing that the encoder encodes; an image becomes one or several.
 
     Attributes:
         input_ids: int64 [L].

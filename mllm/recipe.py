@@ -84,6 +84,12 @@ class LanguageModelSection(Section):
     path: str
 
 
+class ImagesSection(PartSection):
+    """How images are cut into tiles: the rule and its options; `none` undoes a saved model's."""
+
+    tiling: str | None = None
+
+
 class ModelSection(Section):
     """Either `from:` a folder that a stage saved, or the three parts of a new model."""
 
@@ -91,6 +97,7 @@ class ModelSection(Section):
     encoder: EncoderSection | None = None
     connector: ConnectorSection | None = None
     language_model: LanguageModelSection | None = None
+    images: ImagesSection | None = None
 
 
 class LoraSection(Section):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mllm.parts import CONNECTORS, ENCODERS, OBJECTIVES, Option
+from mllm.parts import CONNECTORS, ENCODERS, OBJECTIVES, TILINGS, Option, Part
 from mllm.parts.option import SECTION, problems
 from mllm.recipe_yaml import Path_, closest, nearest
 
@@ -38,6 +38,7 @@ CONNECTOR_LAST_LINEAR = {
 def model_problems(model: ModelSection) -> Iterable[tuple[Path_, str]]:
     """What is wrong with the model section: (path, message)."""
     yield from _parts(model)
+    yield from _images(model)
     if model.from_ is not None:
         for part in ("encoder", "language_model"):
             if getattr(model, part) is not None:
@@ -148,6 +149,22 @@ def _source_objectives(
             yield (*path, i), f"{dotted}: the objective {name!r} is given twice"
 
 
+def _images(model: ModelSection) -> Iterable[tuple[Path_, str]]:
+    """What is wrong with how images are cut."""
+    images, path = model.images, ("model", "images")
+    if images is None:
+        return
+    name = images.tiling
+    if name is None and model.from_ is None:
+        yield path, f"give model.images.tiling; valid: {', '.join(TILINGS)}"
+    elif name is None:  # it comes with model.from, so its kind is not known here
+        yield from _options(path, "tiling", images.options, _every_option(TILINGS), whole=False)
+    elif name not in TILINGS:
+        yield (*path, "tiling"), f"unknown tiling {name!r}{nearest(name, TILINGS)}"
+    else:
+        yield from _options(path, f"tiling {name}", images.options, TILINGS[name].options)
+
+
 def _parts(model: ModelSection) -> Iterable[tuple[Path_, str]]:
     if model.encoder is not None:
         encoder = model.encoder
@@ -199,17 +216,17 @@ def _connector(connector: ConnectorSection) -> Iterable[tuple[Path_, str]]:
         given["visual_tokens"] = connector.visual_tokens
     name = connector.name
     if name is None:  # it comes with model.from, so its kind is not known here
-        yield from _options(path, "connector", given, _every_option(), whole=False)
+        yield from _options(path, "connector", given, _every_option(CONNECTORS), whole=False)
     elif name not in CONNECTORS:
         yield (*path, "name"), f"unknown connector {name!r}{nearest(name, CONNECTORS)}"
     else:
         yield from _options(path, f"connector {name}", given, CONNECTORS[name].options)
 
 
-def _every_option() -> dict[str, Option]:
-    """The options of all connectors; of one name, that which can change in a saved model."""
+def _every_option(parts: Mapping[str, Part]) -> dict[str, Option]:
+    """The options of all parts; of one name, that which can change in a saved model."""
     every: dict[str, Option] = {}
-    for part in CONNECTORS.values():
+    for part in parts.values():
         every |= {n: o for n, o in part.options.items() if n not in every or o.reloadable}
     return every
 

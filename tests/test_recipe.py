@@ -13,7 +13,6 @@ import torch
 from data_packing.loss_weights import RULES
 from mllm import recipe_parts
 from mllm.models.connectors import CONNECTORS
-from mllm.models.encoders import ENCODERS
 from mllm.objectives import OBJECTIVES
 from mllm.recipe import DataSection, RecipeError, load, load_all
 from mllm.recipe_parts import (
@@ -242,7 +241,10 @@ REFUSALS = {
         ["model.encoder.layr=-1"],
         "unknown option 'layr' of the encoder clip; did you mean 'layer'?",
     ),
-    "half a layer": (["model.encoder.layer=1.5"], "model.encoder.layer must be a whole number below 0, got 1.5"),
+    "half a layer": (
+        ["model.encoder.layer=1.5"],
+        "layer must be a whole number below 0, got 1.5",
+    ),
     "no square": (
         ["model.connector.visual_tokens=15"],
         "must be a square number, got 15; the nearest are 9 and 16",

@@ -10,13 +10,15 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import mllm.models.auto  # noqa: F401  (the Auto classes know the model from here on)
+from mllm.models.chat_template import with_images
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, PretrainedConnector
 from mllm.models.encoders import ENCODERS, WITHOUT_PATH
 from mllm.models.errors import check_folder, check_options, choose, loading
-from mllm.models.language import add_image_token, load_language_model
+from mllm.models.language import add_special_tokens, load_language_model
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import IMAGE_TOKEN, Processor, changed_connector
+from mllm.models.tiles import changed_images, check_images, special_tokens
 
 _TRAINING_OPTIONS = ("init",)  # of a connector's section, but not the model's concern
 
@@ -27,7 +29,7 @@ def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[Multimod
     Args:
         section: the `model:` section, as a mapping or an object with `model_dump`: either `from`
             (a stage's folder; `connector` may change reloadable options) or `encoder` {name, path,
-            …}, `connector` {name, …} and `language_model` {path}.
+            …}, `connector` {name, …} and `language_model` {path}; either way `images` {tiling, …}.
         dtype: of all weights.
 
     Returns:
@@ -46,7 +48,7 @@ def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[Multimod
         for name in ("encoder", "language_model"):
             if parts.get(name):
                 raise ValueError(f"model.from takes the {name} from {start}; leave {name} out")
-        return load(start, dtype=dtype, connector=connector)
+        return load(start, dtype=dtype, connector=connector, images=parts.get("images"))
     for name in ("encoder", "connector", "language_model"):
         if not parts.get(name):
             raise ValueError(f"model.{name} is missing (or give model.from, a trained folder)")
@@ -55,13 +57,20 @@ def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[Multimod
             continue
         if not parts[name].get(key):
             raise ValueError(f"model.{name}.{key} is missing")
-    return _from_parts(dict(parts["encoder"]), connector, dict(parts["language_model"]), dtype)
+    return _from_parts(
+        dict(parts["encoder"]),
+        connector,
+        dict(parts["language_model"]),
+        dict(parts.get("images") or {}),
+        dtype,
+    )
 
 
 def load(
     folder: str | Path,
     dtype: torch.dtype | str = "auto",
     connector: Mapping[str, Any] | None = None,
+    images: Mapping[str, Any] | None = None,
 ) -> tuple[MultimodalModel, Processor]:
     """Load a stage's folder.
 
@@ -69,6 +78,7 @@ def load(
         folder: what a stage saved.
         dtype: of all weights; "auto" keeps the saved one.
         connector: reloadable options to change, e.g. {"visual_tokens": 144}.
+        images: options of the tiling to change, e.g. {"tiles": 6}.
 
     Returns:
         The model in eval mode and its processor.
@@ -86,14 +96,33 @@ def load(
         )
     changes = dict(connector or {})
     config.connector = changed_connector(config.connector, changes)
+    model: MultimodalModel = MultimodalModel.from_pretrained(folder, config=config, dtype=dtype)
     processor = Processor.from_pretrained(folder, connector=changes)
-    return MultimodalModel.from_pretrained(folder, config=config, dtype=dtype), processor
+    if images:
+        processor = _cut_anew(model, processor, images)
+    return model, processor
+
+
+def _cut_anew(
+    model: MultimodalModel, processor: Processor, changes: Mapping[str, Any]
+) -> Processor:
+    """Change how images are cut; tokens of marks and a newline are added where they are missing."""
+    images = changed_images(processor.images, changes)
+    check_images(images)
+    language_model: Any = model.language_model
+    never = add_special_tokens(language_model, processor.tokenizer, special_tokens(images))
+    model.config.text_config = language_model.config
+    model.cut_images(images)
+    config: Any = model.generation_config
+    config.suppress_tokens = sorted({*never, *(config.suppress_tokens or [])})
+    return processor.cutting(images)
 
 
 def _from_parts(
     encoder_section: dict[str, Any],
     connector: dict[str, Any],
     language_section: dict[str, Any],
+    images: dict[str, Any],
     dtype: torch.dtype,
 ) -> tuple[MultimodalModel, Processor]:
     name = encoder_section.pop("name")
@@ -109,11 +138,14 @@ def _from_parts(
     language_path = language_section.pop("path")
     check_options(language_section, (), "language_model")
     language_model, tokenizer = load_language_model(language_path, dtype)
-    added = add_image_token(language_model, tokenizer)
-    processor = Processor(tokenizer, encoder.geometry, connector)
+    check_images(images)
+    added = add_special_tokens(language_model, tokenizer, (IMAGE_TOKEN, *special_tokens(images)))
+    with_images(tokenizer, IMAGE_TOKEN)
+    processor = Processor(tokenizer, encoder.geometry, connector, images=images)
     config = MultimodalConfig(
         encoder={"name": name, **encoder.spec},
         connector=connector,
+        images=images,
         text_config=language_model.config,
         image_token=IMAGE_TOKEN,
         image_token_id=processor.image_token_id,
@@ -130,7 +162,7 @@ def _from_parts(
 def _generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, never: list[int]
 ) -> GenerationConfig:
-    """The language model's own, ending turns, never writing image tokens."""
+    """The language model's own, ending turns, never writing what stands for images."""
     config = model.generation_config or GenerationConfig()
     ends = config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}

@@ -1,13 +1,16 @@
-"""How an image becomes a square of pixels, and how many cells the encoder sees in it.
+"""How an image becomes views, and how many cells the encoder sees in each.
 
-Kept apart from the encoders, so that loader workers need neither their classes nor their weights.
+A view is one thing that the encoder encodes. Kept apart from the encoders, so that loader workers
+need neither their classes nor their weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from math import prod
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,14 +26,101 @@ _RESAMPLING = {
 RESAMPLING_NAMES = ("nearest", "lanczos", "bilinear", "bicubic")
 """Names in the order of Pillow's numbers, which preprocessor_config.json files use."""
 
-_REDUCING_GAP = 3.0  # Pillow halves a much larger image first; above 3 nobody sees a difference
-
 _LONG = 16  # sides beyond this ratio: only what stays is scaled
 
 
+Size = tuple[int, int]
+"""(height, width) in pixels, or (rows, columns) of a grid."""
+
+OutputGrid = Callable[[Size], Size]
+"""Grid of a view's features -> grid of its visual tokens: what the connector makes of it."""
+
+
 @dataclass(frozen=True, slots=True)
-class ImageGeometry:
-    """What an encoder wants to see.
+class Layout:
+    """What an image of one size becomes: views for the encoder, and its place in the text.
+
+    Attributes:
+        sizes: (height, width) of its views, in order.
+        patches: cells that the encoder computes for them.
+        grid: (rows, columns) of its visual tokens, (1, all of them) where they make no grid.
+        writing: what stands in its slot, in order: so many visual tokens, or a mark as text.
+        made: visual tokens that its views make, one view after another.
+        order: for every visual token in the slot its place among those made, -1 for a newline.
+            None: all of them as they are made.
+    """
+
+    sizes: tuple[Size, ...]
+    patches: int
+    grid: Size
+    writing: tuple[int | str, ...]
+    made: int
+    order: NDArray[np.int64] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens in the slot."""
+        return sum(piece for piece in self.writing if isinstance(piece, int))
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """The texts between visual tokens."""
+        return tuple(piece for piece in self.writing if isinstance(piece, str))
+
+
+class Geometry(ABC):
+    """What an encoder wants to see of an image.
+
+    Attributes:
+        NEWLINE: whether a layout refers to a newline, a learned row beside the visual tokens.
+    """
+
+    __slots__ = ()
+    NEWLINE: ClassVar[bool] = False
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    @abstractmethod
+    def smallest(self) -> Size:
+        """(height, width) of the cheapest view that the encoder takes."""
+
+    @abstractmethod
+    def view_sizes(self, height: int, width: int) -> tuple[Size, ...]:
+        """Return (height, width) of the views of an image of this size."""
+
+    @abstractmethod
+    def views(self, pixels: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+        """Turn an image, uint8 [H, W, 3], into its views, uint8 [h, w, 3] of `view_sizes`.
+
+        Pixels are not normalised: that is the device's work.
+        """
+
+    @abstractmethod
+    def grid(self, height: int, width: int) -> Size:
+        """Return (rows, columns) of the features of a view of this size."""
+
+    def layout(self, height: int, width: int, output_grid: OutputGrid) -> Layout:
+        """Return what an image of this size becomes: its views' tokens one after another.
+
+        Raises:
+            ValueError: the connector cannot make tokens of a view's grid.
+        """
+        sizes = self.view_sizes(height, width)
+        grids = [self.grid(*size) for size in sizes]
+        tokens = [output_grid(grid) for grid in grids]
+        made = sum(map(prod, tokens))
+        grid = tokens[0] if len(tokens) == 1 else (1, made)
+        return Layout(sizes, sum(map(prod, grids)), grid, (made,), made)
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON, from which `geometry_from_dict` rebuilds it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageGeometry(Geometry):
+    """Every image becomes one square view.
 
     Attributes:
         image_size: side of the square it takes, in pixels.
@@ -75,13 +165,22 @@ class ImageGeometry:
         """Return plain values for JSON."""
         return asdict(self)
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Return (rows, columns) of the features of an image of this size in pixels."""
-        return (self.cells, self.cells)
+    @property
+    def smallest(self) -> Size:
+        """The square that it takes."""
+        return (self.image_size, self.image_size)
 
-    def patches(self, height: int, width: int) -> int:
-        """Return how many cells the encoder computes for an image of this size in pixels."""
-        return self.cells * self.cells
+    def view_sizes(self, height: int, width: int) -> tuple[Size, ...]:
+        """Return one square, whatever the image."""
+        return (self.smallest,)
+
+    def views(self, pixels: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+        """Turn an image into one square."""
+        return [self.preprocess(pixels)]
+
+    def grid(self, height: int, width: int) -> Size:
+        """Return (rows, columns) of the features of a square."""
+        return (self.cells, self.cells)
 
     def preprocess(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Resize uint8 [H, W, 3] to uint8 [S, S, 3]; normalisation is the device's work."""
@@ -92,13 +191,12 @@ class ImageGeometry:
         resized = {"squash": self._squash, "crop": self._crop, "pad": self._pad}[self.resize](image)
         return np.array(resized, dtype=np.uint8)
 
-    def _resized(self, image: Image.Image, width: int, height: int) -> Image.Image:
-        return image.resize(
-            (width, height), _RESAMPLING[self.resampling], reducing_gap=_REDUCING_GAP
-        )
+    def scaled(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        """Scale to this size with the encoder's filter, whatever the aspect."""
+        return image.resize((width, height), _RESAMPLING[self.resampling])
 
     def _squash(self, image: Image.Image) -> Image.Image:
-        return self._resized(image, self.image_size, self.image_size)
+        return self.scaled(image, self.image_size, self.image_size)
 
     def _crop(self, image: Image.Image) -> Image.Image:
         short, long = sorted(image.size)
@@ -107,7 +205,7 @@ class ImageGeometry:
         width, height = (edge, longer) if image.width <= image.height else (longer, edge)
         if longer > _LONG * edge:
             return self._crop_long(image, width, height)
-        scaled = self._resized(image, width, height)
+        scaled = self.scaled(image, width, height)
         left, top = (width - self.image_size) // 2, (height - self.image_size) // 2
         return scaled.crop((left, top, left + self.image_size, top + self.image_size))
 
@@ -129,6 +227,11 @@ class ImageGeometry:
         width, height = (max(1, round(edge * side / long)) for edge in image.size)
         red, green, blue = (round(255 * value) for value in self.mean)
         canvas = Image.new("RGB", (side, side), (red, green, blue))
-        scaled = self._resized(image, width, height)
+        scaled = self.scaled(image, width, height)
         canvas.paste(scaled, ((side - width) // 2, (side - height) // 2))
         return canvas
+
+
+def geometry_from_dict(values: Mapping[str, Any]) -> Geometry:
+    """Rebuild a geometry from its `to_dict`."""
+    return ImageGeometry.from_dict(values)

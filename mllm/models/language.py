@@ -10,6 +10,7 @@ with sharded weights would then disagree about what comes next.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from mllm.models import attention
 from mllm.models.errors import check_language_model, loading
 from mllm.models.families import blueprint, check_config, check_model
 from mllm.models.probe import probe
-from mllm.models.processor import IMAGE_TOKEN
 
 _ROWS = 64  # the embedding is padded to a multiple: tensor cores want it
 
@@ -75,23 +75,27 @@ def _source(path: str | Path) -> tuple[str | Path, dict[str, Any]]:
     return path, {}
 
 
-def add_image_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Add the image token once; return the rows of the embedding that are nobody's text.
+def add_special_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> list[int]:
+    """Add special tokens once; return the rows of the embedding that are nobody's text.
 
-    A tokenizer that has it keeps its id; a plain word becomes special, so that no text may hold it.
+    A tokenizer that has one keeps its id; a plain word becomes special, so that no text may hold
+    it.
     """
-    token = AddedToken(IMAGE_TOKEN, special=True, normalized=False)
-    tokenizer.add_tokens([token], special_tokens=True)
+    tokens = [AddedToken(text, special=True, normalized=False) for text in texts]
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    own = [tokenizer.get_vocab()[text] for text in texts]
     before = _rows(model)
     if len(tokenizer) <= before:
-        return [tokenizer.get_vocab()[IMAGE_TOKEN]]
+        return sorted(own)
     model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=_ROWS, mean_resizing=False)
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     with torch.no_grad():
         for weight in {id(layer.weight): layer.weight for layer in layers}.values():
             # the mean's logit is far below any likely token's, a random row's need not be
             weight[before:] = weight[:before].float().mean(dim=0).to(weight.dtype)
-    return list(range(before, _rows(model)))
+    return sorted({*own, *range(before, _rows(model))})
 
 
 def _rows(model: PreTrainedModel) -> int:

@@ -21,6 +21,8 @@ from mllm.models.connectors import CONNECTORS, Connector
 from mllm.models.encoders import ENCODERS, VisionEncoder
 from mllm.models.errors import check_folder, choose, loading
 from mllm.models.families import check_config, output_layer
+from mllm.models.newline import Newline, in_order
+from mllm.models.tiles import TILINGS
 from mllm.models.views import repeat_rows
 
 
@@ -64,6 +66,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             config.connector, self.encoder.width, embedding.embedding_dim
         )
         self.language_model = language_model
+        self.cut_images(config.images)
         # looped over in Python, experts call modules by what the tokens are; shards cannot bear it
         experts = language_model.get_correct_experts_implementation(None)
         for shared in (text, language_model.config):  # the outer config resets its parts'
@@ -80,6 +83,16 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         if compute is not None:
             compute()
 
+    def cut_images(self, images: dict[str, Any]) -> None:
+        """Take images as they are cut by this `images:` section; a new newline is random."""
+        self.config.images = images
+        needed = bool(images) and TILINGS[images["tiling"]].NEWLINE
+        if needed and not hasattr(self.connector, "newline"):
+            embedding: Any = self.get_input_embeddings()
+            self.connector.newline = Newline(embedding.embedding_dim).to(self.dtype)
+        elif not needed and hasattr(self.connector, "newline"):
+            del self.connector.newline
+
     # -- the path from ids and pixels to hidden states ------------------------------------------
 
     def hidden_states(
@@ -87,6 +100,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         pixels: Tensor | None = None,
         sizes: Tensor | None = None,
+        order: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -100,6 +114,8 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 None: no image.
             sizes: [V, 2], (height, width) of each view. Best on the CPU, where its numbers are
                 needed; a GPU is waited for once.
+            order: [K], for every image token its place among the visual tokens of all views, -1
+                for a newline. None or empty: as they are made.
             position_ids: [B, T] or [T]; in a pack they restart with every document (the default).
             cu_seqlens: int32 [n+1], document bounds of a pack. None: ordinary rows.
             attention_mask: [B, T], 1 where a row has a token. Not for packs.
@@ -109,7 +125,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 take, or wrong bounds.
         """
         states: Tensor = self._states(
-            input_ids, pixels, sizes, position_ids, cu_seqlens, attention_mask, **kwargs
+            input_ids, pixels, sizes, order, position_ids, cu_seqlens, attention_mask, **kwargs
         ).last_hidden_state
         return states
 
@@ -122,7 +138,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         return output_layer(self.get_output_embeddings(), self.language_model.config)
 
     def image_features(self, pixels: Tensor, sizes: Tensor) -> Tensor:
-        """Return the visual tokens [sum M, D] of views; arguments as `hidden_states`."""
+        """Return the visual tokens [sum M, D] that views make; arguments as `hidden_states`."""
         sizes = sizes.cpu()
         trains = self.encoder.trains
         if self.encoder.training != (self.training and trains):
@@ -142,6 +158,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         pixels: Tensor | None,
         sizes: Tensor | None,
+        order: Tensor | None,
         position_ids: Tensor | None,
         cu_seqlens: Tensor | None,
         attention_mask: Tensor | None,
@@ -149,7 +166,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Run the language model without its output layer: a BaseModelOutputWithPast."""
         input_ids = input_ids if input_ids.ndim == 2 else input_ids[None]
-        embeds = self._embed(input_ids, pixels, sizes)
+        embeds = self._embed(input_ids, pixels, sizes, order)
         if position_ids is not None and position_ids.ndim == 1:
             position_ids = position_ids[None]
         body = self.language_model.base_model
@@ -174,7 +191,13 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 **{"use_cache": False, **kwargs},
             )
 
-    def _embed(self, input_ids: Tensor, pixels: Tensor | None, sizes: Tensor | None) -> Tensor:
+    def _embed(
+        self,
+        input_ids: Tensor,
+        pixels: Tensor | None,
+        sizes: Tensor | None,
+        order: Tensor | None = None,
+    ) -> Tensor:
         """Embed ids [B, T] to [B, T, D], with the image tokens replaced by visual tokens."""
         if (pixels is None) != (sizes is None):
             raise ValueError("pixels and sizes go together: give both or neither")
@@ -186,11 +209,23 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             if pixels is None and not self.training:
                 return embeds
             # every rank runs the vision path in every call, or sharded weights would wait for ever
-            nothing = self.image_features(*self.encoder.blank(input_ids.device))[:0].sum()
+            blank = self.image_features(*self.encoder.blank(input_ids.device))
+            nothing = self._ordered(blank, None)[:0].sum()
             return embeds + nothing.to(embeds.dtype)
-        tokens = self.image_features(pixels, sizes)
+        tokens = self._ordered(self.image_features(pixels, sizes), order)
         self._check_counts(wanted, len(sizes), len(tokens))
         return embeds.masked_scatter(slots[..., None], tokens.to(embeds.dtype))
+
+    def _ordered(self, tokens: Tensor, order: Tensor | None) -> Tensor:
+        """Put visual tokens [sum M, D] into the order [K, D] in which they stand in the text."""
+        given = order is not None and len(order) > 0
+        newline: Newline | None = getattr(self.connector, "newline", None)
+        if newline is not None:
+            if order is None or not given:
+                order = torch.arange(len(tokens), device=tokens.device)
+            ordered: Tensor = newline(tokens, order)
+            return ordered
+        return in_order(tokens, order) if order is not None and given else tokens
 
     def _check_counts(self, wanted: int, views: int, made: int) -> None:
         if wanted != made:
@@ -207,6 +242,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         pixels: Tensor | None = None,
         sizes: Tensor | None = None,
+        order: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -227,7 +263,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         if use_cache is not None:
             extra = {**extra, "use_cache": use_cache}
         states = self._states(
-            input_ids, pixels, sizes, position_ids, cu_seqlens, attention_mask, **extra
+            input_ids, pixels, sizes, order, position_ids, cu_seqlens, attention_mask, **extra
         )
         kept = states.last_hidden_state
         if not isinstance(logits_to_keep, int) or logits_to_keep:
@@ -259,7 +295,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs["pixels"] = inputs["sizes"] = None
+            inputs["pixels"] = inputs["sizes"] = inputs["order"] = None
         return inputs
 
     def _expand_inputs_for_generation(  # type: ignore[override]
@@ -270,20 +306,29 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Repeat rows for beams or several answers; a row's views stay together."""
-        pixels, sizes = model_kwargs.pop("pixels", None), model_kwargs.pop("sizes", None)
-        if pixels is not None and sizes is not None and expand_size > 1:
+        names = ("pixels", "sizes", "order")
+        images = {name: model_kwargs.pop(name, None) for name in names}
+        if images["pixels"] is not None and expand_size > 1:
             assert input_ids is not None
-            tokens = self.tokens_per_view(sizes)
-            wanted = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
-            self._check_counts(sum(wanted), len(sizes), sum(tokens))
-            pixels, sizes = repeat_rows(pixels, sizes, tokens, wanted, expand_size)
+            images = self._repeat_images(input_ids, expand_size, **images)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
             input_ids=input_ids,  # type: ignore[arg-type]
             **model_kwargs,
         )
-        return input_ids, {**model_kwargs, "pixels": pixels, "sizes": sizes}
+        return input_ids, {**model_kwargs, **images}
+
+    def _repeat_images(
+        self, input_ids: Tensor, times: int, pixels: Tensor, sizes: Tensor, order: Tensor | None
+    ) -> dict[str, Any]:
+        """Repeat the images of every row so many times."""
+        tokens = self.tokens_per_view(sizes)
+        wanted = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
+        kept = sum(tokens) if order is None else len(order)
+        self._check_counts(sum(wanted), len(sizes), kept)
+        pixels, sizes, order = repeat_rows(pixels, sizes, order, tokens, wanted, times)
+        return {"pixels": pixels, "sizes": sizes, "order": order}
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

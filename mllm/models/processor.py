@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,15 +18,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_packing.document import Document, DocumentError
 from data_packing.images import decode
-from data_packing.pack import join_views
+from data_packing.pack import join_orders, join_views
 from data_packing.sample import IGNORED, Cost, ImageSlot, Sample
 from mllm.models import template
 from mllm.models.connectors import CONNECTORS
 from mllm.models.errors import check_folder, choose, loading, read_json, unknown
-from mllm.models.geometry import ImageGeometry
-from mllm.models.template import Template
+from mllm.models.geometry import Geometry, Layout, Size, geometry_from_dict
+from mllm.models.template import ImageText, Template
+from mllm.models.tiles import special_tokens, tiled
 
 _FILE = "processor_config.json"
+_REMEMBERED = 4096  # sizes whose layout is kept: pictures of one camera are alike
 IMAGE_TOKEN = "<image>"
 
 
@@ -37,23 +40,37 @@ class Processor:
         geometry: what the encoder wants to see.
         connector: the connector's `name` and options.
         image_token: the placeholder of one visual token.
+        images: the `images:` section: how images are cut into tiles; empty for not at all.
+        image_text: what is written for an image, around its token.
+
+    Raises:
+        ValueError: parts that do not fit, or a tokenizer without a token that is needed.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        geometry: ImageGeometry,
+        geometry: Geometry,
         connector: dict[str, Any],
         image_token: str = IMAGE_TOKEN,
+        images: Mapping[str, Any] | None = None,
+        image_text: ImageText | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.geometry = geometry
-        self.connector = dict(connector)
-        self.template = Template(tokenizer, image_token)
+        self.connector, self.images = dict(connector), dict(images or {})
+        self.geometry = tiled(geometry, self.images)
+        self.template = Template(tokenizer, image_token, image_text)
         kind = choose(CONNECTORS, connector["name"], "connector")
         kind.check(connector)
-        self._output_grid = kind.output_grid
-        self._output_grid(self.connector, geometry.grid(geometry.image_size, geometry.image_size))
+        self._output_grid = partial(kind.output_grid, self.connector)
+        self._layouts: dict[Size, Layout] = {}
+        self._marks: dict[str, list[int]] = {}
+        known = tokenizer.get_vocab()
+        if missing := [token for token in special_tokens(self.images) if token not in known]:
+            raise ValueError(
+                f"tiling {self.images['tiling']}: the tokenizer has no token {missing[0]!r}"
+            )
+        self.layout(*self.geometry.smallest)
 
     @property
     def image_token(self) -> str:
@@ -75,10 +92,10 @@ class Processor:
         """
         written = self.template.write(document)
         ids, slots = self._expand(written.ids, document)
-        learned = self._repeat(written.ids, written.learned, slots)
+        labels = np.where(written.learned, written.ids, IGNORED)
         return Sample(
             input_ids=ids,
-            labels=np.where(learned, ids, IGNORED),
+            labels=self._with_slots(written.ids, labels, [_unlearned(slot) for slot in slots]),
             slots=slots,
             pixels=self._pixels(document),
             source=document.source,
@@ -98,12 +115,21 @@ class Processor:
 
     def image_cost(self, height: int, width: int) -> tuple[int, int]:
         """Return (language tokens, vision patches) of an image of this size in pixels."""
-        rows, columns = self._output_grid(self.connector, self.geometry.grid(height, width))
-        return rows * columns, self.geometry.patches(height, width)
+        layout = self.layout(height, width)
+        marks = sum(len(self._mark(text)) for text in layout.marks)
+        return layout.tokens + marks, layout.patches
 
     def image_bytes(self, height: int, width: int) -> int:
         """Return the bytes of the pixels that an image of this size becomes, in all its views."""
-        return 3 * self.geometry.image_size**2
+        return 3 * sum(high * wide for high, wide in self.geometry.view_sizes(height, width))
+
+    def layout(self, height: int, width: int) -> Layout:
+        """Return the views and the visual tokens of an image of this size in pixels."""
+        if (height, width) not in self._layouts:
+            if len(self._layouts) == _REMEMBERED:
+                self._layouts.clear()
+            self._layouts[height, width] = self.geometry.layout(height, width, self._output_grid)
+        return self._layouts[height, width]
 
     def prompt(self, document: Document) -> dict[str, Tensor]:
         """Return what `generate` takes for one document: see `prompts`."""
@@ -116,12 +142,14 @@ class Processor:
 
         Returns:
             input_ids [B, T], attention_mask [B, T] and, if there is an image, pixels uint8 [P] of
-            all views one after another and sizes int32 [V, 2], (height, width) of each.
+            all views one after another and sizes int32 [V, 2], (height, width) of each; where the
+            tokens of tiles are put together anew, order int64 [K], see `Pack.order`.
 
         Raises:
             DocumentError: one of them cannot be used, or ends with an answer.
         """
-        rows = [self._expand(self.template.prompt(one), one)[0] for one in documents]
+        expanded = [self._expand(self.template.prompt(one), one) for one in documents]
+        rows = [row for row, _ in expanded]
         longest = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
@@ -133,6 +161,9 @@ class Processor:
         result = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
         if views := [view for one in documents for view in self._pixels(one)]:
             result["pixels"], result["sizes"] = join_views(views)
+            order = join_orders([slot for _, slots in expanded for slot in slots])
+            if len(order):
+                result["order"] = torch.from_numpy(order)
         return result
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
@@ -150,28 +181,55 @@ class Processor:
     def _expand(
         self, ids: NDArray[np.int64], document: Document
     ) -> tuple[NDArray[np.int64], list[ImageSlot]]:
-        """Repeat every placeholder as often as its image has visual tokens."""
+        """Put its visual tokens and marks into the place of every image."""
         slots: list[ImageSlot] = []
+        fillings: list[NDArray[np.int64]] = []
         grown = 0
         places = np.flatnonzero(ids == self.image_token_id)
         for place, image in zip(places, document.images, strict=True):
-            cells = self.geometry.grid(image.height, image.width)
-            rows, columns = self._output_grid(self.connector, cells)
-            slots.append(ImageSlot(int(place) + grown, rows * columns, (rows, columns)))
-            grown += rows * columns - 1
-        return self._repeat(ids, ids, slots), slots
+            layout = self.layout(image.height, image.width)
+            fillings.append(self._filling(layout))
+            length = len(fillings[-1])
+            start, views = int(place) + grown, len(layout.sizes)
+            slots.append(ImageSlot(start, length, layout.grid, views, layout.made, layout.order))
+            grown += length - 1
+        return self._with_slots(ids, ids, fillings), slots
 
-    def _repeat(self, ids: NDArray[np.int64], values: NDArray[Any], slots: list[ImageSlot]) -> Any:
-        repeats = np.ones(len(ids), dtype=np.int64)
-        repeats[ids == self.image_token_id] = [slot.length for slot in slots]
-        return np.repeat(values, repeats)
+    def _filling(self, layout: Layout) -> NDArray[np.int64]:
+        """Ids of what stands in an image's slot."""
+        pieces = [
+            [self.image_token_id] * piece if isinstance(piece, int) else self._mark(piece)
+            for piece in layout.writing
+        ]
+        return np.array([token for piece in pieces for token in piece], dtype=np.int64)
+
+    def _mark(self, text: str) -> list[int]:
+        """Ids of a mark between visual tokens."""
+        if text not in self._marks:
+            self._marks[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._marks[text]
+
+    def _with_slots(
+        self, ids: NDArray[np.int64], values: NDArray[Any], fillings: list[NDArray[Any]]
+    ) -> NDArray[Any]:
+        """Put fillings into `values`, aligned with `ids`, where these have a placeholder."""
+        if not fillings:
+            return values
+        places = np.flatnonzero(ids == self.image_token_id)
+        texts = np.split(values, places)
+        rest = [
+            part
+            for filling, text in zip(fillings, texts[1:], strict=True)
+            for part in (filling, text[1:])
+        ]
+        return np.concatenate([texts[0], *rest])
 
     def _pixels(self, document: Document) -> list[NDArray[np.uint8]]:
         """The views of the document's images, uint8 [H, W, 3] each."""
-        pixels = []
+        pixels: list[NDArray[np.uint8]] = []
         for number, image in enumerate(document.images, start=1):
             try:
-                pixels.append(self.geometry.preprocess(decode(image.data)))
+                pixels += self.geometry.views(decode(image.data))
             except DocumentError as error:
                 raise DocumentError(f"image {number}: {error}") from error
         return pixels
@@ -184,7 +242,7 @@ class Processor:
         parts = (
             self.tokenizer.backend_tokenizer.to_str(),
             str(self.tokenizer.chat_template),
-            self.image_token,
+            *self.template.image_text,
             str(template.VERSION),
         )
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -192,9 +250,18 @@ class Processor:
     @property
     def fingerprint(self) -> str:
         """A hash of what decides every sample: the text's and the images' part."""
-        values = {"geometry": self.geometry.to_dict(), "connector": self.connector}
+        values = {
+            "geometry": self.geometry.to_dict(),
+            "images": self.images,
+            "connector": self.connector,
+        }
         text = self.text_fingerprint + json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def cutting(self, images: Mapping[str, Any]) -> Self:
+        """Return the same processor with images cut by another `images:` section."""
+        geometry, text = geometry_from_dict(self.geometry.to_dict()), self.template.image_text
+        return type(self)(self.tokenizer, geometry, self.connector, self.image_token, images, text)
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """Write the tokenizer's files and processor_config.json (last, atomically)."""
@@ -203,16 +270,21 @@ class Processor:
         self.tokenizer.save_pretrained(str(folder))
         values = {
             "geometry": self.geometry.to_dict(),
+            "images": self.images,
             "connector": self.connector,
             "image_token": self.image_token,
+            "image_text": self.template.image_text._asdict(),
         }
-        partial = folder / f"{_FILE}.partial"
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder / _FILE)
+        draft = folder / f"{_FILE}.partial"
+        draft.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        os.replace(draft, folder / _FILE)
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, connector: dict[str, Any] | None = None, **kwargs: Any
+        cls,
+        folder: str | Path,
+        connector: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> Self:
         """Load what `save_pretrained` wrote.
 
@@ -230,10 +302,16 @@ class Processor:
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
         return cls(
             tokenizer,
-            ImageGeometry.from_dict(values["geometry"]),
+            geometry_from_dict(values["geometry"]),
             changed_connector(values["connector"], connector or {}),
             values["image_token"],
+            values.get("images"),
+            ImageText(**values["image_text"]) if "image_text" in values else None,
         )
+
+
+def _unlearned(slot: ImageSlot) -> NDArray[np.int64]:
+    return np.full(slot.length, IGNORED, dtype=np.int64)
 
 
 def changed_connector(spec: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

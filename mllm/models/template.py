@@ -17,22 +17,38 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from data_packing.document import Document, DocumentError, Image, Part, Text
+from data_packing.document import Document, DocumentError, Image, Text
 from data_packing.sample import Cost
+from mllm.models.chat_template import takes_parts
+from mllm.models.turns import Turn, turns_of
 
 _FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What the Python inside a template raises on a text that it was not written for."""
 
-VERSION = 1
+VERSION = 2
 """Part of the fingerprint: counts cached under another version of the rule are not used."""
+
+
+class ImageText(NamedTuple):
+    """What stands for an image in text.
+
+    Attributes:
+        asked: what the chat template writes for a part `{"type": "image"}`.
+        written: what is tokenised in its place, and in a raw document; it holds the image token
+            once.
+    """
+
+    asked: str
+    written: str
 
 
 @dataclass(slots=True)
@@ -48,30 +64,32 @@ class Written:
     learned: NDArray[np.bool_]
 
 
-@dataclass(slots=True)
-class _Message:
-    """Neighbouring parts of one role: a turn."""
-
-    role: str
-    content: str = ""
-    learned: set[bool] = field(default_factory=set)
-    first_part: int = 0
-
-
 class Template:
     """The rule for one tokenizer.
 
     Args:
         tokenizer: a fast tokenizer that has `image_token` as a special token.
-        image_token: the placeholder.
+        image_token: the placeholder of one visual token.
+        image_text: what stands for an image; left out, the image token alone.
 
     Raises:
-        ValueError: the tokenizer lacks the placeholder or an end token.
+        ValueError: the tokenizer lacks the placeholder or an end token, or the text of an image
+            does not hold it once.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token: str) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_token: str,
+        image_text: ImageText | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.image_token = image_token
+        self.image_text = image_text or ImageText(image_token, image_token)
+        if self.image_text.written.count(image_token) != 1:
+            raise ValueError(
+                f"the text of an image, {self.image_text.written!r}, must hold {image_token!r} once"
+            )
         if image_token not in tokenizer.get_vocab():
             raise ValueError(f"the tokenizer has no token {image_token!r}")
         self.image_id: int = tokenizer.get_vocab()[image_token]
@@ -88,6 +106,14 @@ class Template:
         begins = tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id
         self._begin = [tokenizer.bos_token_id] if begins else []
         self._overheads: dict[str, int] = {}
+        self._image_ids = self._tokens([self.image_text.written])[0]
+        if self._image_ids.count(self.image_id) != 1:
+            raise ValueError(f"{image_token!r} is no special token of the tokenizer")
+
+    @cached_property
+    def takes_parts(self) -> bool:
+        """Whether the chat template is handed images as parts, not as text."""
+        return takes_parts(self.tokenizer, self.image_text.asked)
 
     def write(self, document: Document) -> Written:
         """Return the ids of a document and which are learned.
@@ -115,7 +141,7 @@ class Template:
         self._check(document)
         if not document.is_conversation:
             return self._write_raw(document).ids[:-1]
-        messages = _messages(document, self.image_token)
+        messages = turns_of(document)
         if messages[-1].role == "assistant":
             raise DocumentError("a prompt ends with the user's turn, this one with an answer")
         text = self._render(messages, generation_prompt=True)
@@ -134,8 +160,8 @@ class Template:
         pieces = document.pieces()
         images = _images_of_pieces(document, pieces)
         if not document.is_conversation:
-            texts = self._texts(document.parts)
-            counts = [sum(len(ids) for ids in texts[start:stop]) for start, stop in pieces]
+            sizes = [sum(token != self.image_id for token in ids) for ids in self._texts(document)]
+            counts = [sum(sizes[start:stop]) for start, stop in pieces]
             overhead = len(self._begin) + 1
         else:
             counts, overhead = self._conversation_counts(document, pieces)
@@ -154,27 +180,26 @@ class Template:
 
     def _write_raw(self, document: Document) -> Written:
         ids, learned, last = list(self._begin), [False] * len(self._begin), True
-        for part, text in zip(document.parts, self._texts(document.parts), strict=True):
+        for part, text in zip(document.parts, self._texts(document), strict=True):
+            ids.extend(text)
             if isinstance(part, Image):
-                ids.append(self.image_id)
-                learned.append(False)
+                learned.extend([False] * len(text))
             else:
-                ids.extend(text)
                 learned.extend([part.learned] * len(text))
                 last = part.learned
         ids.append(self.tokenizer.eos_token_id)
         learned.append(last)
         return Written(np.array(ids, dtype=np.int64), np.array(learned, dtype=bool))
 
-    def _texts(self, parts: tuple[Part, ...]) -> list[list[int]]:
-        """Ids of every part's text; none for an image."""
-        texts = ["" if isinstance(part, Image) else part.text for part in parts]
-        return self._tokens(texts)
+    def _texts(self, document: Document) -> list[list[int]]:
+        """Ids of every part of a raw document."""
+        image = self.image_text.written
+        return self._tokens([image if isinstance(p, Image) else p.text for p in document.parts])
 
     # -- conversations ---------------------------------------------------------------------------
 
     def _write_conversation(self, document: Document) -> Written:
-        messages = _messages(document, self.image_token)
+        messages = turns_of(document)
         if messages[-1].role == "system" and len(messages) == 1:
             raise DocumentError("a conversation of nothing but a system prompt")
         text = self._render(messages)
@@ -200,7 +225,7 @@ class Template:
             turn_end = self._turn_end(segment) if answers.get(start) else 0
             learned += [at < turn_end for at in range(len(segment))]
         result = Written(np.array(ids, dtype=np.int64), np.array(learned, dtype=bool))
-        result.learned &= result.ids != self.image_id
+        self._unlearn_images(result)
         self._check_placeholders(document, result.ids)
         return result
 
@@ -212,7 +237,7 @@ class Template:
         total = int((whole != self.image_id).sum())
         if len(pieces) == 1:
             return [total], 0
-        messages = _messages(document, self.image_token)
+        messages = turns_of(document)
         text = self._render(messages)
         number_of = {message.first_part: number for number, message in enumerate(messages)}
         bounds = [self._prefix(text, messages[: number_of[start]]) for start, _ in pieces[1:]]
@@ -271,7 +296,7 @@ class Template:
         ]
         return ends[-1] + 1 if ends else len(answer)
 
-    def _prefix(self, text: str, messages: list[_Message], generation_prompt: bool = False) -> int:
+    def _prefix(self, text: str, messages: list[Turn], generation_prompt: bool = False) -> int:
         """Length of the first turns as rendered, checked to be how the whole begins."""
         start = self._render(messages, generation_prompt)
         if not text.startswith(start):
@@ -281,14 +306,21 @@ class Template:
             )
         return len(start)
 
-    def _render(self, messages: list[_Message], generation_prompt: bool = False) -> str:
+    def _render(self, messages: list[Turn], generation_prompt: bool = False) -> str:
         if not self.tokenizer.chat_template:
             raise ValueError(
                 "the tokenizer has no chat template, so it cannot write a conversation: choose an "
                 "instruction-tuned language model or add a chat_template.jinja to its folder"
             )
         self.tokenizer.get_chat_template()  # several and no default: no fault of the document
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        image = self.image_text
+        turns: list[Any] = [
+            {
+                "role": message.role,
+                "content": message.as_parts() if self.takes_parts else message.as_text(image.asked),
+            }
+            for message in messages
+        ]
         try:
             text: Any = self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=generation_prompt
@@ -299,7 +331,7 @@ class Template:
             what = f"{type(error).__name__}: {error}"
             raise DocumentError(f"the chat template fails on it: {what}") from error
         assert isinstance(text, str)
-        return text
+        return text.replace(image.asked, image.written)
 
     # -- shared ----------------------------------------------------------------------------------
 
@@ -317,35 +349,21 @@ class Template:
             elif found := self.special_token(part.text):
                 raise DocumentError(f"a text contains the special token {found!r}")
 
+    def _unlearn_images(self, written: Written) -> None:
+        """What stands for an image is nothing to produce, in an answer either."""
+        at = self._image_ids.index(self.image_id)
+        for place in np.flatnonzero(written.ids == self.image_id):
+            around = slice(max(0, place - at), place - at + len(self._image_ids))
+            if written.ids[around].tolist() != self._image_ids:  # its text merged with the turn's
+                around = slice(place, place + 1)
+            written.learned[around] = False
+
     def _check_placeholders(self, document: Document, ids: NDArray[np.int64]) -> None:
         found, wanted = int((ids == self.image_id).sum()), len(document.images)
         if found != wanted:
             raise DocumentError(
                 f"the chat template wrote {found} of {wanted} images: it drops or repeats turns"
             )
-
-
-def _messages(document: Document, image_token: str) -> list[_Message]:
-    """Join neighbouring parts of one role into turns.
-
-    Raises:
-        DocumentError: an answer that is learned in part.
-    """
-    messages: list[_Message] = []
-    for number, part in enumerate(document.parts):
-        assert part.role is not None
-        if not messages or messages[-1].role != part.role:
-            messages.append(_Message(part.role, first_part=number))
-        message = messages[-1]
-        if isinstance(part, Image):
-            message.content += image_token
-        else:
-            message.content += part.text
-            message.learned.add(part.learned)
-    for message in messages:
-        if message.role == "assistant" and len(message.learned) > 1:
-            raise DocumentError("an answer is learned as a whole or not at all")
-    return messages
 
 
 def _images_of_pieces(document: Document, pieces: list[tuple[int, int]]) -> list[tuple[int, ...]]:

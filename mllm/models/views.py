@@ -13,40 +13,69 @@ from torch import Tensor
 
 
 def repeat_rows(
-    pixels: Tensor, sizes: Tensor, tokens: Sequence[int], wanted: Sequence[int], times: int
-) -> tuple[Tensor, Tensor]:
+    pixels: Tensor,
+    sizes: Tensor,
+    order: Tensor | None,
+    tokens: Sequence[int],
+    wanted: Sequence[int],
+    times: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Repeat the views of every row so many times, rows and views in their order.
 
     Args:
         pixels: uint8 [P].
         sizes: [V, 2], (height, width) of each view.
-        tokens: visual tokens of each view.
-        wanted: image tokens of each row; as many in all as the views make.
+        order: [K], as `Pack.order`; None where image tokens stand as they are made.
+        tokens: visual tokens that each view makes.
+        wanted: image tokens of each row.
         times: how often each row is repeated.
 
     Returns:
-        pixels and sizes of `times` as many rows.
+        pixels, sizes and order of `times` as many rows.
 
     Raises:
         ValueError: a row that ends inside a view.
     """
-    counts = _views_of_rows(tokens, wanted)
+    made = wanted if order is None else _made(order, wanted, sum(tokens))
+    counts = _views_of_rows(tokens, made)
     heights_widths: list[list[int]] = sizes.tolist()
     ends = [0, *accumulate(3 * height * width for height, width in heights_widths)]
     bounds = [*pairwise((0, *accumulate(counts)))]
     rows = [(pixels[ends[low] : ends[high]], sizes[low:high]) for low, high in bounds]
     repeated = [row for row in rows for _ in range(times)]
-    return torch.cat([row for row, _ in repeated]), torch.cat([row for _, row in repeated])
+    if order is not None:
+        order = _repeat_order(order, wanted, made, times)
+    return torch.cat([row for row, _ in repeated]), torch.cat([row for _, row in repeated]), order
 
 
-def _views_of_rows(tokens: Sequence[int], wanted: Sequence[int]) -> list[int]:
+def _made(order: Tensor, wanted: Sequence[int], total: int) -> list[int]:
+    """How many visual tokens the views of each row make; the first view of an image is whole."""
+    starts = [int(row[row >= 0].min()) if len(row) else -1 for row in order.split([*wanted])]
+    made, after = [0] * len(starts), total
+    for number in reversed(range(len(starts))):
+        if starts[number] >= 0:
+            made[number], after = after - starts[number], starts[number]
+    return made
+
+
+def _repeat_order(order: Tensor, wanted: Sequence[int], made: Sequence[int], times: int) -> Tensor:
+    rows, before, first = [], 0, 0
+    for row, count in zip(order.split([*wanted]), made, strict=True):
+        for _ in range(times):
+            rows.append(torch.where(row < 0, row, row - before + first))
+            first += count
+        before += count
+    return torch.cat(rows)
+
+
+def _views_of_rows(tokens: Sequence[int], made: Sequence[int]) -> list[int]:
     """How many views each row has."""
     ends = [0, *accumulate(tokens)]
     place = {end: number for number, end in enumerate(ends)}
-    bounds = [0, *accumulate(wanted)]
+    bounds = [0, *accumulate(made)]
     for row, bound in enumerate(bounds):
         if bound not in place:
             raise ValueError(
-                f"row {row} has {wanted[row - 1]} image tokens and so ends inside a view"
+                f"row {row} has {made[row - 1]} image tokens and so ends inside a view"
             )
     return [place[high] - place[low] for low, high in pairwise(bounds)]

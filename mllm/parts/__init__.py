@@ -13,8 +13,18 @@ from mllm.parts.connectors import CONNECTORS
 from mllm.parts.encoders import ENCODERS
 from mllm.parts.objectives import OBJECTIVES
 from mllm.parts.option import Option, Part
+from mllm.parts.tilings import TILINGS
 
-__all__ = ["CONNECTORS", "ENCODERS", "OBJECTIVES", "REGISTRIES", "Option", "Part", "Registry"]
+__all__ = [
+    "CONNECTORS",
+    "ENCODERS",
+    "OBJECTIVES",
+    "REGISTRIES",
+    "TILINGS",
+    "Option",
+    "Part",
+    "Registry",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,5 +47,6 @@ class Registry:
 REGISTRIES = (
     Registry("encoders", "model.encoder", ENCODERS, "path: the folder or hub id of its weights"),
     Registry("connectors", "model.connector", CONNECTORS, "init: random, or ridge (needs data)"),
+    Registry("tilings", "model.images", TILINGS, "images as several views; none unless given"),
     Registry("objectives", "objectives", OBJECTIVES),
 )

@@ -34,6 +34,10 @@ def _near_squares(value: Any) -> str:
     return f"; the nearest are {side**2} and {(side + 1) ** 2}"
 
 
+def _is_grid(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_whole, value))
+
+
 def one_of(*choices: str) -> Values:
     """One of these words."""
     return Values(" | ".join(choices), lambda value: value in choices)
@@ -47,6 +51,10 @@ LAYER = Values("a whole number below 0", lambda value: type(value) is int and va
 FLAG = Values("true or false", lambda value: type(value) is bool)
 FOLDER = Values("a folder or hub id", lambda value: isinstance(value, str) and bool(value))
 SECTION = Values("{name: …, path: …}", lambda value: isinstance(value, Mapping))
+GRIDS = Values(
+    "[[rows, columns], …]",
+    lambda value: isinstance(value, list | tuple) and bool(value) and all(map(_is_grid, value)),
+)
 NOTHING = Values("left out", lambda value: value is False)
 
 
@@ -116,3 +124,9 @@ def problems(options: Mapping[str, Option], given: Mapping[str, Any]) -> Iterabl
             else:
                 hint = values.hint(value)
                 yield name, f"{name} must be {values.words}, got {value!r}{hint}"
+
+
+def chosen(options: Mapping[str, Option], given: Mapping[str, Any], name: str) -> Any:
+    """Return what a recipe gives, or the option's default."""
+    value = given.get(name)
+    return options[name].default if value is None else value

@@ -196,6 +196,7 @@ class Loop:
             pack.cu_seqlens,
             pack.pixels,
             pack.sizes,
+            pack.order,
         )
         return sums
 

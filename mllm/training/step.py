@@ -44,6 +44,7 @@ class TrainStep(nn.Module):
         cu_seqlens: Tensor,
         pixels: Tensor,
         sizes: Tensor,
+        order: Tensor,
     ) -> Tensor:
         """The weighted sum of each objective over the pack, [K] in fp32, in the recipe's order.
 
@@ -53,6 +54,7 @@ class TrainStep(nn.Module):
             cu_seqlens: int32 [documents + 1].
             pixels: uint8 [B], each view as [height, width, 3], one after another.
             sizes: int32 [V, 2], (height, width) of each view, on the CPU.
+            order: int64, in which visual tokens stand; see `Pack.order`.
         """
         assert weights_KT.shape[0] == len(self.objectives)
         if input_ids_T.numel() == 0:  # a rank without a pack takes part all the same
@@ -65,6 +67,7 @@ class TrainStep(nn.Module):
             input_ids=input_ids_T[None],
             pixels=pixels,
             sizes=sizes,
+            order=order,
             position_ids=position_ids_T[None],
             cu_seqlens=cu_seqlens,
         )

@@ -211,7 +211,10 @@ def test_pairs_that_cannot_be(folders: dict[str, Path], tmp_path: Path) -> None:
         ({"first": {"name": "siglip", "path": folders["clip"]}, "second": good}, "holds a 'clip"),
         ({"first": good, "second": good, "third": good}, "unknown option of the encoder Pair"),
         ({"first": good, "second": good, "path": tmp_path}, "a pair has no path of its own"),
-        ({"first": good, "second": good, "resize": "stretch"}, "resize must be squash . crop . pad, got 'stretch'"),
+        (
+            {"first": good, "second": good, "resize": "stretch"},
+            "resize must be .*, got 'stretch'",
+        ),
     ):
         with pytest.raises(ValueError, match=match) as refused:
             PairEncoder.from_folder(**options)

@@ -64,6 +64,7 @@ def sums(step: TrainStep, pack: Pack) -> Tensor:
         pack.cu_seqlens,
         pack.pixels,
         pack.sizes,
+        pack.order,
     )
 
 
@@ -111,6 +112,7 @@ def test_the_loss_is_the_plain_cross_entropy_at_learned_positions(home: Path) ->
             input_ids=pack.input_ids[None],
             pixels=pack.pixels,
             sizes=pack.sizes,
+            order=pack.order,
             position_ids=pack.position_ids[None],
             cu_seqlens=pack.cu_seqlens,
         )

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mllm.models.errors import check_options
-from mllm.parts.option import Option, problems
+from mllm.parts.option import Option, chosen, problems
 
 
 class Connector(nn.Module, ABC):
@@ -60,9 +60,7 @@ class Connector(nn.Module, ABC):
     @classmethod
     def number(cls, spec: Mapping[str, Any], name: str, otherwise: int = 0) -> int:
         """Return a whole number of the options, its default (else `otherwise`) if not given."""
-        value = spec.get(name)
-        if value is None:
-            value = cls.OPTIONS[name].default
+        value = chosen(cls.OPTIONS, spec, name)
         return otherwise if value is None else int(value)
 
     @classmethod

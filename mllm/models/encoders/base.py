@@ -108,7 +108,7 @@ class VisionEncoder(nn.Module, ABC):
         return self.geometry.std
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Return (rows, columns) of the features of an image of this size."""
+        """Return (rows, columns) of the features of a view of this size."""
         return self.geometry.grid(height, width)
 
     def grids(self, sizes: Iterable[Sequence[int]]) -> list[tuple[int, int]]:
@@ -120,13 +120,14 @@ class VisionEncoder(nn.Module, ABC):
 
         A rank without images encodes it. Only the pixels go to the device.
         """
-        side = self.image_size
-        pixels = torch.zeros(side * side * 3, dtype=torch.uint8, device=device)
-        return pixels, torch.tensor([[side, side]], dtype=torch.int32, device="cpu")
+        height, width = self.geometry.smallest
+        pixels = torch.zeros(height * width * 3, dtype=torch.uint8, device=device)
+        return pixels, torch.tensor([[height, width]], dtype=torch.int32, device="cpu")
 
     def patches(self, height: int, width: int) -> int:
-        """Return how many cells an image of this size costs."""
-        return self.geometry.patches(height, width)
+        """Return how many cells a view of this size costs."""
+        rows, columns = self.grid(height, width)
+        return rows * columns
 
     def preprocess(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Resize uint8 [H, W, 3] to the uint8 [S, S, 3] that the encoder takes."""

@@ -1,0 +1,39 @@
+"""The ways to cut images into tiles that a recipe can name."""
+
+from __future__ import annotations
+
+from mllm.parts.option import FLAG, GRIDS, WHOLE, Option, Part
+
+TILINGS: dict[str, Part] = {
+    "any_resolution": Part(
+        "LLaVA-NeXT's: the whole image, then tiles as one map with newlines",
+        "models.tiles:AnyResolution",
+        "{tiling: any_resolution}",
+        {
+            "grids": Option(GRIDS, "grids to choose from", otherwise="1x2, 2x1, 2x2, 3x1, 1x3"),
+            "tiles": Option(WHOLE, "instead: all grids of up to so many", otherwise="grids count"),
+        },
+    ),
+    "dynamic": Part(
+        "InternVL's: tiles in the nearest aspect, then a thumbnail",
+        "models.tiles:DynamicTiles",
+        "{tiling: dynamic, tiles: 6}",
+        {
+            "tiles": Option(WHOLE, "the most tiles", default=12),
+            "min_tiles": Option(WHOLE, "the fewest", default=1),
+            "thumbnail": Option(FLAG, "whether the whole image follows several tiles", True),
+        },
+    ),
+    "none": Part("no tiles, whatever the saved model does", "", "{tiling: none}"),
+    "split": Part(
+        "Idefics3's and SmolVLM's: tiles named by marks, the whole image last",
+        "models.tiles:SplitTiles",
+        "{tiling: split, longest_edge: 1536}",
+        {
+            "longest_edge": Option(
+                WHOLE, "pixels of the long edge; at most 6 tiles", otherwise="4 tiles"
+            ),
+        },
+    ),
+}
+"""Name → what it is; the order of `mllm models`."""
