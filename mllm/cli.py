@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -75,6 +76,23 @@ def chat(
     from mllm.inference.chat import chat as talk
 
     talk(folder, image or [], question, max_new_tokens, temperature, device)
+
+
+@app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="One part, shown in full.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """List what a recipe can name: encoders, connectors, tilings, language models, objectives."""
+    from rich.console import Console
+
+    from mllm.parts import listing
+
+    shown = listing.overview() if name is None else listing.in_full(name)
+    if as_json:
+        typer.echo(json.dumps(listing.as_json(name)))
+    else:
+        Console().print(shown)
 
 
 def quiet() -> None:

@@ -44,9 +44,12 @@ class Registry:
     note: str = ""
 
 
+PATH = "the folder or hub id of their weights"
+INIT = "random, or ridge (the last layer in closed form)"
+
 REGISTRIES = (
-    Registry("encoders", "model.encoder", ENCODERS, "path: the folder or hub id of its weights"),
-    Registry("connectors", "model.connector", CONNECTORS, "init: random, or ridge (needs data)"),
-    Registry("tilings", "model.images", TILINGS, "images as several views; none unless given"),
+    Registry("encoders", "model.encoder", ENCODERS, f"all take path, {PATH}, and"),
+    Registry("connectors", "model.connector", CONNECTORS, f"all take init: {INIT}"),
+    Registry("tilings", "model.images", TILINGS, "an image as several views; none unless given"),
     Registry("objectives", "objectives", OBJECTIVES),
 )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from mllm.parts.option import FOLDER, NOTHING, SQUARE, WHOLE, Option, Part
 
-_OF_LANGUAGE = "language model's"
-_HIDDEN = Option(WHOLE, "width between the two layers", otherwise=_OF_LANGUAGE)
+_HIDDEN = Option(WHOLE, "width between the two layers", otherwise="the LLM's")
 
 CONNECTORS: dict[str, Part] = {
     "average_pool": Part(
@@ -13,28 +12,26 @@ CONNECTORS: dict[str, Part] = {
         "models.connectors.average_pool:AveragePool",
         "{name: average_pool, visual_tokens: 144}",
         {
-            "visual_tokens": Option(
-                SQUARE, "tokens of a view; may change with the same weights", reloadable=True
-            ),
+            "visual_tokens": Option(SQUARE, "tokens of a view; may change later", reloadable=True),
             "hidden": _HIDDEN,
         },
     ),
     "c_abstractor": Part(
-        "convolutions, averaging to a square grid, convolutions, an MLP (Honeybee)",
+        "convolutions around an averaging, then an MLP (Honeybee)",
         "models.connectors.c_abstractor:CAbstractor",
         "{name: c_abstractor, visual_tokens: 256}",
         {
             "visual_tokens": Option(
                 SQUARE,
-                "tokens of a view; may change with the same weights",
+                "tokens of a view; may change later",
                 default=144,
                 reloadable=True,
             ),
             "hidden": Option(WHOLE, "width of the blocks", default=1024),
-            "depth": Option(WHOLE, "blocks before the averaging, and as many after it", default=3),
+            "depth": Option(WHOLE, "blocks before the averaging, and after it", default=3),
             "positions": Option(
                 WHOLE,
-                "side of the table of learned positions; other grids read it interpolated",
+                "side of the table of learned positions",
                 default=24,
             ),
         },
@@ -51,18 +48,16 @@ CONNECTORS: dict[str, Part] = {
         {"hidden": _HIDDEN},
     ),
     "pixel_shuffle": Part(
-        "blocks of cells become one wide cell, then an MLP (InternVL, SmolVLM)",
+        "blocks of cells as one wide cell, then an MLP (InternVL)",
         "models.connectors.pixel_shuffle:PixelShuffle",
         "{name: pixel_shuffle, factor: 2}",
         {
             "factor": Option(
                 WHOLE,
-                "side of a block; where it does not divide the grid, zero cells are added",
+                "side of a block",
                 default=2,
             ),
-            "layers": Option(
-                WHOLE, "2: InternVL's norm and MLP; 1: Idefics3's linear layer", default=2
-            ),
+            "layers": Option(WHOLE, "2: norm and MLP; 1: a linear layer", default=2),
             "hidden": _HIDDEN,
         },
     ),
@@ -71,12 +66,10 @@ CONNECTORS: dict[str, Part] = {
         "models.connectors.q_former:QFormer",
         "{name: q_former, path: weights/blip2-opt-2.7b}",
         {
-            "path": Option(
-                FOLDER, "a BLIP-2 to start from; it brings all sizes", otherwise="starts anew"
-            ),
-            "text": Option(NOTHING, "for InstructBLIP's queries, which read the text", False),
+            "path": Option(FOLDER, "a BLIP-2 to start from, with its sizes", otherwise="random"),
+            "text": Option(NOTHING, "reserved: queries that read the text", False),
             "visual_tokens": Option(WHOLE, "queries, so tokens of a view", default=32),
-            "hidden": Option(WHOLE, "width of the BERT; the heads must divide it", default=768),
+            "hidden": Option(WHOLE, "width of the BERT, divided by the heads", default=768),
             "depth": Option(WHOLE, "its layers", default=12),
             "heads": Option(WHOLE, "its attention heads", default=12),
             "inner": Option(WHOLE, "width inside its MLPs", default=3072),
@@ -84,12 +77,12 @@ CONNECTORS: dict[str, Part] = {
         },
     ),
     "resampler": Part(
-        "learned queries read the cells by cross-attention (Flamingo's Perceiver)",
+        "learned queries that read the cells (Flamingo's Perceiver)",
         "models.connectors.resampler:Resampler",
         "{name: resampler, visual_tokens: 64}",
         {
             "visual_tokens": Option(WHOLE, "queries, so tokens of a view", default=64),
-            "hidden": Option(WHOLE, "width of the layers", otherwise="the encoder's"),
+            "hidden": Option(WHOLE, "width of the layers", otherwise="encoder's"),
             "depth": Option(WHOLE, "layers", default=3),
             "heads": Option(WHOLE, "attention heads", default=16),
             "head_width": Option(WHOLE, "width of each", default=96),

@@ -6,15 +6,13 @@ from mllm.parts.option import FLAG, LAYER, SECTION, Option, Part, one_of
 
 _RESIZE = Option(
     one_of("squash", "crop", "pad"),
-    "how an image becomes a square: another aspect, the centre, or a border of the mean colour",
-    otherwise="the file's",
+    "how an image becomes a square",
+    otherwise="its file's",
 )
-_COUNTED = "whose features are taken, counted back; layers above it are not built"
+_COUNTED = "whose features are taken, -1: the last"
 _LAYER = Option(LAYER, _COUNTED, default=-2)
 _LAST = Option(LAYER, _COUNTED, default=-1)
-_CLASS_TOKEN = Option(
-    FLAG, "whether the class token is repeated beside every cell (twice the width)", default=False
-)
+_CLASS_TOKEN = Option(FLAG, "beside every cell, for twice the width", default=False)
 
 ENCODERS: dict[str, Part] = {
     "aimv2": Part(
@@ -36,7 +34,7 @@ ENCODERS: dict[str, Part] = {
         {"resize": _RESIZE, "layer": _LAYER, "class_token": _CLASS_TOKEN},
     ),
     "dinov2_with_registers": Part(
-        "DINOv2's vision transformer with register tokens",
+        "DINOv2's with register tokens",
         "models.encoders.dinov2:Dinov2WithRegistersEncoder",
         "{name: dinov2_with_registers, path: weights/dinov2-with-registers-large}",
         {"resize": _RESIZE, "layer": _LAYER, "class_token": _CLASS_TOKEN},
@@ -60,24 +58,25 @@ ENCODERS: dict[str, Part] = {
         {"resize": _RESIZE},
     ),
     "pair": Part(
-        "two of the others side by side, features concatenated; it has no path",
+        "two of the others side by side; it has no path",
         "models.encoders.pair:PairEncoder",
-        "{name: pair, first: {name: siglip, path: weights/siglip-so400m-patch14-384}, "
-        "second: {name: dinov2, path: weights/dinov2-large}}",
+        "name: pair\n"
+        "first: {name: siglip, path: weights/siglip-so400m-patch14-384}\n"
+        "second: {name: dinov2, path: weights/dinov2-large, layer: -2}",
         {
             "resize": _RESIZE,
-            "first": Option(SECTION, "whose grid and preprocessing count; with its own options"),
-            "second": Option(SECTION, "resampled to the first's grid; with its own options"),
+            "first": Option(SECTION, "with its options; its grid and rule count"),
+            "second": Option(SECTION, "with its options; brought to that grid"),
         },
     ),
     "siglip": Part(
-        "SigLIP's vision transformer, and SigLIP 2's of one resolution",
+        "SigLIP's vision transformer, SigLIP 2's of one resolution",
         "models.encoders.siglip:SiglipEncoder",
         "{name: siglip, path: weights/siglip-so400m-patch14-384}",
         {"resize": _RESIZE, "layer": _LAYER},
     ),
     "timm": Part(
-        "any backbone of timm (pip install timm); layer counts its feature levels",
+        "any backbone of timm; layer counts its feature levels",
         "models.encoders.timm_backbone:TimmEncoder",
         "{name: timm, path: weights/convnext_base.fb_in22k}",
         {"resize": _RESIZE, "layer": _LAST},

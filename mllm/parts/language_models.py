@@ -36,7 +36,7 @@ TESTED = (
         ("Gemma", "Gemma3 (text)"),
         "an embedding that scales words; visual tokens enter as they are, as in PaliGemma",
     ),
-    Kind(("Gemma2",), "that, a soft cap on attention and one on the logits"),
+    Kind(("Gemma2",), "as Gemma, and a soft cap on attention and one on the logits"),
     Kind(("gpt-oss",), "windows and attention sinks"),
     Kind(
         ("Granite", "GraniteMoe", "Cohere"),

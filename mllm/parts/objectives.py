@@ -6,7 +6,7 @@ from mllm.parts.option import Part
 
 OBJECTIVES: dict[str, Part] = {
     "language_modeling": Part(
-        "cross-entropy of every learned token, given what stands before it",
+        "cross-entropy of every learned token",
         "objectives.language_modeling:LanguageModeling",
         "[language_modeling]",
     ),

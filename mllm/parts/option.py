@@ -14,11 +14,13 @@ class Values:
 
     Attributes:
         words: as a recipe's author reads it.
+        short: the same in a column of a table.
         fits: whether a value of a recipe is one.
         hint: said beside a value that is none.
     """
 
     words: str
+    short: str
     fits: Callable[[Any], bool]
     hint: Callable[[Any], str] = lambda value: ""
 
@@ -38,24 +40,33 @@ def _is_grid(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_whole, value))
 
 
+CHOICE = "word"
+
+
 def one_of(*choices: str) -> Values:
     """One of these words."""
-    return Values(" | ".join(choices), lambda value: value in choices)
+    return Values(" | ".join(choices), CHOICE, lambda value: value in choices)
 
 
-WHOLE = Values("a whole number greater than 0", _is_whole)
+WHOLE = Values("a whole number greater than 0", "n > 0", _is_whole)
 SQUARE = Values(
-    "a square number", lambda value: _is_whole(value) and isqrt(value) ** 2 == value, _near_squares
+    "a square number",
+    "square",
+    lambda value: _is_whole(value) and isqrt(value) ** 2 == value,
+    _near_squares,
 )
-LAYER = Values("a whole number below 0", lambda value: type(value) is int and value < 0)
-FLAG = Values("true or false", lambda value: type(value) is bool)
-FOLDER = Values("a folder or hub id", lambda value: isinstance(value, str) and bool(value))
-SECTION = Values("{name: …, path: …}", lambda value: isinstance(value, Mapping))
+LAYER = Values("a whole number below 0", "n < 0", lambda value: type(value) is int and value < 0)
+FLAG = Values("true or false", "yes/no", lambda value: type(value) is bool)
+FOLDER = Values(
+    "a folder or hub id", "folder", lambda value: isinstance(value, str) and bool(value)
+)
+SECTION = Values("{name: …, path: …}", "section", lambda value: isinstance(value, Mapping))
 GRIDS = Values(
     "[[rows, columns], …]",
+    "pairs",
     lambda value: isinstance(value, list | tuple) and bool(value) and all(map(_is_grid, value)),
 )
-NOTHING = Values("left out", lambda value: value is False)
+NOTHING = Values("left out", "-", lambda value: value is False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +109,7 @@ class Part:
     Attributes:
         summary: one line.
         where: module and class, below the package.
-        example: what a recipe writes after the section's key; empty for a part without options.
+        example: what a recipe writes after the section's key, or below it in several lines.
         options: what it takes, by name.
     """
 

@@ -6,12 +6,12 @@ from mllm.parts.option import FLAG, GRIDS, WHOLE, Option, Part
 
 TILINGS: dict[str, Part] = {
     "any_resolution": Part(
-        "LLaVA-NeXT's: the whole image, then tiles as one map with newlines",
+        "LLaVA-NeXT's: the whole image, then tiles as one map",
         "models.tiles:AnyResolution",
         "{tiling: any_resolution}",
         {
-            "grids": Option(GRIDS, "grids to choose from", otherwise="1x2, 2x1, 2x2, 3x1, 1x3"),
-            "tiles": Option(WHOLE, "instead: all grids of up to so many", otherwise="grids count"),
+            "grids": Option(GRIDS, "rows and columns to choose from", otherwise="LLaVA-NeXT"),
+            "tiles": Option(WHOLE, "instead: all grids of up to so many", otherwise="by grids"),
         },
     ),
     "dynamic": Part(
@@ -21,12 +21,12 @@ TILINGS: dict[str, Part] = {
         {
             "tiles": Option(WHOLE, "the most tiles", default=12),
             "min_tiles": Option(WHOLE, "the fewest", default=1),
-            "thumbnail": Option(FLAG, "whether the whole image follows several tiles", True),
+            "thumbnail": Option(FLAG, "whether the whole image comes too", True),
         },
     ),
     "none": Part("no tiles, whatever the saved model does", "", "{tiling: none}"),
     "split": Part(
-        "Idefics3's and SmolVLM's: tiles named by marks, the whole image last",
+        "Idefics3's and SmolVLM's: tiles with marks, the whole last",
         "models.tiles:SplitTiles",
         "{tiling: split, longest_edge: 1536}",
         {
