@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 _ATTENTION = {"full_attention", "sliding_attention"}
 _MIXERS = {
@@ -191,8 +191,10 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no output layer")
 
 
-def blueprint(config: PreTrainedConfig) -> nn.Module:
+def blueprint(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Build the language model without weights, to be looked at."""
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype
+        )
     return model

@@ -32,8 +32,21 @@ from mllm.models.probe import probe
 _ROWS = 64  # the embedding is padded to a multiple: tensor cores want it
 
 
+def own_dtype(path: str | Path) -> torch.dtype:
+    """Return what a language model's weights are in, fp32 where its folder does not say.
+
+    Raises:
+        ValueError: the path cannot be used.
+    """
+    check_language_model(path, "language_model")
+    folder, options = _source(path)
+    with loading("language model", path):
+        dtype = AutoConfig.from_pretrained(folder, **options).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
 def load_language_model(
-    path: str | Path, dtype: torch.dtype = torch.float32
+    path: str | Path, dtype: torch.dtype = torch.float32, weights: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
@@ -41,6 +54,7 @@ def load_language_model(
         path: a folder with safetensors, a hub id, or a .gguf file (its blocks are dequantised, and
             its tokenizer and chat template are used; needs the package gguf).
         dtype: of the weights.
+        weights: False builds the model on the meta device and neither reads weights nor runs it.
 
     Raises:
         ValueError: the path cannot be used, or the model cannot be packed: for what its
@@ -51,7 +65,10 @@ def load_language_model(
     with loading("language model", path):
         config = AutoConfig.from_pretrained(folder, **options)
         check_config(config)
-        check_model(blueprint(config))
+        plan = blueprint(config, dtype)
+        check_model(plan)
+        if not weights:
+            return plan, AutoTokenizer.from_pretrained(folder, **options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,

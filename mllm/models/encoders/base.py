@@ -87,10 +87,20 @@ class VisionEncoder(nn.Module, ABC):
         Raises:
             ValueError: a wrong option, or the folder cannot be used.
         """
-        cls.check(options)
-        encoder = cls(cls.spec_from_folder(path, **options))
+        encoder = cls.described(path=path, **options)
         encoder.load_weights(path)
         return encoder
+
+    @classmethod
+    def described(cls, **options: Any) -> Self:
+        """Build the encoder of a folder (`path`) as its configuration says; no weights are read.
+
+        Raises:
+            ValueError: as `from_folder`.
+        """
+        path = {"path": options.pop("path")} if "path" in options else {}
+        cls.check(options)
+        return cls(cls.spec_from_folder(**path, **options))
 
     @property
     def image_size(self) -> int:

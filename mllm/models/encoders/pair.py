@@ -69,8 +69,7 @@ class PairEncoder(VisionEncoder):
     @classmethod
     def from_folder(cls, path: str | Path | None = None, **options: Any) -> Self:
         """Build both with their weights; errors as each family's."""
-        cls.check(options)
-        encoder = cls(cls.spec_from_folder(path, **options))
+        encoder = cls.described(path=path, **options)
         encoder.first.load_weights(options["first"]["path"])
         encoder.second.load_weights(options["second"]["path"])
         return encoder
