@@ -50,6 +50,10 @@ def inject(language_model: nn.Module, section: LoraSection) -> LoraConfig:
         target_modules=targets,
         bias="none",
         task_type="CAUSAL_LM",
+        fan_in_fan_out=any(
+            isinstance(module, Conv1D) and name.split(".")[-1] in targets
+            for name, module in language_model.named_modules()
+        ),
     )
     inject_adapter_in_model(config, language_model, ADAPTER)
     for name, parameter in language_model.named_parameters():
