@@ -25,7 +25,6 @@ from mllm.models.newline import Newline, in_order
 from mllm.models.tiles import TILINGS
 from mllm.models.views import repeat_rows
 
-
 _NEVER_QUANTISED = ("encoder", "connector", "lm_head")
 """What stays whole when a model is loaded in 4 or 8 bits, unless the user names other modules."""
 
