@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,9 @@ def load(
         )
     changes = dict(connector or {})
     config.connector = changed_connector(config.connector, changes)
+    with loading("processor", folder):
+        processor = Processor.from_pretrained(folder, connector=changes)
+    _check_agreement(config, processor, folder)
     model: MultimodalModel
     if weights:
         model = MultimodalModel.from_pretrained(folder, config=config, dtype=dtype)
@@ -112,10 +116,27 @@ def load(
             model = MultimodalModel(config).eval()
         saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         nn.Module.to(model, dtype=dtype if isinstance(dtype, torch.dtype) else saved)
-    processor = Processor.from_pretrained(folder, connector=changes)
     if images:
         processor = _cut_anew(model, processor, images)
     return model, processor
+
+
+def _check_agreement(config: MultimodalConfig, processor: Processor, folder: str | Path) -> None:
+    """Refuse a processor and a model that would count an image's tokens differently.
+
+    Raises:
+        ValueError: naming what they disagree on.
+    """
+    ours = (config.connector, config.encoder.get("geometry") or {}, config.images)
+    theirs = (processor.connector, processor.geometry.to_dict(), processor.images)
+    for name, one, other in zip(("connector", "geometry", "images"), ours, theirs, strict=True):
+        for key in sorted(one.keys() | other.keys()):
+            # as JSON, which knows no tuples
+            if json.dumps(one.get(key)) != json.dumps(other.get(key)):
+                raise ValueError(
+                    f"{folder}: config.json says {name}.{key} {one.get(key)!r}, but "
+                    f"processor_config.json {other.get(key)!r}; take both files from one stage"
+                )
 
 
 def _cut_anew(

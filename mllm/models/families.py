@@ -166,7 +166,10 @@ def check_config(config: PreTrainedConfig) -> None:
         raise ValueError(f"{name} is not causal; a causal language model is needed")
     known = type(config) in AutoModelForCausalLM._model_mapping
     if not known:
-        raise ValueError(f"{name}: transformers has no causal language model of this kind")
+        raise ValueError(
+            f"{name}: transformers has no causal language model of this kind; give a language "
+            "model here (encoders go to model.encoder)"
+        )
     model: Any = AutoModelForCausalLM._model_mapping[type(config)]
     if not model._supports_attention_backend:
         raise ValueError(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateSyntaxError
 from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
@@ -68,21 +69,51 @@ def load_language_model(
         plan = blueprint(config, dtype)
         check_model(plan)
         if not weights:
-            return plan, AutoTokenizer.from_pretrained(folder, **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            check_template(tokenizer, path)
+            return plan, tokenizer
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
             attn_implementation=attention.NAME,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in one line
             **(options or {"use_safetensors": True}),
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    check_template(tokenizer, path)
     model, report = loaded
+    if wrong := sorted(str(key[0]) for key in report["mismatched_keys"]):
+        raise ValueError(
+            f"{path}: {len(wrong)} weights of the language model have another shape than "
+            f"config.json says, {wrong[0]} first; take both files from one checkpoint"
+        )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{path}: {len(missing)} weights are missing, {missing[0]} first")
     probe(model)
     return model, tokenizer
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Refuse a chat template that is no template; having none is no mistake.
+
+    Raises:
+        ValueError: with the line.
+    """
+    turns = [{"role": "user", "content": "Hello"}]
+    templates = tokenizer.chat_template or {}
+    if isinstance(templates, str):
+        templates = {"": templates}
+    for template in templates.values():
+        try:
+            tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+        except TemplateSyntaxError as error:
+            raise ValueError(
+                f"{path}: line {error.lineno} of the chat template is no Jinja: {error.message}"
+            ) from error
+        except Exception:  # a template is somebody's program: what it refuses is its own affair
+            continue
 
 
 def _source(path: str | Path) -> tuple[str | Path, dict[str, Any]]:

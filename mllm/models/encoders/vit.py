@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from mllm.models.encoders.base import VisionEncoder
@@ -108,7 +108,9 @@ class VisionTransformer(VisionEncoder):
             config = AutoConfig.from_pretrained(path)
         config = getattr(config, "vision_config", config)
         if type(config) is not cls.CONFIG:
-            raise ValueError(f"{path} holds a {config.model_type!r} model, not {cls.__name__}")
+            raise ValueError(
+                f"{path} holds a {config.model_type!r} model, not {cls.__name__}{_meant(config)}"
+            )
         for name in ("image_size", "patch_size"):
             if hasattr(config, name):
                 side = square(getattr(config, name), f"{path}: {name} of config.json")
@@ -198,6 +200,18 @@ def drop_mask_token(model: Any) -> None:
     if isinstance(token := embeddings.mask_token, nn.Parameter):
         del embeddings.mask_token
         embeddings.register_buffer("mask_token", token.detach(), persistent=False)
+
+
+def _meant(config: PreTrainedConfig) -> str:
+    """What to do with a folder of another kind."""
+    from mllm.models.encoders import ENCODERS  # the registry names this module's families
+
+    for name, family in ENCODERS.items():
+        if getattr(family, "CONFIG", None) is type(config):
+            return f"; give encoder.name: {name}"
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return "; a language model goes to model.language_model"
+    return ""
 
 
 def _name(key: Any) -> str:
