@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mllm.parts import CONNECTORS, ENCODERS, OBJECTIVES, TILINGS, Option, Part
+from mllm.parts import CONNECTORS, ENCODERS, IMAGES, OBJECTIVES, TILINGS, Option, Part
 from mllm.parts.option import SECTION, problems
 from mllm.recipe_yaml import Path_, closest, nearest
 
@@ -156,7 +156,9 @@ def _images(model: ModelSection) -> Iterable[tuple[Path_, str]]:
         return
     name = images.tiling
     if name is None and model.from_ is None:
-        yield path, f"give model.images.tiling; valid: {', '.join(TILINGS)}"
+        if not images.options:
+            yield path, f"give model.images.tiling; valid: {', '.join(TILINGS)}"
+        yield from _options(path, "images without a tiling", images.options, IMAGES)
     elif name is None:  # it comes with model.from, so its kind is not known here
         yield from _options(path, "tiling", images.options, _every_option(TILINGS), whole=False)
     elif name not in TILINGS:

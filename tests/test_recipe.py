@@ -306,6 +306,15 @@ REFUSALS = {
         ["model.encoder={name: pair, first: {name: sigllip, path: x}}"],
         "unknown encoder 'sigllip'; did you mean 'siglip'?",
     ),
+    "tiles of no tiling": (
+        ["model.images={tiles: 3, regions: feature}"],
+        "unknown option 'tiles' of the images without a tiling; Valid: clip_tokens, regions",
+    ),
+    "a region by another name": (
+        ["model.images={tiling: dynamic, regions: decimal}"],
+        "model.images.regions must be decimals | thousandths | feature, got 'decimal'; did you "
+        "mean 'decimals'?",
+    ),
     "no encoder path": (["model.encoder.path=null"], "model.encoder.path is missing"),
     "an objective twice": (
         ["objectives=[language_modeling, language_modeling]"],

@@ -13,11 +13,12 @@ from mllm.parts.connectors import CONNECTORS
 from mllm.parts.encoders import ENCODERS
 from mllm.parts.objectives import OBJECTIVES
 from mllm.parts.option import Option, Part
-from mllm.parts.tilings import TILINGS
+from mllm.parts.tilings import IMAGES, TILINGS
 
 __all__ = [
     "CONNECTORS",
     "ENCODERS",
+    "IMAGES",
     "OBJECTIVES",
     "REGISTRIES",
     "TILINGS",
@@ -50,6 +51,8 @@ INIT = "random, or ridge (the last layer in closed form)"
 REGISTRIES = (
     Registry("encoders", "model.encoder", ENCODERS, f"all take path, {PATH}, and"),
     Registry("connectors", "model.connector", CONNECTORS, f"all take init: {INIT}"),
-    Registry("tilings", "model.images", TILINGS, "an image as several views; none unless given"),
+    Registry(
+        "tilings", "model.images", TILINGS, "an image as several views; with one and without:"
+    ),
     Registry("objectives", "objectives", OBJECTIVES),
 )

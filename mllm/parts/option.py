@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from math import isqrt
 from typing import Any
 
+from mllm.recipe_yaml import closest
+
 
 @dataclass(frozen=True, slots=True)
 class Values:
@@ -45,7 +47,12 @@ CHOICE = "word"
 
 def one_of(*choices: str) -> Values:
     """One of these words."""
-    return Values(" | ".join(choices), CHOICE, lambda value: value in choices)
+
+    def hint(value: Any) -> str:
+        near = closest(str(value), choices)
+        return f"; did you mean {near!r}?" if near else ""
+
+    return Values(" | ".join(choices), CHOICE, lambda value: value in choices, hint)
 
 
 WHOLE = Values("a whole number greater than 0", "n > 0", _is_whole)

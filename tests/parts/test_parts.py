@@ -14,6 +14,7 @@ from mllm import parts
 from mllm.models.connectors import CONNECTORS
 from mllm.models.encoders import ENCODERS
 from mllm.models.geometry import RESIZE_RULES
+from mllm.models.regions import STYLES
 from mllm.models.tiles import TILINGS
 from mllm.objectives import OBJECTIVES
 from mllm.parts import REGISTRIES, Option, Registry
@@ -59,6 +60,12 @@ def test_the_rules_for_squares_are_the_geometrys() -> None:
     option = parts.ENCODERS["clip"].options["resize"]
     assert option.values.words == " | ".join(RESIZE_RULES)
     assert all(map(option.values.fits, RESIZE_RULES))
+
+
+def test_the_ways_to_write_regions_are_the_models() -> None:
+    option = parts.IMAGES["regions"]
+    assert option.values.words == " | ".join(STYLES)
+    assert option.default == STYLES[0]
 
 
 def test_the_page_of_encoders_says_the_same() -> None:
