@@ -51,8 +51,6 @@ INIT = "random, or ridge (the last layer in closed form)"
 REGISTRIES = (
     Registry("encoders", "model.encoder", ENCODERS, f"all take path, {PATH}, and"),
     Registry("connectors", "model.connector", CONNECTORS, f"all take init: {INIT}"),
-    Registry(
-        "tilings", "model.images", TILINGS, "an image as several views; with one or without:"
-    ),
+    Registry("tilings", "model.images", TILINGS, "an image as several views; with one or without:"),
     Registry("objectives", "objectives", OBJECTIVES),
 )
