@@ -40,7 +40,7 @@ from mllm.models.composites.folder import (
 )
 from mllm.models.composites.text import check_token, read_tokenizer
 from mllm.models.config import MultimodalConfig
-from mllm.models.connectors.options import whole
+from mllm.models.connectors.pixel_shuffle import PixelShuffle
 from mllm.models.encoders.idefics3 import Idefics3Encoder, shares_positions
 from mllm.models.encoders.preprocessor import read_preprocessor
 from mllm.models.errors import loading
@@ -109,7 +109,7 @@ def _write(kind: _Kind, model: MultimodalModel, processor: Processor, folder: Pa
         vision_config=_vision_config(kind, model),
         text_config=writing.text_values(model),
         image_token_id=processor.image_token_id,
-        scale_factor=whole(model.config.connector, "factor", 2),
+        scale_factor=PixelShuffle.number(model.config.connector, "factor"),
         tie_word_embeddings=writing.embedding_is_output(model),
     )
     weights = model.state_dict()
@@ -165,14 +165,14 @@ def _check(name: str, model: MultimodalModel, processor: Processor) -> None:
             "position there"
         )
     spec = writing.check_connector(model, name, "pixel_shuffle")
-    if (layers := whole(spec, "layers", 2)) != 1:
+    if (layers := PixelShuffle.number(spec, "layers")) != 1:
         raise ValueError(f"{name} cannot hold the connector's layers {layers}: it has 1")
     bias = model.connector.last_linear().bias
     if bias is not None and bool(bias.any()):
         raise ValueError(
             f"{name} cannot hold the connector's bias, which is not zero: train with bias: false"
         )
-    writing.check_blocks(model, name, whole(spec, "factor", 2))
+    writing.check_blocks(model, name, PixelShuffle.number(spec, "factor"))
     writing.check_tiling(model, name, "split")
     if model.config.images.get("longest_edge", 0) > _LONGEST:
         raise ValueError(f"{name} cannot hold a longest_edge of more than {_LONGEST} pixels")

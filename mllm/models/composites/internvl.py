@@ -28,7 +28,7 @@ from mllm.models.composites.folder import (
 )
 from mllm.models.composites.text import check_token, named_token, read_tokenizer
 from mllm.models.config import MultimodalConfig
-from mllm.models.connectors.options import whole
+from mllm.models.connectors.pixel_shuffle import PixelShuffle
 from mllm.models.encoders.internvl import InternVlEncoder
 from mllm.models.encoders.preprocessor import read_preprocessor
 from mllm.models.errors import loading
@@ -87,7 +87,7 @@ def write(model: MultimodalModel, processor: Processor, folder: Path) -> None:
         text_config=writing.text_values(model),
         image_token_id=processor.image_token_id,
         image_seq_length=tokens,
-        downsample_ratio=1 / whole(model.config.connector, "factor", 2),
+        downsample_ratio=1 / PixelShuffle.number(model.config.connector, "factor"),
         tie_word_embeddings=writing.embedding_is_output(model),
     )
     names = _names(model.config.text_config)
@@ -158,10 +158,10 @@ def _check(model: MultimodalModel) -> None:
     writing.check_encoder(model, "internvl", "internvl")
     spec = writing.check_connector(model, "internvl", "pixel_shuffle")
     width = model.config.text_config.hidden_size
-    factor, layers = whole(spec, "factor", 2), whole(spec, "layers", 2)
+    factor, layers = PixelShuffle.number(spec, "factor"), PixelShuffle.number(spec, "layers")
     if layers != 2:
         raise ValueError(f"internvl cannot hold the connector's layers {layers}: it has 2")
-    if whole(spec, "hidden", width) != width:
+    if PixelShuffle.number(spec, "hidden", width) != width:
         raise ValueError(
             f"internvl cannot hold the connector's hidden {spec['hidden']}: it is the language "
             f"model's width there, {width}"
