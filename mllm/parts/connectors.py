@@ -41,7 +41,7 @@ CONNECTORS: dict[str, Part] = {
         },
     ),
     "gemma3": Part(
-        "cells averaged to a square grid, a norm and a matrix (Gemma 3)",
+        "averaged cells, a norm and a matrix (Gemma 3)",
         "models.connectors.gemma3:Gemma3Projector",
         "{name: gemma3, visual_tokens: 256}",
         {

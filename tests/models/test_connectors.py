@@ -222,7 +222,7 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
     "gemma3": [
         ({"visual_token": 4}, "did you mean 'visual_tokens'"),
         ({"visual_tokens": 8}, "visual_tokens must be a square number"),
-        ({"eps": 0}, "eps must be a small number above 0, got 0"),
+        ({"eps": 0}, "eps must be a number above 0, got 0"),
     ],
     "linear": [({"hidden": 3}, "unknown option of the connector Linear 'hidden'")],
     "mlp": [({"hiden": 3}, "did you mean 'hidden'")],
