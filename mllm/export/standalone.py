@@ -1,0 +1,548 @@
+"""The classes of an exported model, as plain transformers loads them.
+
+`mllm.export.source` writes this module into the exported folder, after the parts of this package
+that the model is made of; lines between `# tiles` and `# end` only for models that cut images.
+
+Shapes: B rows, T tokens of a row, D hidden width, W vocabulary; I images, V views of all images (a
+view is one thing that the encoder encodes), S side of a view, M visual tokens of all views.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.request import urlopen
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BaseImageProcessor,
+    BatchFeature,
+    Cache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.configuration_utils import SubConfigSpec
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import make_flat_list_of_images
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
+from transformers.processing_utils import MultiModalData
+from transformers.utils.generic import can_return_tuple
+
+from data_packing.images import FORMATS, to_rgb
+from mllm.models.connectors import CONNECTORS
+from mllm.models.encoders import ENCODERS
+from mllm.models.families import LogitsRule
+from mllm.models.geometry import Geometry, ImageGeometry, Layout
+from mllm.models.newline import Newline, in_order
+from mllm.models.tiles import tiled
+
+
+class MllmConfig(PreTrainedConfig):
+    """Configuration of the model.
+
+    Attributes:
+        encoder: what the vision encoder is built from: `name`, `geometry` and what its class adds.
+        connector: what the connector is built from: `name` and its options.
+        images: how images are cut into tiles; empty for not at all.
+        text_config: configuration of the language model.
+        image_token_id: the id that a visual token takes the place of.
+        head_bias: whether the output layer has a bias.
+        logits_times, logits_cap: what happens to the output layer's numbers, see `LogitsRule`.
+    """
+
+    model_type = "mllm_standalone"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "text_config": SubConfigSpec(AutoConfig, model_type="llama")
+    }
+
+    encoder: dict[str, Any] = field(default_factory=dict)
+    connector: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)
+    text_config: Any = None
+    image_token_id: int = -1
+    head_bias: bool = False
+    logits_times: float = 1.0
+    logits_cap: float | None = None
+    tie_word_embeddings: bool = False
+
+
+# -- images ----------------------------------------------------------------------------------------
+
+
+def image_geometry(square: dict[str, Any], images: dict[str, Any]) -> Geometry:
+    """Return how an image becomes views: `square` and `images` as the configuration has them."""
+    # tiles
+    if images:
+        return tiled(ImageGeometry.from_dict(square), images)
+    # end
+    return ImageGeometry.from_dict(square)
+
+
+def image_layout(geometry: Geometry, connector: dict[str, Any], height: int, width: int) -> Layout:
+    """Return the views and the visual tokens of an image of this size in pixels."""
+    output_grid = partial(CONNECTORS[connector["name"]].output_grid, connector)
+    return geometry.layout(height, width, output_grid)
+
+
+def image_layouts(
+    geometry: Geometry, connector: dict[str, Any], original_sizes: Sequence[Sequence[int]]
+) -> list[Layout]:
+    """Return the layout of every image, of a row (height, width) of its pixels for each view."""
+    layouts: list[Layout] = []
+    view = 0
+    while view < len(original_sizes):
+        height, width = original_sizes[view]
+        layouts.append(image_layout(geometry, connector, int(height), int(width)))
+        view += len(layouts[-1].sizes)
+    if view != len(original_sizes):
+        raise ValueError(f"original_sizes has {len(original_sizes)} rows, not whole images")
+    return layouts
+
+
+def open_image(source: str) -> Image.Image:
+    """Open a path, a URL or base64 (`data:image/png;base64,...`)."""
+    if source.startswith(("http://", "https://")):
+        with urlopen(source) as answer:
+            data = answer.read()
+    elif source.startswith("data:"):
+        data = base64.b64decode(source.partition(",")[2])
+    else:
+        data = Path(source).read_bytes()
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def pixels_of(image: Any) -> NDArray[np.uint8]:
+    """Return a Pillow image, array or tensor as uint8 [H, W, 3], upright, on white."""
+    if not isinstance(image, Image.Image):
+        image = to_pil_image(image)
+    return np.array(to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
+
+
+class MllmImageProcessor(BaseImageProcessor):
+    """Images to normalised views, exactly as the model was trained; needs Pillow, no torchvision.
+
+    Args:
+        geometry: what the encoder wants to see, see `ImageGeometry`.
+        images: how images are cut into tiles; empty for not at all.
+    """
+
+    model_input_names: ClassVar[list[str]] = ["pixel_values", "original_sizes"]
+
+    def __init__(
+        self,
+        geometry: dict[str, Any] | None = None,
+        images: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.geometry, self.images = dict(geometry or {}), dict(images or {})
+
+    @property
+    def size(self) -> dict[str, int]:
+        """Height and width of a view."""
+        return {"height": self.geometry["image_size"], "width": self.geometry["image_size"]}
+
+    def fetch_images(self, images: Any) -> Any:
+        """Open paths, URLs and base64, in lists too; leave what is an image already."""
+        if isinstance(images, list | tuple):
+            return [self.fetch_images(image) for image in images]
+        return open_image(images) if isinstance(images, str) else images
+
+    def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
+        """Return the views of images (Pillow, arrays, tensors, paths or URLs).
+
+        Other arguments that transformers passes are not used: how an image is prepared is part of
+        the model.
+
+        Returns:
+            pixel_values [V, 3, S, S], the views of all images in order, and original_sizes [V, 2],
+            (height, width) of the image that each view was made of.
+        """
+        rule = image_geometry(self.geometry, self.images)
+        views, sizes = [], []
+        for image in make_flat_list_of_images(self.fetch_images(images)):
+            pixels = pixels_of(image)
+            made = rule.views(pixels)
+            views += made
+            sizes += [pixels.shape[:2]] * len(made)
+        batch = torch.from_numpy(np.stack(views)).float() / 255
+        batch = (batch - torch.tensor(rule.mean)) / torch.tensor(rule.std)
+        data = {
+            "pixel_values": batch.permute(0, 3, 1, 2).contiguous(),
+            "original_sizes": torch.tensor(sizes),
+        }
+        return BatchFeature(data, tensor_type=kwargs.get("return_tensors"))
+
+
+class MllmProcessor(ProcessorMixin):
+    """Texts and images to what the model takes.
+
+    A text has the image token once for every image. A text with any other special token was
+    written by the chat template and is tokenised as it is; before any other comes what the
+    tokenizer begins a text with. `add_special_tokens` decides otherwise.
+
+    Args:
+        image_processor, tokenizer, chat_template: as in transformers.
+        connector: the connector's `name` and options, which say how many tokens an image takes.
+        image_token: the placeholder.
+        image_text: what is tokenised for an image; holds the image token once.
+    """
+
+    def __init__(
+        self,
+        image_processor: MllmImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: Any = None,
+        connector: dict[str, Any] | None = None,
+        image_token: str = "<image>",
+        image_text: str = "<image>",
+    ) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.connector = dict(connector or {})
+        self.image_token, self.image_text = image_token, image_text
+        self.image_token_id = self.tokenizer.convert_tokens_to_ids(image_token)
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special}
+        self._template_tokens = special.union(self.tokenizer.all_special_tokens) - {image_token}
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Return input_ids, attention_mask, and of images what the image processor returns."""
+        chosen = "add_special_tokens" in {**kwargs, **(kwargs.get("text_kwargs") or {})}
+        if text is not None and not chosen:
+            texts = [text] if isinstance(text, str) else text
+            templated = any(token in one for one in texts for token in self._template_tokens)
+            kwargs["add_special_tokens"] = not templated
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a template writes all special tokens that there are to be."""
+        given = kwargs.pop("processor_kwargs", None) or {}
+        return super().apply_chat_template(
+            *args, processor_kwargs={"add_special_tokens": False, **given}, **kwargs
+        )
+
+    def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
+        """Return the text that stands for an image: its image tokens, and marks between them."""
+        sizes = image_inputs["original_sizes"].tolist()
+        layouts = image_layouts(self._geometry, self.connector, sizes)
+        return self._written(layouts[image_idx])
+
+    def _written(self, layout: Layout) -> str:
+        pieces = [
+            self.image_token * piece if isinstance(piece, int) else piece
+            for piece in layout.writing
+        ]
+        return self.image_text.replace(self.image_token, "".join(pieces))
+
+    @property
+    def _geometry(self) -> Geometry:
+        return image_geometry(self.image_processor.geometry, self.image_processor.images)
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Return the tokens and views of images of these (height, width); vLLM asks for it."""
+        if image_sizes is None:
+            return MultiModalData()
+        layouts = [
+            image_layout(self._geometry, self.connector, int(height), int(width))
+            for height, width in image_sizes
+        ]
+        texts = [self._written(layout) for layout in layouts]
+        return MultiModalData(
+            num_image_tokens=[len(self.tokenizer.tokenize(text)) for text in texts],
+            num_image_patches=[len(layout.sizes) for layout in layouts],
+        )
+
+
+# -- the model -------------------------------------------------------------------------------------
+
+
+class MllmPreTrainedModel(PreTrainedModel):
+    """What both model classes share."""
+
+    config_class = MllmConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_attention_backend = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave new modules as their constructors made them.
+
+        Only what is in no file is computed again: loading starts from tensors without data.
+        """
+        compute = getattr(module, "init_non_persistent_buffers", None)  # timm's name for it
+        if compute is not None:
+            compute()
+
+
+class MllmModel(MllmPreTrainedModel):
+    """Vision encoder, connector and language model, without the output layer."""
+
+    def __init__(self, config: MllmConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = ENCODERS[config.encoder["name"]](config.encoder)
+        self.language_model = AutoModel.from_config(config.text_config)
+        embedding: Any = self.language_model.get_input_embeddings()
+        width = embedding.embedding_dim
+        self.connector = CONNECTORS[config.connector["name"]](
+            config.connector, self.vision_tower.width, width
+        )
+        self.geometry = image_geometry(config.encoder["geometry"], config.images)
+        # tiles
+        if self.geometry.NEWLINE:
+            self.connector.newline = Newline(width)
+        # end
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's token embedding."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's token embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    def layouts(self, pixel_values: Tensor, original_sizes: Tensor | None) -> list[Layout]:
+        """Return the layout of every image; without sizes every view is an image of its size."""
+        sizes: list[Any] = [pixel_values.shape[-2:]] * len(pixel_values)
+        if original_sizes is not None:
+            sizes = original_sizes.tolist()
+        return image_layouts(self.geometry, self.config.connector, sizes)
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: Tensor, original_sizes: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Encode views [V, 3, S, S]; `pooler_output` is a list with the visual tokens of an image.
+
+        Args:
+            pixel_values: normalised views of all images in order.
+            original_sizes: [V, 2], (height, width) of the image that each view was made of.
+        """
+        layouts = self.layouts(pixel_values, original_sizes)
+        views = sum(len(layout.sizes) for layout in layouts)
+        if views != len(pixel_values):
+            raise ValueError(f"got {len(pixel_values)} views, images of these sizes make {views}")
+        weight = next(self.vision_tower.parameters())
+        features = self.vision_tower.features(pixel_values.to(weight.device, weight.dtype))
+        cells = self.vision_tower.geometry.cells
+        like = next(self.connector.parameters())
+        tokens = self.connector(
+            features.flatten(0, 1).to(like.device, like.dtype), [(cells, cells)] * views
+        )
+        made = tokens.split([layout.made for layout in layouts])
+        # tiles
+        made = [self._ordered(tokens, layout) for tokens, layout in zip(made, layouts, strict=True)]
+        # end
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(made))
+
+    # tiles
+    def _ordered(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """Put the visual tokens of an image into the order in which they stand in the text."""
+        if layout.order is None:
+            return tokens
+        order = torch.from_numpy(layout.order).to(tokens.device)
+        if self.geometry.NEWLINE:
+            ordered: Tensor = self.connector.newline(tokens, order)
+            return ordered
+        return in_order(tokens, order)
+
+    # end
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        original_sizes: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Return hidden states [B, T, D] after the final norm.
+
+        Args:
+            input_ids: [B, T], with as many image tokens as the images make visual tokens.
+            pixel_values, original_sizes: as `get_image_features`, of all rows in order.
+            attention_mask, position_ids, past_key_values, kwargs: of the language model.
+            inputs_embeds: [B, T, D] instead of ids, visual tokens already in their places.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids, pixel_values, original_sizes)
+        elif pixel_values is not None:
+            raise ValueError("pixel_values need input_ids, which say where the images are")
+        outputs: BaseModelOutputWithPast = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return outputs
+
+    def _embed(self, input_ids: Any, pixel_values: Any, original_sizes: Any) -> Tensor:
+        """Embed ids [B, T] to [B, T, D], with the image tokens replaced by visual tokens."""
+        embeds: Tensor = self.get_input_embeddings()(input_ids)
+        if pixel_values is None:
+            return embeds
+        images = self.get_image_features(pixel_values, original_sizes, return_dict=True)
+        tokens = torch.cat(images.pooler_output).to(embeds.device, embeds.dtype)
+        slots = input_ids == self.config.image_token_id
+        if int(slots.sum()) != len(tokens):
+            raise ValueError(
+                f"the text has {int(slots.sum())} image tokens, the images make {len(tokens)} "
+                "visual tokens: write the text with this model's processor and do not cut it"
+            )
+        return embeds.masked_scatter(slots[..., None], tokens)
+
+
+class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
+    """The model with its output layer: texts and images in, text out."""
+
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: MllmConfig) -> None:
+        super().__init__(config)
+        self.model = MllmModel(config)
+        embedding: Any = self.model.get_input_embeddings()
+        self.lm_head = nn.Linear(
+            embedding.embedding_dim, config.text_config.vocab_size, bias=config.head_bias
+        )
+        modules = self.model.named_modules()
+        name = next(name for name, module in modules if module is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the output layer."""
+        self.lm_head = value
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As `MllmModel.get_image_features`."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        original_sizes: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return logits [B, T, W] and, with labels [B, T] (not shifted), the mean loss over them.
+
+        The other arguments are those of `MllmModel`. `logits_to_keep`: only the last so many
+        positions (0: all), or the positions themselves.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            original_sizes=original_sizes,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        whole = isinstance(logits_to_keep, int)
+        kept = slice(-logits_to_keep, None) if whole else logits_to_keep
+        rule = LogitsRule(self.config.logits_times, self.config.logits_cap)
+        logits = rule(self.lm_head(outputs.last_hidden_state[:, kept]))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Hand the images to the first step only; later ones find them in the cache."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            inputs["pixel_values"] = inputs["original_sizes"] = None
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Repeat rows for beams or several answers; a row's views stay together."""
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        original_sizes = model_kwargs.pop("original_sizes", None)
+        if pixel_values is not None and expand_size > 1:
+            assert input_ids is not None
+            rows = self._views_of_rows(input_ids, pixel_values, original_sizes)
+            views = torch.cat([row for row in rows for _ in range(expand_size)])
+            pixel_values = pixel_values[views]
+            original_sizes = None if original_sizes is None else original_sizes[views]
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
+        )
+        images = {"pixel_values": pixel_values, "original_sizes": original_sizes}
+        return input_ids, {**model_kwargs, **images}
+
+    def _views_of_rows(
+        self, input_ids: Tensor, pixel_values: Tensor, original_sizes: Tensor | None
+    ) -> list[Tensor]:
+        """Return for every row the places of its views."""
+        layouts = self.model.layouts(pixel_values, original_sizes)
+        ends = torch.tensor([layout.tokens for layout in layouts]).cumsum(0)
+        row_ends = (input_ids == self.config.image_token_id).sum(dim=1).cumsum(0).cpu()
+        row_of_image = torch.bucketize(ends, row_ends)
+        views = torch.tensor([len(layout.sizes) for layout in layouts])
+        row_of_view = row_of_image.repeat_interleave(views)
+        places = torch.arange(len(row_of_view))
+        return [places[row_of_view == row] for row in range(len(input_ids))]
