@@ -178,7 +178,7 @@ def _place(model: nn.Module, wanted: nn.Module) -> str:
 def _write_processor(module: Any, processor: Processor, folder: Path) -> None:
     """Write the tokenizer and processor_config.json."""
     tokenizer: PreTrainedTokenizerBase = copy.deepcopy(processor.tokenizer)
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     written = processor.template.image_text.written
