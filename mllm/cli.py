@@ -77,6 +77,26 @@ def chat(
     talk(folder, image or [], question, max_new_tokens, temperature, device)
 
 
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="What a stage saved.")],
+    output: Annotated[Path, typer.Argument(help="A new folder.")],
+    to: Annotated[str, typer.Option(help="The format: see docs/export.md.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; left out, the saved one.")
+    ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Keep the LoRA adapter apart from the weights.")
+    ] = False,
+) -> None:
+    """Write a model for other programs, which load it without this package."""
+    quiet()
+    from mllm.export.command import summary, write
+
+    write(folder, to, output, dtype, adapter)
+    print(summary(to, output))
+
+
 def quiet() -> None:
     """Keep the libraries' own progress bars and notices off a person's screen."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -77,7 +77,7 @@ def bundle(header: str, tables: Mapping[str, tuple[str, ...]], tiles: bool) -> s
         if result.used == used:
             break
         used = result.used
-    body = "\n\n".join(_spaced(result.blocks))
+    body = re.sub(r"  # type: ignore\[[\w, -]+\]", "", "\n\n".join(_spaced(result.blocks)))
     return f'"""{header}"""\n\n{_imports(result.imports, body)}\n\n{body}\n'
 
 
@@ -85,7 +85,8 @@ def bundle(header: str, tables: Mapping[str, tuple[str, ...]], tiles: bool) -> s
 def _module(name: str, tiles: bool) -> _Module:
     """Parse a module of this package."""
     spec = importlib.util.find_spec(name)
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     text = Path(spec.origin).read_text(encoding="utf-8")
     pattern = r"^ *# end\n|^ *# tiles\n" if tiles else r"^ *# tiles\n(.*\n)*?^ *# end\n"
     if name == ROOT:
@@ -137,7 +138,8 @@ def _take(result: _Bundle, where: str, name: str, tiles: bool) -> None:
 def _take_table(result: _Bundle, module: _Module, where: str, name: str, tiles: bool) -> None:
     """Put a registry into the bundle, with the entries that the model uses."""
     statement = module.defined[name][0]
-    assert isinstance(statement, ast.AnnAssign) and isinstance(statement.value, ast.Dict)
+    assert isinstance(statement, ast.AnnAssign)
+    assert isinstance(statement.value, ast.Dict)
     classes = {
         key.value: value.id
         for key, value in zip(statement.value.keys, statement.value.values, strict=True)
@@ -238,11 +240,12 @@ def _text(module: _Module, statements: list[ast.stmt]) -> str:
 
 def _start(statement: ast.stmt) -> int:
     """The first line of a statement, counted from 0."""
-    return min(node.lineno for node in [statement, *_decorators(statement)]) - 1
+    return min([statement.lineno, *(node.lineno for node in _decorators(statement))]) - 1
 
 
 def _decorators(statement: ast.stmt) -> list[ast.expr]:
-    return getattr(statement, "decorator_list", [])
+    decorators: list[ast.expr] = getattr(statement, "decorator_list", [])
+    return decorators
 
 
 def _without_own_imports(text: str) -> str:

@@ -144,7 +144,7 @@ class MllmImageProcessor(BaseImageProcessor):
         images: how images are cut into tiles; empty for not at all.
     """
 
-    model_input_names: ClassVar[list[str]] = ["pixel_values", "original_sizes"]
+    model_input_names: ClassVar[list[str]] = ["pixel_values", "original_sizes"]  # type: ignore[misc]
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class MllmImageProcessor(BaseImageProcessor):
         """
         rule = image_geometry(self.geometry, self.images)
         views, sizes = [], []
-        for image in make_flat_list_of_images(self.fetch_images(images)):
+        for image in make_flat_list_of_images(self.fetch_images(images)):  # type: ignore[union-attr]
             pixels = pixels_of(image)
             made = rule.views(pixels)
             views += made
@@ -230,12 +230,12 @@ class MllmProcessor(ProcessorMixin):
             texts = [text] if isinstance(text, str) else text
             templated = any(token in one for one in texts for token in self._template_tokens)
             kwargs["add_special_tokens"] = not templated
-        return super().__call__(images=images, text=text, **kwargs)
+        return super().__call__(images=images, text=text, **kwargs)  # type: ignore[no-any-return]
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; a template writes all special tokens that there are to be."""
         given = kwargs.pop("processor_kwargs", None) or {}
-        return super().apply_chat_template(
+        return super().apply_chat_template(  # type: ignore[misc]
             *args, processor_kwargs={"add_special_tokens": False, **given}, **kwargs
         )
 
@@ -282,9 +282,9 @@ class MllmPreTrainedModel(PreTrainedModel):
     config_class = MllmConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities: ClassVar[list[str]] = ["image", "text"]  # type: ignore[misc]
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]  # type: ignore[misc]
     _supports_attention_backend = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -321,7 +321,8 @@ class MllmModel(MllmPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's token embedding."""
-        return self.language_model.get_input_embeddings()
+        embedding: nn.Module = self.language_model.get_input_embeddings()
+        return embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the language model's token embedding."""
@@ -334,7 +335,7 @@ class MllmModel(MllmPreTrainedModel):
             sizes = original_sizes.tolist()
         return image_layouts(self.geometry, self.config.connector, sizes)
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def get_image_features(
         self, pixel_values: Tensor, original_sizes: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
@@ -359,7 +360,7 @@ class MllmModel(MllmPreTrainedModel):
         # tiles
         made = [self._ordered(tokens, layout) for tokens, layout in zip(made, layouts, strict=True)]
         # end
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(made))
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(made))  # type: ignore[arg-type]
 
     # tiles
     def _ordered(self, tokens: Tensor, layout: Layout) -> Tensor:
@@ -368,12 +369,13 @@ class MllmModel(MllmPreTrainedModel):
             return tokens
         order = torch.from_numpy(layout.order).to(tokens.device)
         if self.geometry.NEWLINE:
-            ordered: Tensor = self.connector.newline(tokens, order)
+            newline: Any = self.connector.newline
+            ordered: Tensor = newline(tokens, order)
             return ordered
         return in_order(tokens, order)
 
     # end
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -427,7 +429,7 @@ class MllmModel(MllmPreTrainedModel):
 class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
     """The model with its output layer: texts and images in, text out."""
 
-    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}  # type: ignore[misc]
 
     def __init__(self, config: MllmConfig) -> None:
         super().__init__(config)
@@ -443,7 +445,8 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         """The output layer."""
-        return self.lm_head
+        head: nn.Module = self.lm_head
+        return head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replace the output layer."""
@@ -453,7 +456,7 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
         """As `MllmModel.get_image_features`."""
         return self.model.get_image_features(*args, **kwargs)
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -498,18 +501,18 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, *args: Any, is_first_iteration: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
         """Hand the images to the first step only; later ones find them in the cache."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             *args, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs["pixel_values"] = inputs["original_sizes"] = None
         return inputs
 
-    def _expand_inputs_for_generation(
+    def _expand_inputs_for_generation(  # type: ignore[override]
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
@@ -525,10 +528,10 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
             views = torch.cat([row for row in rows for _ in range(expand_size)])
             pixel_values = pixel_values[views]
             original_sizes = None if original_sizes is None else original_sizes[views]
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
-            input_ids=input_ids,
+            input_ids=input_ids,  # type: ignore[arg-type]
             **model_kwargs,
         )
         images = {"pixel_values": pixel_values, "original_sizes": original_sizes}

@@ -46,8 +46,8 @@ A vision-language model in one file: {encoder}, {connector} and {language_model}
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 
-It was written by `mllm export --to transformers`{version}. The code is under the Apache-2.0 licence;
-the weights are under those of the models that they come from.
+It was written by `mllm export --to transformers`. The code is under the Apache-2.0 licence; the
+weights are under the licences of the models that they come from.
 """
 
 
@@ -90,7 +90,8 @@ def check(model: MultimodalModel, processor: Processor) -> None:
             f"token {processor.image_token!r} nor what is tokenised, {text.written!r}"
         )
     body, name = model.language_model.base_model, type(model.language_model).__name__
-    if type(body) is not AutoModel._model_mapping[type(model.language_model.config)]:
+    alone: Any = AutoModel._model_mapping[type(model.language_model.config)]
+    if type(body) is not alone:
         raise ValueError(f"{name}: AutoModel does not build the body of this language model alone")
 
 
@@ -108,7 +109,6 @@ def source(model: MultimodalModel) -> str:
         encoder=" and ".join(part["name"] for part in parts[1:] or parts),
         connector=config.connector["name"],
         language_model=config.text_config.model_type,
-        version="",
     )
     text = bundle(header, tables, tiles=bool(config.images))
     for flag in _ATTENTION:
@@ -120,7 +120,8 @@ def source(model: MultimodalModel) -> str:
 def _load(file: Path) -> ModuleType:
     """Import the file under a name of its own."""
     spec = importlib.util.spec_from_file_location(f"_exported.{id(file)}", file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module
     spec.loader.exec_module(module)
@@ -172,7 +173,9 @@ def _renamed(model: MultimodalModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _place(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+    """The name of a module in the model."""
+    names: list[str] = [name for name, module in model.named_modules() if module is wanted]
+    return names[0]
 
 
 def _write_processor(module: Any, processor: Processor, folder: Path) -> None:

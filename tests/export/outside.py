@@ -25,8 +25,12 @@ class Hide:
 
 sys.meta_path.insert(0, Hide())
 
-import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+import torch  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 
 
 def messages(images: list[str]) -> list[dict[str, Any]]:
