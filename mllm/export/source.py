@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = "mllm.export.standalone"
+_SECTIONS = {"tiles", "newline"}
 _OWN = ("mllm.", "data_packing.")
 _ALWAYS = {"__init__", "__call__", "__post_init__", "_apply", "forward"}
 """Members that others call: torch, dataclasses, Python."""
@@ -57,13 +58,13 @@ class _Bundle:
     used: set[str] = field(default_factory=set)
 
 
-def bundle(header: str, tables: Mapping[str, tuple[str, ...]], tiles: bool) -> str:
+def bundle(header: str, tables: Mapping[str, tuple[str, ...]], sections: frozenset[str]) -> str:
     """Return the file.
 
     Args:
         header: its docstring's text.
         tables: for each registry (ENCODERS, CONNECTORS, TILINGS) the names that it has there.
-        tiles: whether the model cuts images.
+        sections: parts of `mllm.export.standalone` to take: `tiles`, `newline`.
 
     Raises:
         ValueError: two parts define the same name differently.
@@ -71,9 +72,9 @@ def bundle(header: str, tables: Mapping[str, tuple[str, ...]], tiles: bool) -> s
     used: set[str] = set()
     while True:  # a member may refer to members of classes before it
         result = _Bundle(tables, used=set(used))
-        module = _module(ROOT, tiles)
+        module = _module(ROOT, sections)
         for name in module.defined:
-            _take(result, ROOT, name, tiles)
+            _take(result, ROOT, name, sections)
         if result.used == used:
             break
         used = result.used
@@ -82,15 +83,16 @@ def bundle(header: str, tables: Mapping[str, tuple[str, ...]], tiles: bool) -> s
 
 
 @cache
-def _module(name: str, tiles: bool) -> _Module:
+def _module(name: str, sections: frozenset[str]) -> _Module:
     """Parse a module of this package."""
     spec = importlib.util.find_spec(name)
     assert spec is not None
     assert spec.origin is not None
     text = Path(spec.origin).read_text(encoding="utf-8")
-    pattern = r"^ *# end\n|^ *# tiles\n" if tiles else r"^ *# tiles\n(.*\n)*?^ *# end\n"
     if name == ROOT:
-        text = re.sub(pattern, "", text, flags=re.MULTILINE)
+        left_out = "|".join(_SECTIONS - sections) or "(?!)"
+        text = re.sub(rf"^ *# ({left_out})\n(.*\n)*?^ *# end\n", "", text, flags=re.MULTILINE)
+        text = re.sub(r"^ *# (tiles|newline|end)\n", "", text, flags=re.MULTILINE)
     module = _Module(text.splitlines())
     body = ast.parse(text).body
     for statement, after in zip(body, [*body[1:], None], strict=True):
@@ -102,13 +104,13 @@ def _module(name: str, tiles: bool) -> _Module:
     return module
 
 
-def _take(result: _Bundle, where: str, name: str, tiles: bool) -> None:
+def _take(result: _Bundle, where: str, name: str, sections: frozenset[str]) -> None:
     """Put a name, and before it what it needs, into the bundle."""
-    module = _module(where, tiles)
+    module = _module(where, sections)
     if name in module.imported:
         source, original = module.imported[name]
         if source.startswith(_OWN):
-            _take(result, source, original, tiles)
+            _take(result, source, original, sections)
         else:
             result.imports.add((source, original))
         return
@@ -120,7 +122,7 @@ def _take(result: _Bundle, where: str, name: str, tiles: bool) -> None:
         return
     result.origin[name] = where
     if name in result.tables:
-        _take_table(result, module, where, name, tiles)
+        _take_table(result, module, where, name, sections)
         return
     result.pending.append(name)
     statement = module.defined[name][0]
@@ -130,12 +132,14 @@ def _take(result: _Bundle, where: str, name: str, tiles: bool) -> None:
         nodes, text = list(module.defined[name]), _text(module, module.defined[name])
     text = _without_aliases(_without_own_imports(text), module)
     for node in nodes:
-        _take_needs(result, where, node, tiles)
+        _take_needs(result, where, node, sections)
     result.pending.remove(name)
     result.blocks[name] = text
 
 
-def _take_table(result: _Bundle, module: _Module, where: str, name: str, tiles: bool) -> None:
+def _take_table(
+    result: _Bundle, module: _Module, where: str, name: str, sections: frozenset[str]
+) -> None:
     """Put a registry into the bundle, with the entries that the model uses."""
     statement = module.defined[name][0]
     assert isinstance(statement, ast.AnnAssign)
@@ -147,8 +151,8 @@ def _take_table(result: _Bundle, module: _Module, where: str, name: str, tiles: 
     }
     chosen = {key: classes[str(key)] for key in result.tables[name]}
     for kind in chosen.values():
-        _take(result, where, kind, tiles)
-    _take_needs(result, where, statement.annotation, tiles)
+        _take(result, where, kind, sections)
+    _take_needs(result, where, statement.annotation, sections)
     entries = [f'"{key}": {kind}' for key, kind in chosen.items()]
     line = f"{name}: {ast.unparse(statement.annotation)} = {{{', '.join(entries)}}}"
     if len(line) > _MARGIN:
@@ -157,7 +161,7 @@ def _take_table(result: _Bundle, module: _Module, where: str, name: str, tiles: 
     result.blocks[name] = line
 
 
-def _take_needs(result: _Bundle, where: str, node: ast.AST, tiles: bool) -> None:
+def _take_needs(result: _Bundle, where: str, node: ast.AST, sections: frozenset[str]) -> None:
     """Put what a piece of code refers to into the bundle."""
     local: dict[str, tuple[str, str]] = {}
     for inner in ast.walk(node):
@@ -169,9 +173,9 @@ def _take_needs(result: _Bundle, where: str, node: ast.AST, tiles: bool) -> None
         if not isinstance(inner, ast.Name):
             continue
         if inner.id in local:
-            _take(result, *local[inner.id], tiles)
+            _take(result, *local[inner.id], sections)
         else:
-            _take(result, where, inner.id, tiles)
+            _take(result, where, inner.id, sections)
 
 
 def _class(result: _Bundle, module: _Module, statement: ast.ClassDef) -> tuple[list[ast.AST], str]:

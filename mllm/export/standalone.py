@@ -1,7 +1,8 @@
 """The classes of an exported model, as plain transformers loads them.
 
 `mllm.export.source` writes this module into the exported folder, after the parts of this package
-that the model is made of; lines between `# tiles` and `# end` only for models that cut images.
+that the model is made of. Lines between `# tiles` and `# end` are for models that cut images, those
+between `# newline` and `# end` for models whose lines of visual tokens end with a learned row.
 
 Shapes: B rows, T tokens of a row, D hidden width, W vocabulary; I images, V views of all images (a
 view is one thing that the encoder encodes), S side of a view, M visual tokens of all views.
@@ -51,7 +52,7 @@ from mllm.models.connectors import CONNECTORS
 from mllm.models.encoders import ENCODERS
 from mllm.models.families import LogitsRule
 from mllm.models.geometry import Geometry, ImageGeometry, Layout
-from mllm.models.newline import Newline, in_order
+from mllm.models.newline import Newline
 from mllm.models.tiles import tiled
 
 
@@ -157,8 +158,16 @@ class MllmImageProcessor(BaseImageProcessor):
 
     @property
     def size(self) -> dict[str, int]:
-        """Height and width of a view."""
-        return {"height": self.geometry["image_size"], "width": self.geometry["image_size"]}
+        """Height and width of an image that becomes as many views as any; vLLM asks for it."""
+        side = self.geometry["image_size"]
+        # tiles
+        rule = image_geometry(self.geometry, self.images)
+        sides = [side * count for count in range(1, 1 + max(12, self.images.get("tiles") or 0))]
+        sizes = [(height, width) for height in sides for width in sides]
+        height, width = max(sizes, key=lambda size: len(rule.view_sizes(*size)))
+        return {"height": height, "width": width}
+        # end
+        return {"height": side, "width": side}
 
     def fetch_images(self, images: Any) -> Any:
         """Open paths, URLs and base64, in lists too; leave what is an image already."""
@@ -313,7 +322,7 @@ class MllmModel(MllmPreTrainedModel):
             config.connector, self.vision_tower.width, width
         )
         self.geometry = image_geometry(config.encoder["geometry"], config.images)
-        # tiles
+        # newline
         if self.geometry.NEWLINE:
             self.connector.newline = Newline(width)
         # end
@@ -357,22 +366,19 @@ class MllmModel(MllmPreTrainedModel):
             features.flatten(0, 1).to(like.device, like.dtype), [(cells, cells)] * views
         )
         made = tokens.split([layout.made for layout in layouts])
-        # tiles
+        # newline
         made = [self._ordered(tokens, layout) for tokens, layout in zip(made, layouts, strict=True)]
         # end
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(made))  # type: ignore[arg-type]
 
-    # tiles
+    # newline
     def _ordered(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Put the visual tokens of an image into the order in which they stand in the text."""
-        if layout.order is None:
+        newline: Any = getattr(self.connector, "newline", None)
+        if newline is None or layout.order is None:
             return tokens
-        order = torch.from_numpy(layout.order).to(tokens.device)
-        if self.geometry.NEWLINE:
-            newline: Any = self.connector.newline
-            ordered: Tensor = newline(tokens, order)
-            return ordered
-        return in_order(tokens, order)
+        ordered: Tensor = newline(tokens, torch.from_numpy(layout.order).to(tokens.device))
+        return ordered
 
     # end
     @can_return_tuple  # type: ignore[untyped-decorator]

@@ -26,6 +26,7 @@ from mllm.models.families import logits_rule
 from mllm.models.geometry import ImageGeometry
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
+from mllm.models.tiles import TILINGS
 
 MODULE = "modeling_mllm"
 AUTO_MAP = {
@@ -110,7 +111,10 @@ def source(model: MultimodalModel) -> str:
         connector=config.connector["name"],
         language_model=config.text_config.model_type,
     )
-    text = bundle(header, tables, tiles=bool(config.images))
+    sections = {"tiles"} if config.images else set()
+    if config.images and TILINGS[config.images["tiling"]].NEWLINE:
+        sections.add("newline")
+    text = bundle(header, tables, frozenset(sections))
     for flag in _ATTENTION:
         able = bool(getattr(type(model.language_model), flag))
         text = text.replace(f"    {flag} = True\n", f"    {flag} = {able}\n")
