@@ -63,7 +63,7 @@ def answer(folder: str, images: list[str], again: str, adapter: str | None) -> d
         return_tensors="pt",
         padding=True,
     )
-    limits = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    limits = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     result = {
         "ids": chat["input_ids"],
         "ids by hand": by_hand["input_ids"],
@@ -72,8 +72,7 @@ def answer(folder: str, images: list[str], again: str, adapter: str | None) -> d
         "logits": model(**chat).logits,
         "hidden": model.model(**chat, return_dict=False)[0],
         "greedy": model.generate(**chat, **limits),
-        "rows": model.generate(**both, **limits)[:, -6:],
-        "beams": model.generate(**both, **limits, num_beams=2)[:, -6:],
+        "beams": model.generate(**both, **limits, num_beams=2)[:, -4:],
     }
     if adapter is not None:
         from peft import PeftModel
