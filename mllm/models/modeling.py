@@ -21,9 +21,15 @@ from mllm.models.connectors import CONNECTORS, Connector
 from mllm.models.encoders import ENCODERS, VisionEncoder
 from mllm.models.errors import check_folder, choose, loading
 from mllm.models.families import check_config, output_layer
-from mllm.models.newline import Newline, in_order
+from mllm.models.standing import Newline, standing
 from mllm.models.tiles import TILINGS
 from mllm.models.views import repeat_rows
+
+_NEVER_QUANTISED = ("encoder", "connector", "lm_head")
+"""What stays whole when a model is loaded in 4 or 8 bits, unless the user names other modules."""
+
+
+_IMAGES = ("pixels", "sizes", "order", "bags")
 
 
 class MultimodalModel(PreTrainedModel, GenerationMixin):
@@ -73,6 +79,9 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             shared._attn_implementation = attention.NAME
             shared._experts_implementation = experts
         self.post_init()
+        # a block's parts never land on two devices: their sums would meet nowhere
+        whole = {type(part).__name__ for part in (self.encoder, self.connector)}
+        self._no_split_modules = {*(self._no_split_modules or ()), *whole}
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave new modules as their constructors made them; the parts know best.
@@ -86,7 +95,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
     def cut_images(self, images: dict[str, Any]) -> None:
         """Take images as they are cut by this `images:` section; a new newline is random."""
         self.config.images = images
-        needed = bool(images) and TILINGS[images["tiling"]].NEWLINE
+        needed = "tiling" in images and TILINGS[images["tiling"]].NEWLINE
         if needed and not hasattr(self.connector, "newline"):
             embedding: Any = self.get_input_embeddings()
             self.connector.newline = Newline(embedding.embedding_dim).to(self.dtype)
@@ -101,6 +110,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         pixels: Tensor | None = None,
         sizes: Tensor | None = None,
         order: Tensor | None = None,
+        bags: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -114,8 +124,8 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 None: no image.
             sizes: [V, 2], (height, width) of each view. Best on the CPU, where its numbers are
                 needed; a GPU is waited for once.
-            order: [K], for every image token its place among the visual tokens of all views, -1
-                for a newline. None or empty: as they are made.
+            order, bags: [J] and [K], which visual tokens stand at the image tokens; see `Pack`.
+                None or empty: those of all views as they are made.
             position_ids: [B, T] or [T]; in a pack they restart with every document (the default).
             cu_seqlens: int32 [n+1], document bounds of a pack. None: ordinary rows.
             attention_mask: [B, T], 1 where a row has a token. Not for packs.
@@ -125,7 +135,15 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 take, or wrong bounds.
         """
         states: Tensor = self._states(
-            input_ids, pixels, sizes, order, position_ids, cu_seqlens, attention_mask, **kwargs
+            input_ids,
+            pixels,
+            sizes,
+            order,
+            bags,
+            position_ids,
+            cu_seqlens,
+            attention_mask,
+            **kwargs,
         ).last_hidden_state
         return states
 
@@ -155,18 +173,26 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
     def _states(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         pixels: Tensor | None,
         sizes: Tensor | None,
         order: Tensor | None,
+        bags: Tensor | None,
         position_ids: Tensor | None,
         cu_seqlens: Tensor | None,
         attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the language model without its output layer: a BaseModelOutputWithPast."""
-        input_ids = input_ids if input_ids.ndim == 2 else input_ids[None]
-        embeds = self._embed(input_ids, pixels, sizes, order)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of them")
+        if inputs_embeds is not None:
+            embeds = inputs_embeds
+        else:
+            assert input_ids is not None
+            input_ids = input_ids if input_ids.ndim == 2 else input_ids[None]
+            embeds = self._embed(input_ids, pixels, sizes, order, bags)
         if position_ids is not None and position_ids.ndim == 1:
             position_ids = position_ids[None]
         body = self.language_model.base_model
@@ -177,11 +203,11 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 attention_mask=attention_mask,
                 **kwargs,
             )
-        if input_ids.shape[0] != 1 or attention_mask is not None:
+        if embeds.shape[0] != 1 or attention_mask is not None:
             raise ValueError("a pack (cu_seqlens) is one row without an attention mask")
-        bounds = attention.document_bounds(cu_seqlens, input_ids.shape[1])
+        bounds = attention.document_bounds(cu_seqlens, embeds.shape[1])
         if position_ids is None:
-            position_ids = _restarting_positions(bounds, input_ids.device)[None]
+            position_ids = _restarting_positions(bounds, embeds.device)[None]
         with attention.packed_call(body, self.config.text_config.num_hidden_layers):
             return body(
                 inputs_embeds=embeds,
@@ -197,6 +223,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         pixels: Tensor | None,
         sizes: Tensor | None,
         order: Tensor | None = None,
+        bags: Tensor | None = None,
     ) -> Tensor:
         """Embed ids [B, T] to [B, T, D], with the image tokens replaced by visual tokens."""
         if (pixels is None) != (sizes is None):
@@ -210,22 +237,19 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 return embeds
             # every rank runs the vision path in every call, or sharded weights would wait for ever
             blank = self.image_features(*self.encoder.blank(input_ids.device))
-            nothing = self._ordered(blank, None)[:0].sum()
+            nothing = self._standing(blank, None, None)[:0].sum()
             return embeds + nothing.to(embeds.dtype)
-        tokens = self._ordered(self.image_features(pixels, sizes), order)
+        tokens = self._standing(self.image_features(pixels, sizes), order, bags)
         self._check_counts(wanted, len(sizes), len(tokens))
         return embeds.masked_scatter(slots[..., None], tokens.to(embeds.dtype))
 
-    def _ordered(self, tokens: Tensor, order: Tensor | None) -> Tensor:
-        """Put visual tokens [sum M, D] into the order [K, D] in which they stand in the text."""
-        given = order is not None and len(order) > 0
+    def _standing(self, tokens: Tensor, order: Tensor | None, bags: Tensor | None) -> Tensor:
+        """Return what stands at the image tokens [K, D], of the visual tokens [sum M, D]."""
         newline: Newline | None = getattr(self.connector, "newline", None)
-        if newline is not None:
-            if order is None or not given:
-                order = torch.arange(len(tokens), device=tokens.device)
-            ordered: Tensor = newline(tokens, order)
-            return ordered
-        return in_order(tokens, order) if order is not None and given else tokens
+        rows = tokens if newline is None else newline(tokens)
+        if order is None or not len(order):
+            return rows[: len(tokens)]
+        return standing(rows, order, bags)
 
     def _check_counts(self, wanted: int, views: int, made: int) -> None:
         if wanted != made:
@@ -239,31 +263,35 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         pixels: Tensor | None = None,
         sizes: Tensor | None = None,
         order: Tensor | None = None,
+        bags: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits [B, T, W] and, with labels [B, T] (not shifted), the mean loss over them.
 
-        The other arguments are those of `hidden_states`. `logits_to_keep`: only the last so many
-        positions (0: all), or the positions themselves.
+        The other arguments are those of `hidden_states`. `inputs_embeds` [B, T, D] stand in for
+        ids, visual tokens included. `logits_to_keep`: only the last so many positions (0: all), or
+        the positions themselves.
         """
-        extra = (
-            kwargs if past_key_values is None else {**kwargs, "past_key_values": past_key_values}
-        )
-        if use_cache is not None:
-            extra = {**extra, "use_cache": use_cache}
+        given = {
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "inputs_embeds": inputs_embeds,
+        }
+        extra = {name: value for name, value in (given | kwargs).items() if value is not None}
         states = self._states(
-            input_ids, pixels, sizes, order, position_ids, cu_seqlens, attention_mask, **extra
+            input_ids, pixels, sizes, order, bags, position_ids, cu_seqlens, attention_mask, **extra
         )
         kept = states.last_hidden_state
         if not isinstance(logits_to_keep, int) or logits_to_keep:
@@ -295,7 +323,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs["pixels"] = inputs["sizes"] = inputs["order"] = None
+            inputs |= dict.fromkeys(_IMAGES)
         return inputs
 
     def _expand_inputs_for_generation(  # type: ignore[override]
@@ -306,8 +334,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Repeat rows for beams or several answers; a row's views stay together."""
-        names = ("pixels", "sizes", "order")
-        images = {name: model_kwargs.pop(name, None) for name in names}
+        images = {name: model_kwargs.pop(name, None) for name in _IMAGES}
         if images["pixels"] is not None and expand_size > 1:
             assert input_ids is not None
             images = self._repeat_images(input_ids, expand_size, **images)
@@ -320,15 +347,21 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         return input_ids, {**model_kwargs, **images}
 
     def _repeat_images(
-        self, input_ids: Tensor, times: int, pixels: Tensor, sizes: Tensor, order: Tensor | None
+        self,
+        input_ids: Tensor,
+        times: int,
+        pixels: Tensor,
+        sizes: Tensor,
+        order: Tensor | None,
+        bags: Tensor | None,
     ) -> dict[str, Any]:
         """Repeat the images of every row so many times."""
         tokens = self.tokens_per_view(sizes)
         wanted = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
-        kept = sum(tokens) if order is None else len(order)
+        kept = sum(tokens) if order is None else len(order if bags is None else bags)
         self._check_counts(sum(wanted), len(sizes), kept)
-        pixels, sizes, order = repeat_rows(pixels, sizes, order, tokens, wanted, times)
-        return {"pixels": pixels, "sizes": sizes, "order": order}
+        repeated = repeat_rows(pixels, sizes, order, bags, tokens, wanted, times)
+        return dict(zip(_IMAGES, repeated, strict=True))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -342,6 +375,9 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         path = pretrained_model_name_or_path
         check_folder(path, "model")
         wants_report = kwargs.pop("output_loading_info", False)
+        quantisation: Any = kwargs.get("quantization_config")
+        if getattr(quantisation, "llm_int8_skip_modules", ()) is None:
+            quantisation.llm_int8_skip_modules = list(_NEVER_QUANTISED)
         with loading("model", path):
             loaded: Any = super().from_pretrained(
                 path, **{**kwargs, "output_loading_info": True, "use_safetensors": True}
