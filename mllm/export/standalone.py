@@ -52,7 +52,7 @@ from mllm.models.connectors import CONNECTORS
 from mllm.models.encoders import ENCODERS
 from mllm.models.families import LogitsRule
 from mllm.models.geometry import Geometry, ImageGeometry, Layout
-from mllm.models.newline import Newline
+from mllm.models.standing import Newline, standing
 from mllm.models.tiles import tiled
 
 
@@ -377,8 +377,7 @@ class MllmModel(MllmPreTrainedModel):
         newline: Any = getattr(self.connector, "newline", None)
         if newline is None or layout.order is None:
             return tokens
-        ordered: Tensor = newline(tokens, torch.from_numpy(layout.order).to(tokens.device))
-        return ordered
+        return standing(newline(tokens), torch.from_numpy(layout.order).to(tokens.device), None)
 
     # end
     @can_return_tuple  # type: ignore[untyped-decorator]

@@ -12,7 +12,7 @@ import copy
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -84,6 +84,11 @@ def check(model: MultimodalModel, processor: Processor) -> None:
             f"the encoder {model.config.encoder['name']} takes images as they are, without one "
             "size (native resolution); an exported processor makes squares only"
         )
+    if processor.images.get("regions") == "feature":
+        raise ValueError(
+            "images.regions: feature puts the mean of visual tokens into the text, and there is no "
+            "way to hand transformers a box; decimals and thousandths can be exported"
+        )
     text = processor.template.image_text
     if text.asked not in (processor.image_token, text.written):
         raise ValueError(
@@ -99,26 +104,33 @@ def check(model: MultimodalModel, processor: Processor) -> None:
 def source(model: MultimodalModel) -> str:
     """Return the file of Python."""
     config: Any = model.config
-    encoder = config.encoder
+    encoder, images = config.encoder, tiling(config.images)
     parts = [encoder, *(encoder[key] for key in ("first", "second") if key in encoder)]
     tables = {
         "ENCODERS": tuple(dict.fromkeys(part["name"] for part in reversed(parts))),
         "CONNECTORS": (config.connector["name"],),
-        "TILINGS": (config.images["tiling"],) if config.images else (),
+        "TILINGS": (images["tiling"],) if images else (),
     }
     header = _HEADER.format(
         encoder=" and ".join(part["name"] for part in parts[1:] or parts),
         connector=config.connector["name"],
         language_model=config.text_config.model_type,
     )
-    sections = {"tiles"} if config.images else set()
-    if config.images and TILINGS[config.images["tiling"]].NEWLINE:
+    sections = {"tiles"} if images else set()
+    if images and TILINGS[images["tiling"]].NEWLINE:
         sections.add("newline")
     text = bundle(header, tables, frozenset(sections))
     for flag in _ATTENTION:
         able = bool(getattr(type(model.language_model), flag))
         text = text.replace(f"    {flag} = True\n", f"    {flag} = {able}\n")
     return text
+
+
+def tiling(images: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an `images:` section says about tiles; the rest is for training data."""
+    if images.get("tiling") is None:
+        return {}
+    return {name: value for name, value in images.items() if name not in ("regions", "clip_tokens")}
 
 
 def _load(file: Path) -> ModuleType:
@@ -143,7 +155,7 @@ def _write_model(module: Any, model: MultimodalModel, processor: Processor, fold
     config = module.MllmConfig(
         encoder=model.config.encoder,
         connector=model.config.connector,
-        images=model.config.images,
+        images=tiling(model.config.images),
         text_config=text_config,
         image_token_id=processor.image_token_id,
         head_bias=head.bias is not None,
@@ -191,7 +203,7 @@ def _write_processor(module: Any, processor: Processor, folder: Path) -> None:
     written = processor.template.image_text.written
     asked = processor.template.image_text.asked
     images = module.MllmImageProcessor(
-        geometry=processor.geometry.to_dict(), images=processor.images
+        geometry=processor.geometry.to_dict(), images=tiling(processor.images)
     )
     exported = module.MllmProcessor(
         images,

@@ -118,6 +118,16 @@ def test_images_taken_as_they_are_are_refused(build: Callable[..., Any]) -> None
         check(model, processor)
 
 
+def test_features_of_regions_are_refused_and_boxes_as_text_are_not(
+    build: Callable[..., Any],
+) -> None:
+    with pytest.raises(ValueError, match="images.regions: feature puts the mean"):
+        check(*build(images={"regions": "feature"}))
+    model, processor = build(images={"regions": "thousandths", "clip_tokens": 99})
+    check(model, processor)
+    assert "TILINGS" not in source(model)
+
+
 @pytest.mark.parametrize(
     ("encoder", "connector", "images"),
     [
