@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-ROOT = "mllm.export.standalone"
+ROOTS = ("mllm.export.standalone_processor", "mllm.export.standalone")
 _SECTIONS = {"tiles", "newline"}
 _OWN = ("mllm.", "data_packing.")
 _ALWAYS = {"__init__", "__call__", "__post_init__", "_apply", "forward"}
@@ -64,7 +64,7 @@ def bundle(header: str, tables: Mapping[str, tuple[str, ...]], sections: frozens
     Args:
         header: its docstring's text.
         tables: for each registry (ENCODERS, CONNECTORS, TILINGS) the names that it has there.
-        sections: parts of `mllm.export.standalone` to take: `tiles`, `newline`.
+        sections: parts of the ROOTS to take: `tiles`, `newline`.
 
     Raises:
         ValueError: two parts define the same name differently.
@@ -72,9 +72,9 @@ def bundle(header: str, tables: Mapping[str, tuple[str, ...]], sections: frozens
     used: set[str] = set()
     while True:  # a member may refer to members of classes before it
         result = _Bundle(tables, used=set(used))
-        module = _module(ROOT, sections)
-        for name in module.defined:
-            _take(result, ROOT, name, sections)
+        for root in ROOTS:
+            for name in _module(root, sections).defined:
+                _take(result, root, name, sections)
         if result.used == used:
             break
         used = result.used
@@ -89,7 +89,7 @@ def _module(name: str, sections: frozenset[str]) -> _Module:
     assert spec is not None
     assert spec.origin is not None
     text = Path(spec.origin).read_text(encoding="utf-8")
-    if name == ROOT:
+    if name in ROOTS:
         left_out = "|".join(_SECTIONS - sections) or "(?!)"
         text = re.sub(rf"^ *# ({left_out})\n(.*\n)*?^ *# end\n", "", text, flags=re.MULTILINE)
         text = re.sub(r"^ *# (tiles|newline|end)\n", "", text, flags=re.MULTILINE)
@@ -180,7 +180,7 @@ def _take_needs(result: _Bundle, where: str, node: ast.AST, sections: frozenset[
 
 def _class(result: _Bundle, module: _Module, statement: ast.ClassDef) -> tuple[list[ast.AST], str]:
     """Return the parts of a class that are used, and their text."""
-    whole = result.origin[statement.name] == ROOT or bool(
+    whole = result.origin[statement.name] in ROOTS or bool(
         {"dataclass", "NamedTuple"} & _names(*statement.decorator_list, *statement.bases)
     )
     kept = [
@@ -213,7 +213,7 @@ def _is_kept(result: _Bundle, kind: str, member: ast.stmt, whole: bool) -> bool:
         return True
     if any(f"{kind}.{name}" in _LEFT_OUT for name in names):
         return False
-    if whole and result.origin[kind] == ROOT:
+    if whole and result.origin[kind] in ROOTS:
         return True
     return bool(names & (_ALWAYS | result.used))
 
