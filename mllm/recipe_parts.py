@@ -1,15 +1,15 @@
 """What a recipe may say about the parts of a model and its losses, checked without importing torch.
 
-The tables repeat the registries of mllm.models and mllm.objectives, because those import torch; a
-test compares them.
+What there is and which options it takes is declared in mllm.parts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import isqrt
 from typing import TYPE_CHECKING, Any
 
+from mllm.parts import CONNECTORS, ENCODERS, IMAGES, OBJECTIVES, TILINGS, Option, Part
+from mllm.parts.option import SECTION, problems
 from mllm.recipe_yaml import Path_, closest, nearest
 
 if TYPE_CHECKING:
@@ -21,42 +21,7 @@ if TYPE_CHECKING:
     )
 
 MODULES = ("encoder", "connector", "language_model")
-OBJECTIVE_NAMES = ("language_modeling",)
-
-_COUNTS = (
-    *("cross_every", "depth", "factor", "head_width", "heads", "hidden", "inner", "layers"),
-    *("positions", "tiles", "min_tiles", "longest_edge"),
-)
-"""Options that are whole numbers from 1 on, whichever part has them."""
-
-_SQUARES = ("average_pool", "c_abstractor")  # connectors that pool to a square grid
-
-ENCODER_OPTIONS: dict[str, tuple[str, ...]] = {
-    "aimv2": ("resize", "layer"),
-    "clip": ("resize", "layer"),
-    "dinov2": ("resize", "layer", "class_token"),
-    "dinov2_with_registers": ("resize", "layer", "class_token"),
-    "dinov3_convnext": ("resize", "layer"),
-    "dinov3_vit": ("resize", "layer", "class_token"),
-    "efficientnet_lite": ("resize",),
-    "pair": ("resize", "first", "second"),
-    "siglip": ("resize", "layer"),
-    "timm": ("resize", "layer"),
-}
-"""Encoder → the options it takes beside name and path."""
-
-CONNECTOR_OPTIONS: dict[str, tuple[str, ...]] = {
-    "average_pool": ("visual_tokens", "hidden"),
-    "c_abstractor": ("visual_tokens", "hidden", "depth", "positions"),
-    "linear": (),
-    "mlp": ("hidden",),
-    "pixel_shuffle": ("factor", "layers", "hidden"),
-    "q_former": (
-        *("path", "text", "visual_tokens", "hidden", "depth", "heads", "inner", "cross_every"),
-    ),
-    "resampler": ("visual_tokens", "hidden", "depth", "heads", "head_width"),
-}
-"""Connector → the options it takes beside name and init."""
+OBJECTIVE_NAMES = tuple(OBJECTIVES)
 
 CONNECTOR_LAST_LINEAR = {
     "average_pool": "second",
@@ -68,15 +33,6 @@ CONNECTOR_LAST_LINEAR = {
     "resampler": "last",
 }
 """Connector → the layer inside it that `init: ridge` solves."""
-
-
-TILING_OPTIONS: dict[str, tuple[str, ...]] = {
-    "any_resolution": ("grids", "tiles"),
-    "dynamic": ("tiles", "min_tiles", "thumbnail"),
-    "none": (),
-    "split": ("longest_edge",),
-}
-"""Tiling → the options it takes."""
 
 
 def model_problems(model: ModelSection) -> Iterable[tuple[Path_, str]]:
@@ -200,15 +156,15 @@ def _images(model: ModelSection) -> Iterable[tuple[Path_, str]]:
         return
     name = images.tiling
     if name is None and model.from_ is None:
-        yield path, f"give model.images.tiling; valid: {', '.join(TILING_OPTIONS)}"
-    elif name is not None and name not in TILING_OPTIONS:
-        hint = nearest(name, TILING_OPTIONS)
-        yield (*path, "tiling"), f"unknown tiling {name!r}{hint}"
-    elif name is not None:
-        yield from _options(path, f"tiling {name}", images.options, TILING_OPTIONS[name])
-    else:  # it comes with model.from, so its kind is not known here
-        every = {option for options in TILING_OPTIONS.values() for option in options}
-        yield from _options(path, "tiling", images.options, every)
+        if not images.options:
+            yield path, f"give model.images.tiling; valid: {', '.join(TILINGS)}"
+        yield from _options(path, "images without a tiling", images.options, IMAGES)
+    elif name is None:  # it comes with model.from, so its kind is not known here
+        yield from _options(path, "tiling", images.options, _every_option(TILINGS), whole=False)
+    elif name not in TILINGS:
+        yield (*path, "tiling"), f"unknown tiling {name!r}{nearest(name, TILINGS)}"
+    else:
+        yield from _options(path, f"tiling {name}", images.options, TILINGS[name].options)
 
 
 def _parts(model: ModelSection) -> Iterable[tuple[Path_, str]]:
@@ -223,12 +179,10 @@ def _encoder(
     path: Path_, name: str, folder: Any, given: Mapping[str, Any]
 ) -> Iterable[tuple[Path_, str]]:
     dotted = ".".join(map(str, path))
-    options = ENCODER_OPTIONS.get(name)
-    if options is None:
-        hint = nearest(name, ENCODER_OPTIONS)
-        yield (*path, "name"), f"unknown encoder {name!r}{hint}"
+    if name not in ENCODERS:
+        yield (*path, "name"), f"unknown encoder {name!r}{nearest(name, ENCODERS)}"
     else:
-        yield from _options(path, f"encoder {name}", given, options)
+        yield from _options(path, f"encoder {name}", given, ENCODERS[name].options)
     if name == "pair":
         yield from _pair(path, folder, given)
     elif not folder:
@@ -264,44 +218,38 @@ def _connector(connector: ConnectorSection) -> Iterable[tuple[Path_, str]]:
         given["visual_tokens"] = connector.visual_tokens
     name = connector.name
     if name is None:  # it comes with model.from, so its kind is not known here
-        every = {option for options in CONNECTOR_OPTIONS.values() for option in options}
-        yield from _options(path, "connector", given, every)
-    elif name not in CONNECTOR_OPTIONS:
-        hint = nearest(name, CONNECTOR_OPTIONS)
-        yield (*path, "name"), f"unknown connector {name!r}{hint}"
-        return
+        yield from _options(path, "connector", given, _every_option(CONNECTORS), whole=False)
+    elif name not in CONNECTORS:
+        yield (*path, "name"), f"unknown connector {name!r}{nearest(name, CONNECTORS)}"
     else:
-        yield from _options(path, f"connector {name}", given, CONNECTOR_OPTIONS[name])
-    tokens = connector.visual_tokens
-    if tokens is None and name == "average_pool":
-        if "visual_tokens" in (closest(each, CONNECTOR_OPTIONS[name]) for each in given):
-            return  # it is misspelt, and the unknown option says so
-        yield path, "model.connector.visual_tokens is missing: average_pool needs a square number"
-    elif tokens is not None and name in (None, *_SQUARES) and isqrt(tokens) ** 2 != tokens:
-        low = max(1, isqrt(tokens))
-        yield (
-            (*path, "visual_tokens"),
-            f"model.connector.visual_tokens must be a square number, got {tokens}; the nearest are "
-            f"{low**2} and {(low + 1) ** 2}",
-        )
+        yield from _options(path, f"connector {name}", given, CONNECTORS[name].options)
+
+
+def _every_option(parts: Mapping[str, Part]) -> dict[str, Option]:
+    """The options of all parts; of one name, that which can change in a saved model."""
+    every: dict[str, Option] = {}
+    for part in parts.values():
+        every |= {n: o for n, o in part.options.items() if n not in every or o.reloadable}
+    return every
 
 
 def _options(
-    path: Path_, what: str, given: Mapping[str, Any], known: Iterable[str]
+    path: Path_,
+    what: str,
+    given: Mapping[str, Any],
+    known: Mapping[str, Option],
+    whole: bool = True,
 ) -> Iterable[tuple[Path_, str]]:
-    for name, value in given.items():
-        place, dotted = (*path, name), ".".join(map(str, (*path, name)))
-        if name not in known:
-            yield place, f"unknown option {name!r} of the {what}{nearest(name, known)}"
-        elif value is None:
-            continue
-        elif name in (*_COUNTS, "layer") and type(value) is not int:
-            yield place, f"{dotted}: expected a whole number, got {value!r}"
-        elif name in ("class_token", "thumbnail") and type(value) is not bool:
-            yield place, f"{dotted}: expected true or false, got {value!r}"
-        elif name in _COUNTS and value < 1:
-            yield place, f"{dotted}: expected greater than 0, got {value!r}"
-        elif name == "path" and not (isinstance(value, str) and value):
-            yield place, f"{dotted}: expected a folder or hub id, got {value!r}"
-        elif name == "text" and value is not False:
-            yield place, f"{dotted}: a connector is not given the text yet; leave it out"
+    """What is wrong with a part's options; `whole`: those that are needed must be among them."""
+    misspelt = [name for name in given if name not in known]
+    for name in misspelt:
+        yield (*path, name), f"unknown option {name!r} of the {what}{nearest(name, known)}"
+    meant = {closest(name, known) for name in misspelt}
+    dotted = ".".join(map(str, path))
+    for name, problem in problems(known, given):
+        if known[name].values is SECTION:
+            continue  # `_pair` says more of it
+        if name in given:
+            yield (*path, name), f"{dotted}.{problem}"
+        elif whole and name not in meant:
+            yield path, f"{dotted}.{problem}"

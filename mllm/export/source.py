@@ -8,6 +8,7 @@ that something in the file refers to are taken.
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import re
 import sys
@@ -15,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+
+from mllm.parts import IMAGES
 
 ROOTS = ("mllm.export.standalone_processor", "mllm.export.standalone")
 _SECTIONS = {"tiles", "newline"}
@@ -31,8 +34,18 @@ _CHECKS = {"self.check", "check_images"}
 _DOCS = {
     "VisionEncoder": "A vision encoder of square views; `width` features per cell.",
     "Connector": "From features [C, Dv] of views, each a grid, to their visual tokens [sum M, D].",
+    "TiledGeometry": "An image as several squares of the encoder; `spec` has the options by name.",
 }
 """Docstrings that speak of training."""
+
+_REPLACED = {
+    "chosen": '''\
+def chosen(options: Mapping[str, Any], given: Mapping[str, Any], name: str) -> Any:
+    """Return what is given for an option, or its default."""
+    value = given.get(name)
+    return options[name] if value is None else value'''
+}
+"""`OPTIONS` are written as name → default, without what a recipe's author reads about them."""
 
 _MARGIN = 100
 
@@ -128,6 +141,10 @@ def _take(result: _Bundle, where: str, name: str, sections: frozenset[str]) -> N
     statement = module.defined[name][0]
     if isinstance(statement, ast.ClassDef):
         nodes, text = _class(result, module, statement)
+    elif name in _REPLACED:
+        nodes, text = [*ast.parse(_REPLACED[name]).body], _REPLACED[name]
+    elif isinstance(statement, ast.FunctionDef):
+        text, nodes = _member(module, statement)
     else:
         nodes, text = list(module.defined[name]), _text(module, module.defined[name])
     text = _without_aliases(_without_own_imports(text), module)
@@ -200,8 +217,11 @@ def _class(result: _Bundle, module: _Module, statement: ast.ClassDef) -> tuple[l
     elif _is_text(statement.body[0]):
         parts.append(_text(module, [statement.body[0]]))
     for member in kept:
-        text, needed = _member(module, member)
-        nodes += needed
+        if "OPTIONS" in _targets(member):
+            text = _options(result.origin[statement.name], statement.name)
+        else:
+            text, needed = _member(module, member)
+            nodes += needed
         apart = not module.lines[_start(member) - 1].strip() or len(parts) == 1
         parts.append(f"\n{text}" if parts and apart else text)
     return nodes, "\n".join([*head, *(parts or ["    pass"])])
@@ -213,6 +233,8 @@ def _is_kept(result: _Bundle, kind: str, member: ast.stmt, whole: bool) -> bool:
         return True
     if any(f"{kind}.{name}" in _LEFT_OUT for name in names):
         return False
+    if "OPTIONS" in names and result.origin[kind].startswith("mllm.models.encoders"):
+        return False  # an encoder reads its options from a folder, not when it is built
     if whole and result.origin[kind] in ROOTS:
         return True
     return bool(names & (_ALWAYS | result.used))
@@ -230,6 +252,19 @@ def _member(module: _Module, member: ast.stmt) -> tuple[str, list[ast.AST]]:
         del lines[check.lineno - first : check.end_lineno - first + 1]
     signature = [*member.decorator_list, member.args, *([member.returns] if member.returns else [])]
     return "\n".join(lines), [*signature, *(one for one in member.body if one not in checks)]
+
+
+def _options(where: str, kind: str) -> str:
+    """A class's options with their defaults; not those of every `images:` section."""
+    options = getattr(importlib.import_module(where), kind).OPTIONS
+    entries = [
+        f'"{name}": {option.default!r}' for name, option in options.items() if name not in IMAGES
+    ]
+    line = f"    OPTIONS: ClassVar[dict[str, Any]] = {{{', '.join(entries)}}}"
+    if len(line) <= _MARGIN:
+        return line
+    lines = "".join(f"        {entry},\n" for entry in entries)
+    return f"    OPTIONS: ClassVar[dict[str, Any]] = {{\n{lines}    }}"
 
 
 def _is_check(statement: ast.stmt) -> bool:
