@@ -216,7 +216,8 @@ def read(model: Any, row: Row, device: torch.device) -> Tensor:
     """-log p [len(row.reads)] in fp32, one forward pass."""
     pixels, sizes = join_views(row.pixels) if row.pixels else (None, None)
     if row.branches:
-        sight = {"attention_mask": row.mask().to(device), "use_cache": False}
+        mask, documents = row.mask().to(device), row.bounds().to(device)
+        sight = {"attention_mask": mask, "documents": documents, "use_cache": False}
     else:
         sight = {"cu_seqlens": row.bounds().to(device)}
     hidden_BTD = model.hidden_states(

@@ -15,6 +15,7 @@ from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, PretrainedConnector
 from mllm.models.encoders import ENCODERS, WITHOUT_PATH
 from mllm.models.errors import check_folder, check_options, choose, loading
+from mllm.models.fusion import DEFAULT, check_tiles, fusion_class
 from mllm.models.language import add_special_tokens, load_language_model
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import IMAGE_TOKEN, Processor, changed_connector
@@ -29,7 +30,8 @@ def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[Multimod
     Args:
         section: the `model:` section, as a mapping or an object with `model_dump`: either `from`
             (a stage's folder; `connector` may change reloadable options) or `encoder` {name, path,
-            …}, `connector` {name, …} and `language_model` {path}; either way `images` {tiling, …}.
+            …}, `connector` {name, …}, `language_model` {path} and maybe `fusion` {name, …}; either
+            way `images` {tiling, …}.
         dtype: of all weights.
 
     Returns:
@@ -45,7 +47,7 @@ def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[Multimod
         if key not in _TRAINING_OPTIONS
     }
     if start := parts.get("from", parts.get("from_")):
-        for name in ("encoder", "language_model"):
+        for name in ("encoder", "language_model", "fusion"):
             if parts.get(name):
                 raise ValueError(f"model.from takes the {name} from {start}; leave {name} out")
         return load(start, dtype=dtype, connector=connector, images=parts.get("images"))
@@ -62,6 +64,7 @@ def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[Multimod
         connector,
         dict(parts["language_model"]),
         dict(parts.get("images") or {}),
+        _fusion(parts.get("fusion") or {}),
         dtype,
     )
 
@@ -123,6 +126,7 @@ def _from_parts(
     connector: dict[str, Any],
     language_section: dict[str, Any],
     images: dict[str, Any],
+    fusion: dict[str, Any],
     dtype: torch.dtype,
 ) -> tuple[MultimodalModel, Processor]:
     name = encoder_section.pop("name")
@@ -131,6 +135,7 @@ def _from_parts(
     options = {key: value for key, value in encoder_section.items() if value is not None}
     connector = {key: value for key, value in connector.items() if value is not None}
     connector_class.check(connector)
+    check_tiles(fusion, images)
     start = connector.get("path")
     if start is not None and issubclass(connector_class, PretrainedConnector):
         connector = connector_class.spec_from_folder(connector)
@@ -141,10 +146,11 @@ def _from_parts(
     check_images(images)
     added = add_special_tokens(language_model, tokenizer, (IMAGE_TOKEN, *special_tokens(images)))
     with_images(tokenizer, IMAGE_TOKEN)
-    processor = Processor(tokenizer, encoder.geometry, connector, images=images)
+    processor = Processor(tokenizer, encoder.geometry, connector, images=images, fusion=fusion)
     config = MultimodalConfig(
         encoder={"name": name, **encoder.spec},
         connector=connector,
+        fusion=fusion,
         images=images,
         text_config=language_model.config,
         image_token=IMAGE_TOKEN,
@@ -153,10 +159,18 @@ def _from_parts(
     )
     model = MultimodalModel(config, encoder=encoder, language_model=language_model)
     model.connector.to(dtype)
+    model.fusion.to(dtype)
     if start is not None and isinstance(model.connector, PretrainedConnector):
         model.connector.load_weights(start)
     model.generation_config = _generation_config(language_model, tokenizer, added)
     return model.eval(), processor
+
+
+def _fusion(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The fusion's spec, checked; empty for the default, as a folder saved before it has it."""
+    spec = {name: value for name, value in section.items() if value is not None}
+    fusion_class(spec).check(spec)
+    return {} if spec.get("name", DEFAULT) == DEFAULT else spec
 
 
 def _generation_config(

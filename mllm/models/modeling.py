@@ -1,7 +1,8 @@
-"""The model: encoder → connector → language model.
+"""The model: encoder → connector → fusion → language model.
 
 Shapes: B rows, T tokens of a row, D hidden width, W vocabulary; V views of the call (a view is one
-thing that the encoder encodes), P bytes of all their pixels, M visual tokens of a view.
+thing that the encoder encodes), P bytes of all their pixels, M visual tokens of a view, E their
+width: D, or what the fusion asks for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mllm.models.connectors import CONNECTORS, Connector
 from mllm.models.encoders import ENCODERS, VisionEncoder
 from mllm.models.errors import check_folder, choose, loading
 from mllm.models.families import check_config, output_layer
+from mllm.models.fusion import Fused, Fusion, Visual, check_tiles, fusion_class, hooked
 from mllm.models.newline import Newline, in_order
 from mllm.models.tiles import TILINGS
 from mllm.models.views import repeat_rows
@@ -36,7 +38,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         encoder, language_model: ready parts with weights; built without weights if left out.
 
     Attributes:
-        encoder, connector, language_model: the parts; `train:` keys of a recipe name them.
+        encoder, connector, fusion, language_model: the parts; `train:` keys of a recipe name them.
     """
 
     config_class = MultimodalConfig
@@ -62,8 +64,11 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             text, attn_implementation=attention.NAME
         )
         embedding: Any = language_model.get_input_embeddings()  # OPT's may be narrower than hidden
+        self.fusion: Fusion = fusion_class(config.fusion)(
+            config.fusion, text, embedding.embedding_dim
+        )
         self.connector: Connector = choose(CONNECTORS, config.connector["name"], "connector")(
-            config.connector, self.encoder.width, embedding.embedding_dim
+            config.connector, self.encoder.width, self.fusion.visual_width
         )
         self.language_model = language_model
         self.cut_images(config.images)
@@ -85,11 +90,11 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
     def cut_images(self, images: dict[str, Any]) -> None:
         """Take images as they are cut by this `images:` section; a new newline is random."""
+        check_tiles(self.config.fusion, images)
         self.config.images = images
         needed = bool(images) and TILINGS[images["tiling"]].NEWLINE
         if needed and not hasattr(self.connector, "newline"):
-            embedding: Any = self.get_input_embeddings()
-            self.connector.newline = Newline(embedding.embedding_dim).to(self.dtype)
+            self.connector.newline = Newline(self.fusion.visual_width).to(self.dtype)
         elif not needed and hasattr(self.connector, "newline"):
             del self.connector.newline
 
@@ -104,6 +109,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        documents: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Return hidden states [B, T, D] after the final norm; `lm_head` turns them into logits.
@@ -119,13 +125,16 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             position_ids: [B, T] or [T]; in a pack they restart with every document (the default).
             cu_seqlens: int32 [n+1], document bounds of a pack. None: ordinary rows.
             attention_mask: [B, T], 1 where a row has a token. Not for packs.
+            documents: int32 [n+1], document bounds of one row with a mask of its own: images are
+                seen inside a document only.
 
         Raises:
             ValueError: image tokens and features differ in number, views that the encoder does not
                 take, or wrong bounds.
         """
         states: Tensor = self._states(
-            input_ids, pixels, sizes, order, position_ids, cu_seqlens, attention_mask, **kwargs
+            *(input_ids, pixels, sizes, order, position_ids, cu_seqlens, attention_mask, documents),
+            **kwargs,
         ).last_hidden_state
         return states
 
@@ -138,7 +147,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         return output_layer(self.get_output_embeddings(), self.language_model.config)
 
     def image_features(self, pixels: Tensor, sizes: Tensor) -> Tensor:
-        """Return the visual tokens [sum M, D] that views make; arguments as `hidden_states`."""
+        """Return the visual tokens [sum M, E] that views make; arguments as `hidden_states`."""
         sizes = sizes.cpu()
         trains = self.encoder.trains
         if self.encoder.training != (self.training and trains):
@@ -162,62 +171,76 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None,
         cu_seqlens: Tensor | None,
         attention_mask: Tensor | None,
+        documents: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the language model without its output layer: a BaseModelOutputWithPast."""
         input_ids = input_ids if input_ids.ndim == 2 else input_ids[None]
-        embeds = self._embed(input_ids, pixels, sizes, order)
         if position_ids is not None and position_ids.ndim == 1:
             position_ids = position_ids[None]
-        body = self.language_model.base_model
-        if cu_seqlens is None:
-            return body(
-                inputs_embeds=embeds,
-                position_ids=position_ids,
-                attention_mask=attention_mask,
-                **kwargs,
-            )
-        if input_ids.shape[0] != 1 or attention_mask is not None:
+        if cu_seqlens is not None and (len(input_ids) != 1 or attention_mask is not None):
             raise ValueError("a pack (cu_seqlens) is one row without an attention mask")
-        bounds = attention.document_bounds(cu_seqlens, input_ids.shape[1])
+        given, bounds = documents if cu_seqlens is None else cu_seqlens, None
+        if given is not None:
+            bounds = attention.document_bounds(given, input_ids.numel())
+        cache = kwargs.get("past_key_values")
+        fused = self._fuse(input_ids, pixels, sizes, order, bounds, cache)
+        body, layers = self.language_model.base_model, self.config.text_config.num_hidden_layers
+        if cu_seqlens is None or bounds is None:
+            call = {"position_ids": position_ids, "attention_mask": attention_mask, **kwargs}
+            with hooked(body, layers, fused.hooks):
+                states = body(inputs_embeds=fused.embeds, **call)
+            if fused.keep is not None and states.past_key_values is not None:
+                fused.keep(states.past_key_values)
+            return states
         if position_ids is None:
             position_ids = _restarting_positions(bounds, input_ids.device)[None]
-        with attention.packed_call(body, self.config.text_config.num_hidden_layers):
+        with attention.packed_call(body, layers), hooked(body, layers, fused.hooks):
             return body(
-                inputs_embeds=embeds,
+                inputs_embeds=fused.embeds,
                 position_ids=position_ids,
                 cu_seqlens=cu_seqlens,
                 bounds=bounds,
                 **{"use_cache": False, **kwargs},
             )
 
-    def _embed(
+    def _fuse(
         self,
         input_ids: Tensor,
         pixels: Tensor | None,
         sizes: Tensor | None,
         order: Tensor | None = None,
-    ) -> Tensor:
-        """Embed ids [B, T] to [B, T, D], with the image tokens replaced by visual tokens."""
+        bounds: tuple[int, ...] | None = None,
+        cache: Cache | None = None,
+    ) -> Fused:
+        """Return what the language model starts from: ids [B, T], embedded, and their images."""
+        embeds = self.language_model.get_input_embeddings()(input_ids)
+        slots = input_ids == self.config.image_token_id
+        visual = self._visual(pixels, sizes, order, input_ids.device)
+        return self.fusion.fuse(embeds, slots, visual, bounds, cache)
+
+    def _visual(
+        self,
+        pixels: Tensor | None,
+        sizes: Tensor | None,
+        order: Tensor | None,
+        device: torch.device,
+    ) -> Visual | None:
+        """Return the visual tokens of a call; None where there are none and no rank waits."""
         if (pixels is None) != (sizes is None):
             raise ValueError("pixels and sizes go together: give both or neither")
-        embeds: Tensor = self.language_model.get_input_embeddings()(input_ids)
-        slots = input_ids == self.config.image_token_id
-        wanted = int(slots.sum())
         if pixels is None or sizes is None or not len(sizes):
-            self._check_counts(wanted, 0, 0)
             if pixels is None and not self.training:
-                return embeds
+                return None
             # every rank runs the vision path in every call, or sharded weights would wait for ever
-            blank = self.image_features(*self.encoder.blank(input_ids.device))
-            nothing = self._ordered(blank, None)[:0].sum()
-            return embeds + nothing.to(embeds.dtype)
+            blank = self.image_features(*self.encoder.blank(device))
+            return Visual(self._ordered(blank, None), ())
+        sizes = sizes.cpu()
         tokens = self._ordered(self.image_features(pixels, sizes), order)
-        self._check_counts(wanted, len(sizes), len(tokens))
-        return embeds.masked_scatter(slots[..., None], tokens.to(embeds.dtype))
+        return Visual(tokens, tuple(self.tokens_per_view(sizes)))
 
     def _ordered(self, tokens: Tensor, order: Tensor | None) -> Tensor:
-        """Put visual tokens [sum M, D] into the order [K, D] in which they stand in the text."""
+        """Put visual tokens [sum M, E] into the order [K, E] in which they stand in the text."""
         given = order is not None and len(order) > 0
         newline: Newline | None = getattr(self.connector, "newline", None)
         if newline is not None:
@@ -226,14 +249,6 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             ordered: Tensor = newline(tokens, order)
             return ordered
         return in_order(tokens, order) if order is not None and given else tokens
-
-    def _check_counts(self, wanted: int, views: int, made: int) -> None:
-        if wanted != made:
-            raise ValueError(
-                f"the text has {wanted} image tokens, but {views} views of images make {made} "
-                "visual tokens: the processor and the model disagree, or a text was cut inside an "
-                "image"
-            )
 
     # -- what transformers expects ---------------------------------------------------------------
 
@@ -324,9 +339,9 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Repeat the images of every row so many times."""
         tokens = self.tokens_per_view(sizes)
-        wanted = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
-        kept = sum(tokens) if order is None else len(order)
-        self._check_counts(sum(wanted), len(sizes), kept)
+        slots = input_ids == self.config.image_token_id
+        made = sum(tokens) if order is None else len(order)
+        wanted = self.fusion.tokens_of_rows(slots, tokens, made)
         pixels, sizes, order = repeat_rows(pixels, sizes, order, tokens, wanted, times)
         return {"pixels": pixels, "sizes": sizes, "order": order}
 

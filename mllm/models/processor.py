@@ -23,6 +23,7 @@ from data_packing.sample import IGNORED, Cost, ImageSlot, Sample
 from mllm.models import template
 from mllm.models.connectors import CONNECTORS
 from mllm.models.errors import check_folder, choose, loading, read_json, unknown
+from mllm.models.fusion import check_tiles, fusion_class
 from mllm.models.geometry import Geometry, Layout, Size, geometry_from_dict
 from mllm.models.template import ImageText, Template
 from mllm.models.tiles import special_tokens, tiled
@@ -42,6 +43,7 @@ class Processor:
         image_token: the placeholder of one visual token.
         images: the `images:` section: how images are cut into tiles; empty for not at all.
         image_text: what is written for an image, around its token.
+        fusion: the fusion's `name` and options; empty for in the sequence.
 
     Raises:
         ValueError: parts that do not fit, or a tokenizer without a token that is needed.
@@ -55,9 +57,12 @@ class Processor:
         image_token: str = IMAGE_TOKEN,
         images: Mapping[str, Any] | None = None,
         image_text: ImageText | None = None,
+        fusion: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.connector, self.images = dict(connector), dict(images or {})
+        self.fusion = dict(fusion or {})
+        check_tiles(self.fusion, self.images)
         self.geometry = tiled(geometry, self.images)
         self.template = Template(tokenizer, image_token, image_text)
         kind = choose(CONNECTORS, connector["name"], "connector")
@@ -128,7 +133,8 @@ class Processor:
         if (height, width) not in self._layouts:
             if len(self._layouts) == _REMEMBERED:
                 self._layouts.clear()
-            self._layouts[height, width] = self.geometry.layout(height, width, self._output_grid)
+            layout = self.geometry.layout(height, width, self._output_grid)
+            self._layouts[height, width] = fusion_class(self.fusion).layout(layout)
         return self._layouts[height, width]
 
     def prompt(self, document: Document) -> dict[str, Tensor]:
@@ -254,6 +260,7 @@ class Processor:
             "geometry": self.geometry.to_dict(),
             "images": self.images,
             "connector": self.connector,
+            **({"fusion": self.fusion} if self.fusion else {}),
         }
         text = self.text_fingerprint + json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -261,7 +268,8 @@ class Processor:
     def cutting(self, images: Mapping[str, Any]) -> Self:
         """Return the same processor with images cut by another `images:` section."""
         geometry, text = geometry_from_dict(self.geometry.to_dict()), self.template.image_text
-        return type(self)(self.tokenizer, geometry, self.connector, self.image_token, images, text)
+        token, fusion = self.image_token, self.fusion
+        return type(self)(self.tokenizer, geometry, self.connector, token, images, text, fusion)
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """Write the tokenizer's files and processor_config.json (last, atomically)."""
@@ -272,6 +280,7 @@ class Processor:
             "geometry": self.geometry.to_dict(),
             "images": self.images,
             "connector": self.connector,
+            "fusion": self.fusion,
             "image_token": self.image_token,
             "image_text": self.template.image_text._asdict(),
         }
@@ -307,6 +316,7 @@ class Processor:
             values["image_token"],
             values.get("images"),
             ImageText(**values["image_text"]) if "image_text" in values else None,
+            values.get("fusion"),
         )
 
 

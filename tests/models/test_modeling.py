@@ -62,7 +62,7 @@ def test_visual_tokens_stand_where_the_image_was(build: Callable[..., Any]) -> N
     sample = processor.encode(documents()[1])
     ids = torch.from_numpy(sample.input_ids)[None]
     views = join_views(sample.pixels)
-    embeds = model._embed(ids, *views)[0]
+    embeds = model._fuse(ids, *views).embeds[0]
     tokens = model.image_features(*views).unflatten(0, (len(sample.slots), -1))
     for slot, wanted in zip(sample.slots, tokens, strict=True):
         torch.testing.assert_close(embeds[slot.start : slot.start + slot.length], wanted)
