@@ -1,7 +1,7 @@
 """Gated cross-attention layers before chosen layers of the language model.
 
 Flamingo, Alayrac et al. 2022, arXiv 2204.14198: the layers are those of section 2.2 (figure 4), a
-token sees the last image before it (section 2.4), the MLP has squared ReLUs (appendix B.1). An
+token sees the last image before it (section 2.3), the MLP has squared ReLUs as its models do. An
 image takes one token in the text, and its visual tokens are keys and values. Tokens that see no
 image pass such a layer unchanged, MLP included (as in Llama 3.2's vision models): a text without
 images stays the language model's own, however far the gates have opened.

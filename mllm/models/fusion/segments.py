@@ -96,7 +96,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Ten
     No order among the visual tokens, no mask: a segment sees all of its own.
     """
     if segments.sees is not None:
-        key, value = (tensor.index_select(0, segments.sees) for tensor in (key, value))
+        sees = segments.sees.to(key.device)
+        key, value = (tensor.index_select(0, sees) for tensor in (key, value))
     backend = chosen_backend(query.device, query.dtype)
     if backend == "sdpa" or query.shape[-1] % 8:  # the fused kernels take multiples of 8
         return _sdpa(query, key, value, segments)
