@@ -29,7 +29,7 @@ CROSS: dict[str, Any] = {
     "model__fusion": {"name": "cross_attention", "every": 1},
     "train__fusion": {"lr": 3e-2},
     "train__language_model": {"lr": 1e-2, "lora": {"rank": 4}},
-    "data__packing": {"tokens": 64, "documents": 1},
+    "data__packing": {"tokens": 64, "documents": 1, "balance": False},
     "run__epochs": 2,
 }
 BOTH = ("language_modeling", second.NAME)

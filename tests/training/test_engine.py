@@ -212,7 +212,7 @@ def test_gated_cross_attention_learns_alike_on_any_number_of_ranks(one: Runs, tw
     state, weights = two.state("crossed"), two.weights("crossed")
     gates = [name for name in weights if name.endswith("_gate")]
     assert len(gates) == 4
-    assert all(weights[name].abs().max() > 1e-2 for name in gates)
+    assert all(weights[name].abs().max() > 1e-3 for name in gates)
     learned = {name.split(".")[1] for name in state if name.endswith("/master")}
     assert learned == {"connector", "fusion", "language_model"}
     assert type(load(two.path / "crossed")[0].fusion).__name__ == "CrossAttention"
