@@ -299,8 +299,9 @@ def test_a_cache_keeps_what_its_rows_see(build: Callable[..., Any], spec: Any) -
         other.crop(-int(other.get_seq_length()))
         assert int(other.get_seq_length()) == 0
         ids = inputs["input_ids"][2:].expand(3, -1)
-        text = model(ids, past_key_values=other).logits
-        assert torch.equal(text, model(ids).logits), "an emptied cache has no images"
+        text = [model(some, past_key_values=other).logits for some in ids.split(2, dim=1)]
+        whole = model(ids).logits
+        torch.testing.assert_close(torch.cat(text, dim=1), whole, rtol=0, atol=1e-5)
 
 
 def test_images_into_a_cache_that_has_tokens_are_refused(build: Callable[..., Any]) -> None:
@@ -430,10 +431,13 @@ def test_calls_of_two_threads_do_not_mix(build: Callable[..., Any]) -> None:
     from threading import Thread
 
     model, _ = build()
-    body, seen = model.language_model.base_model, []
+    body = model.language_model.base_model
+    begun: list[bool] = []
+    seen: list[Tensor] = []
 
     def add(by: float, leaving: Tensor, entered: Tensor) -> Tensor:
-        if by:  # the other call runs while this one's hooks are in place
+        if by and not begun:  # the other call runs while this one's hooks are in place
+            begun.append(True)
             thread = Thread(target=lambda: seen.append(run(0.0)))
             thread.start()
             thread.join()
