@@ -26,8 +26,8 @@ class ImageSlot:
         grid: (rows, columns) of its visual tokens, (1, all of them) where they make no grid.
         views: how many views it became; the next ones in `Sample.pixels` are its own.
         made: visual tokens that these views make; 0: as many as the slot takes.
-        order: int64, for every visual token in the slot its place among those made, -1 for a
-            newline. None: all of them as they are made.
+        image: which of the document's images it is, None: the next one. Frames of a clip may be
+            left out.
     """
 
     start: int
@@ -35,7 +35,7 @@ class ImageSlot:
     grid: tuple[int, int]
     views: int = 1
     made: int = 0
-    order: NDArray[np.int64] | None = None
+    image: int | None = None
 
 
 @dataclass(slots=True)
@@ -51,6 +51,8 @@ class Sample:
         pixels: one uint8 [H, W, 3] per view, of any sizes, in order.
         targets: further targets by name, for objectives other than language modelling.
         source, key: where the document came from.
+        order, bags: int64 [J] and [K], what stands at its K image tokens; see `Pack`. Empty where
+            that is what the views make, as they make it.
     """
 
     input_ids: NDArray[np.int64]
@@ -60,6 +62,13 @@ class Sample:
     targets: dict[str, Any] = field(default_factory=dict)
     source: str = ""
     key: str = ""
+    order: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    bags: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    @property
+    def made(self) -> int:
+        """Visual tokens that its views make."""
+        return sum(slot.made or slot.length for slot in self.slots)
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,11 +180,14 @@ def fusion_problems(
         yield from _layers((*path, "layers"), layers)
         if given.get("every") is not None:
             yield (*path, "every"), "model.fusion: give every or layers, not both"
-    if name == "cross_attention" and model.images is not None and model.images.tiling != "none":
+    images = model.images
+    cut = images is not None and images.tiling not in (None, "none")
+    featured = images is not None and images.options.get("regions") == "feature"
+    if name == "cross_attention" and (cut or featured):
         yield (
             ("model", "images"),
-            "fusion cross_attention takes images whole; leave model.images out, or use fusion "
-            "in_sequence",
+            f"fusion {name} takes images whole; leave model.images.{'tiling' if cut else 'regions'}"
+            " out, or use fusion in_sequence",
         )
     connector = model.connector
     if name != "in_sequence" and connector is not None and connector.init == "ridge":

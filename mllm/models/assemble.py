@@ -15,7 +15,8 @@ from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, PretrainedConnector
 from mllm.models.encoders import ENCODERS, WITHOUT_PATH
 from mllm.models.errors import check_folder, check_options, choose, loading
-from mllm.models.fusion import DEFAULT, check_tiles, fusion_class
+from mllm.models.fusion import DEFAULT, fusion_class
+from mllm.models.fusion import check_images as check_fusion
 from mllm.models.language import add_special_tokens, load_language_model
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import IMAGE_TOKEN, Processor, changed_connector
@@ -135,7 +136,7 @@ def _from_parts(
     options = {key: value for key, value in encoder_section.items() if value is not None}
     connector = {key: value for key, value in connector.items() if value is not None}
     connector_class.check(connector)
-    check_tiles(fusion, images)
+    check_fusion(fusion, images)
     start = connector.get("path")
     if start is not None and issubclass(connector_class, PretrainedConnector):
         connector = connector_class.spec_from_folder(connector)

@@ -18,8 +18,8 @@ class MultimodalConfig(PreTrainedConfig):
         connector: what the connector is rebuilt from: `name` (key of CONNECTORS) and its options.
         fusion: how visual tokens reach the language model: `name` (key of FUSIONS) and its options;
             empty for in the sequence.
-        images: how images are cut into tiles: `tiling` (key of TILINGS) and its options; empty for
-            not at all.
+        images: the `images:` section: how images are cut into tiles, `tiling` (key of TILINGS) and
+            its options; how regions are written, and what a clip may take.
         text_config: configuration of the language model (any causal LM of transformers).
         image_token: the placeholder in text.
         image_token_id: its id in the tokenizer; -1 in a configuration that is not filled in yet.

@@ -8,6 +8,7 @@ width: D, or what the fusion asks for.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,16 @@ from mllm.models.connectors import CONNECTORS, Connector
 from mllm.models.encoders import ENCODERS, VisionEncoder
 from mllm.models.errors import check_folder, choose, loading
 from mllm.models.families import check_config, output_layer
-from mllm.models.fusion import Fused, Fusion, Visual, check_tiles, fusion_class, hooked
-from mllm.models.newline import Newline, in_order
+from mllm.models.fusion import Fused, Fusion, Visual, check_images, fusion_class, hooked
+from mllm.models.standing import Newline, standing
 from mllm.models.tiles import TILINGS
 from mllm.models.views import repeat_rows
+
+_NEVER_QUANTISED = ("encoder", "connector", "fusion", "lm_head")
+"""What stays whole when a model is loaded in 4 or 8 bits, unless the user names other modules."""
+
+
+_IMAGES = ("pixels", "sizes", "order", "bags")
 
 
 class MultimodalModel(PreTrainedModel, GenerationMixin):
@@ -78,6 +85,9 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             shared._attn_implementation = attention.NAME
             shared._experts_implementation = experts
         self.post_init()
+        # a block's parts never land on two devices: their sums would meet nowhere
+        whole = {type(part).__name__ for part in (self.encoder, self.connector)}
+        self._no_split_modules = {*(self._no_split_modules or ()), *whole, *self.fusion.WHOLE}
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave new modules as their constructors made them; the parts know best.
@@ -90,9 +100,9 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
     def cut_images(self, images: dict[str, Any]) -> None:
         """Take images as they are cut by this `images:` section; a new newline is random."""
-        check_tiles(self.config.fusion, images)
+        check_images(self.config.fusion, images)
         self.config.images = images
-        needed = bool(images) and TILINGS[images["tiling"]].NEWLINE
+        needed = "tiling" in images and TILINGS[images["tiling"]].NEWLINE
         if needed and not hasattr(self.connector, "newline"):
             self.connector.newline = Newline(self.fusion.visual_width).to(self.dtype)
         elif not needed and hasattr(self.connector, "newline"):
@@ -106,6 +116,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         pixels: Tensor | None = None,
         sizes: Tensor | None = None,
         order: Tensor | None = None,
+        bags: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -120,8 +131,8 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 None: no image.
             sizes: [V, 2], (height, width) of each view. Best on the CPU, where its numbers are
                 needed; a GPU is waited for once.
-            order: [K], for every image token its place among the visual tokens of all views, -1
-                for a newline. None or empty: as they are made.
+            order, bags: [J] and [K], which visual tokens stand at the image tokens; see `Pack`.
+                None or empty: those of all views as they are made.
             position_ids: [B, T] or [T]; in a pack they restart with every document (the default).
             cu_seqlens: int32 [n+1], document bounds of a pack. None: ordinary rows.
             attention_mask: [B, T], 1 where a row has a token. Not for packs.
@@ -133,7 +144,15 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 take, or wrong bounds.
         """
         states: Tensor = self._states(
-            *(input_ids, pixels, sizes, order, position_ids, cu_seqlens, attention_mask, documents),
+            input_ids,
+            pixels,
+            sizes,
+            order,
+            bags,
+            position_ids,
+            cu_seqlens,
+            attention_mask,
+            documents,
             **kwargs,
         ).last_hidden_state
         return states
@@ -164,27 +183,32 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
     def _states(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         pixels: Tensor | None,
         sizes: Tensor | None,
         order: Tensor | None,
+        bags: Tensor | None,
         position_ids: Tensor | None,
         cu_seqlens: Tensor | None,
         attention_mask: Tensor | None,
         documents: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the language model without its output layer: a BaseModelOutputWithPast."""
-        input_ids = input_ids if input_ids.ndim == 2 else input_ids[None]
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of them")
+        if cu_seqlens is not None and attention_mask is not None:
+            raise ValueError("a pack (cu_seqlens) is one row without an attention mask")
         if position_ids is not None and position_ids.ndim == 1:
             position_ids = position_ids[None]
-        if cu_seqlens is not None and (len(input_ids) != 1 or attention_mask is not None):
-            raise ValueError("a pack (cu_seqlens) is one row without an attention mask")
-        given, bounds = documents if cu_seqlens is None else cu_seqlens, None
-        if given is not None:
-            bounds = attention.document_bounds(given, input_ids.numel())
+        if input_ids is not None and input_ids.ndim == 1:
+            input_ids = input_ids[None]
+        entered = input_ids if inputs_embeds is None else inputs_embeds
+        assert entered is not None
+        bounds = _bounds(documents if cu_seqlens is None else cu_seqlens, entered.shape[:2])
         cache = kwargs.get("past_key_values")
-        fused = self._fuse(input_ids, pixels, sizes, order, bounds, cache)
+        fused = self._fuse(input_ids, pixels, sizes, order, bags, inputs_embeds, bounds, cache)
         body, layers = self.language_model.base_model, self.config.text_config.num_hidden_layers
         if cu_seqlens is None or bounds is None:
             call = {"position_ids": position_ids, "attention_mask": attention_mask, **kwargs}
@@ -194,7 +218,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 fused.keep(states.past_key_values)
             return states
         if position_ids is None:
-            position_ids = _restarting_positions(bounds, input_ids.device)[None]
+            position_ids = _restarting_positions(bounds, fused.embeds.device)[None]
         with attention.packed_call(body, layers), hooked(body, layers, fused.hooks):
             return body(
                 inputs_embeds=fused.embeds,
@@ -206,24 +230,31 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
     def _fuse(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         pixels: Tensor | None,
         sizes: Tensor | None,
         order: Tensor | None = None,
+        bags: Tensor | None = None,
+        embeds: Tensor | None = None,
         bounds: tuple[int, ...] | None = None,
         cache: Cache | None = None,
     ) -> Fused:
         """Return what the language model starts from: ids [B, T], embedded, and their images."""
-        embeds = self.language_model.get_input_embeddings()(input_ids)
+        if embeds is not None:  # what stands at image tokens is in them
+            nowhere = embeds.new_zeros(embeds.shape[:2], dtype=torch.bool)
+            return self.fusion.fuse(embeds, nowhere, None, bounds, cache)
+        assert input_ids is not None
+        text = self.language_model.get_input_embeddings()(input_ids)
         slots = input_ids == self.config.image_token_id
-        visual = self._visual(pixels, sizes, order, input_ids.device)
-        return self.fusion.fuse(embeds, slots, visual, bounds, cache)
+        visual = self._visual(pixels, sizes, order, bags, input_ids.device)
+        return self.fusion.fuse(text, slots, visual, bounds, cache)
 
     def _visual(
         self,
         pixels: Tensor | None,
         sizes: Tensor | None,
         order: Tensor | None,
+        bags: Tensor | None,
         device: torch.device,
     ) -> Visual | None:
         """Return the visual tokens of a call; None where there are none and no rank waits."""
@@ -234,51 +265,52 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 return None
             # every rank runs the vision path in every call, or sharded weights would wait for ever
             blank = self.image_features(*self.encoder.blank(device))
-            return Visual(self._ordered(blank, None), ())
+            return Visual(self._standing(blank, None, None), ())
         sizes = sizes.cpu()
-        tokens = self._ordered(self.image_features(pixels, sizes), order)
+        tokens = self._standing(self.image_features(pixels, sizes), order, bags)
         return Visual(tokens, tuple(self.tokens_per_view(sizes)))
 
-    def _ordered(self, tokens: Tensor, order: Tensor | None) -> Tensor:
-        """Put visual tokens [sum M, E] into the order [K, E] in which they stand in the text."""
-        given = order is not None and len(order) > 0
+    def _standing(self, tokens: Tensor, order: Tensor | None, bags: Tensor | None) -> Tensor:
+        """Return what stands at the image tokens [K, E], of the visual tokens [sum M, E]."""
         newline: Newline | None = getattr(self.connector, "newline", None)
-        if newline is not None:
-            if order is None or not given:
-                order = torch.arange(len(tokens), device=tokens.device)
-            ordered: Tensor = newline(tokens, order)
-            return ordered
-        return in_order(tokens, order) if order is not None and given else tokens
+        rows = tokens if newline is None else newline(tokens)
+        if order is None or not len(order):
+            return rows[: len(tokens)]
+        return standing(rows, order, bags)
 
     # -- what transformers expects ---------------------------------------------------------------
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         pixels: Tensor | None = None,
         sizes: Tensor | None = None,
         order: Tensor | None = None,
+        bags: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits [B, T, W] and, with labels [B, T] (not shifted), the mean loss over them.
 
-        The other arguments are those of `hidden_states`. `logits_to_keep`: only the last so many
-        positions (0: all), or the positions themselves.
+        The other arguments are those of `hidden_states`. `inputs_embeds` [B, T, D] stand in for
+        ids, visual tokens included. `logits_to_keep`: only the last so many positions (0: all), or
+        the positions themselves.
         """
-        extra = (
-            kwargs if past_key_values is None else {**kwargs, "past_key_values": past_key_values}
-        )
-        if use_cache is not None:
-            extra = {**extra, "use_cache": use_cache}
+        given = {
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "inputs_embeds": inputs_embeds,
+        }
+        extra = {name: value for name, value in (given | kwargs).items() if value is not None}
         states = self._states(
-            input_ids, pixels, sizes, order, position_ids, cu_seqlens, attention_mask, **extra
+            input_ids, pixels, sizes, order, bags, position_ids, cu_seqlens, attention_mask, **extra
         )
         kept = states.last_hidden_state
         if not isinstance(logits_to_keep, int) or logits_to_keep:
@@ -310,7 +342,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs["pixels"] = inputs["sizes"] = inputs["order"] = None
+            inputs |= dict.fromkeys(_IMAGES)
         return inputs
 
     def _expand_inputs_for_generation(  # type: ignore[override]
@@ -321,8 +353,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Repeat rows for beams or several answers; a row's views stay together."""
-        names = ("pixels", "sizes", "order")
-        images = {name: model_kwargs.pop(name, None) for name in names}
+        images = {name: model_kwargs.pop(name, None) for name in _IMAGES}
         if images["pixels"] is not None and expand_size > 1:
             assert input_ids is not None
             images = self._repeat_images(input_ids, expand_size, **images)
@@ -335,15 +366,21 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         return input_ids, {**model_kwargs, **images}
 
     def _repeat_images(
-        self, input_ids: Tensor, times: int, pixels: Tensor, sizes: Tensor, order: Tensor | None
+        self,
+        input_ids: Tensor,
+        times: int,
+        pixels: Tensor,
+        sizes: Tensor,
+        order: Tensor | None,
+        bags: Tensor | None,
     ) -> dict[str, Any]:
         """Repeat the images of every row so many times."""
         tokens = self.tokens_per_view(sizes)
         slots = input_ids == self.config.image_token_id
-        made = sum(tokens) if order is None else len(order)
+        made = sum(tokens) if order is None else len(order if bags is None else bags)
         wanted = self.fusion.tokens_of_rows(slots, tokens, made)
-        pixels, sizes, order = repeat_rows(pixels, sizes, order, tokens, wanted, times)
-        return {"pixels": pixels, "sizes": sizes, "order": order}
+        repeated = repeat_rows(pixels, sizes, order, bags, tokens, wanted, times)
+        return dict(zip(_IMAGES, repeated, strict=True))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -357,6 +394,9 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         path = pretrained_model_name_or_path
         check_folder(path, "model")
         wants_report = kwargs.pop("output_loading_info", False)
+        quantisation: Any = kwargs.get("quantization_config")
+        if getattr(quantisation, "llm_int8_skip_modules", ()) is None:
+            quantisation.llm_int8_skip_modules = list(_NEVER_QUANTISED)
         with loading("model", path):
             loaded: Any = super().from_pretrained(
                 path, **{**kwargs, "output_loading_info": True, "use_safetensors": True}
@@ -391,6 +431,16 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> nn.Module:
         """The language model without its output layer."""
         return self.language_model.base_model
+
+
+def _bounds(cu_seqlens: Tensor | None, shape: Sequence[int]) -> tuple[int, ...] | None:
+    """Document bounds of one row as plain numbers; None where every row is a document."""
+    if cu_seqlens is None:
+        return None
+    rows, tokens = shape
+    if rows != 1:
+        raise ValueError("a pack (cu_seqlens) is one row without an attention mask")
+    return attention.document_bounds(cu_seqlens, tokens)
 
 
 def _restarting_positions(bounds: tuple[int, ...], device: torch.device) -> Tensor:

@@ -200,11 +200,13 @@ def build(folders: dict[str, Path]) -> Callable[..., Parts]:
         dtype: torch.dtype = torch.float32,
         encoder_options: dict[str, Any] | None = None,
         fusion: str | dict[str, Any] = "in_sequence",
+        images: dict[str, Any] | None = None,
         **options: Any,
     ) -> Parts:
         torch.manual_seed(5)
         options = options or SMALL.get(connector, {})
-        section = {
+        section: dict[str, Any] = {
+            "images": images,
             "encoder": {"name": encoder, "path": folders[encoder], **(encoder_options or {})},
             "connector": {"name": connector, **options},
             "language_model": {"path": language_model or folders["llama"]},

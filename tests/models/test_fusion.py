@@ -332,6 +332,24 @@ def test_a_folder_keeps_the_fusion(build: Callable[..., Any], tmp_path: Path, fu
         assert torch.equal(logits(again, packed(same)), logits(model, packed(processor)))
 
 
+@pytest.mark.parametrize("offloaded", ["fusion", "language_model"])
+def test_offloaded_layers_compute_the_same(
+    build: Callable[..., Any], tmp_path: Path, offloaded: str
+) -> None:
+    model, processor = build(fusion=CROSS)
+    open_gates(model).save_pretrained(tmp_path / "saved")
+    parts = ("encoder", "connector", "fusion", "language_model")
+    split = MultimodalModel.from_pretrained(
+        tmp_path / "saved",
+        device_map={**dict.fromkeys(parts, "cpu"), offloaded: "disk"},
+        offload_folder=tmp_path / "offloaded",
+    )
+    assert all(weight.is_meta for weight in split.get_submodule(offloaded).parameters())
+    inputs = processor.prompt(Document((picture(1), Text("a cat"))))
+    with torch.no_grad():
+        assert torch.equal(split(**inputs).logits, model(**inputs).logits)
+
+
 def test_a_folder_that_is_older_than_fusions_loads(
     build: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -488,9 +506,12 @@ def test_images_that_do_not_agree_are_counted(build: Callable[..., Any]) -> None
 
 def test_tiles_are_refused(build: Callable[..., Any], tmp_path: Path) -> None:
     model, processor = build(fusion=CROSS)
-    line = r"fusion cross_attention takes images whole; leave images \(tiling dynamic\) out"
+    line = r"fusion cross_attention takes images whole; leave images\.tiling \(dynamic\) out"
     with pytest.raises(ValueError, match=line):
         processor.cutting({"tiling": "dynamic"})
+    with pytest.raises(ValueError, match=r"leave images\.regions \(feature\) out"):
+        build(fusion=CROSS, images={"regions": "feature"})
+    build(fusion=CROSS, images={"regions": "decimals", "clip_tokens": 4})
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=line):

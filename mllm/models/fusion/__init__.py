@@ -34,18 +34,21 @@ def fusion_class(spec: Mapping[str, Any]) -> type[Fusion]:
     return choose(FUSIONS, spec.get("name", DEFAULT), "fusion")
 
 
-def check_tiles(spec: Mapping[str, Any], images: Mapping[str, Any]) -> None:
-    """Refuse to cut images into tiles for a fusion that takes them whole.
+def check_images(spec: Mapping[str, Any], images: Mapping[str, Any]) -> None:
+    """Refuse an `images:` section that a fusion cannot follow.
 
     Raises:
         ValueError: naming both.
     """
-    if images and not fusion_class(spec).TILES:
-        raise ValueError(
-            f"fusion {spec['name']} takes images whole; leave images (tiling {images['tiling']}) "
-            f"out, or use fusion {DEFAULT}"
-        )
+    parts = {"tiling": images.get("tiling"), "regions": images.get("regions")}
+    if fusion_class(spec).PARTS or (not parts["tiling"] and parts["regions"] != "feature"):
+        return
+    part = "tiling" if parts["tiling"] else "regions"
+    raise ValueError(
+        f"fusion {spec['name']} takes images whole; leave images.{part} ({parts[part]}) out, or "
+        f"use fusion {DEFAULT}"
+    )
 
 
 __all__ = ["DEFAULT", "FUSIONS", "Fused", "Fusion", "Hook", "Visual"]
-__all__ += ["check_tiles", "fusion_class", "hooked"]
+__all__ += ["check_images", "fusion_class", "hooked"]

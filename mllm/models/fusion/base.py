@@ -75,11 +75,13 @@ class Fusion(nn.Module, ABC):
 
     Attributes:
         OPTIONS: names that a recipe may set.
-        TILES: whether images may be cut into tiles.
+        WHOLE: names of its classes whose parts must be on one device.
+        PARTS: whether parts of an image, tiles or regions, may have tokens of their own.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ()
-    TILES: ClassVar[bool] = True
+    WHOLE: ClassVar[tuple[str, ...]] = ()
+    PARTS: ClassVar[bool] = True
 
     def __init__(self, spec: Mapping[str, Any], config: PreTrainedConfig, embedding: int) -> None:
         super().__init__()

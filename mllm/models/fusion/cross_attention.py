@@ -133,7 +133,8 @@ class CrossAttention(Fusion):
     OPTIONS: ClassVar[tuple[str, ...]] = (
         *("every", "layers", "heads", "head_width", "inner", "only_immediate"),
     )
-    TILES: ClassVar[bool] = False
+    WHOLE: ClassVar[tuple[str, ...]] = (GatedLayer.__name__,)
+    PARTS: ClassVar[bool] = False
 
     def __init__(self, spec: Mapping[str, Any], config: PreTrainedConfig, embedding: int) -> None:
         super().__init__(spec, config, embedding)
@@ -217,24 +218,28 @@ class CrossAttention(Fusion):
 
     def _see(self, name: str, call: _Call, hidden: Tensor, _: Tensor) -> Tensor:
         """Run a layer on the hidden states [B, T, D] that see something."""
-        flat, segments = hidden.flatten(0, 1), call.segments
+        flat, segments, layer = hidden.flatten(0, 1), call.segments, self.layers[name]
+        place = layer.get_parameter("attention_gate").device
+        if place.type == "meta":  # its weights come when it is called
+            place = flat.device
+        tokens = None if call.tokens is None else call.tokens.to(place)
         if segments is None:
-            assert call.tokens is not None
-            nobody = Segments(torch.arange(1), (1,), (len(call.tokens),))
-            rows, _pair = self.layers[name](flat[:1], call.tokens, segments=nobody)
-            nothing: Tensor = hidden + rows[:0].sum()
+            assert tokens is not None
+            nobody = Segments(torch.arange(1), (1,), (len(tokens),))
+            rows, _pair = layer(flat[:1].to(place), tokens, segments=nobody)
+            nothing: Tensor = hidden + rows[:0].sum().to(flat.device)
             return nothing
-        rows, pair = self.layers[name](
-            flat.index_select(0, segments.where.to(flat.device)),
-            call.tokens,
+        where = segments.where.to(flat.device)
+        rows, pair = layer(
+            flat.index_select(0, where).to(place),
+            tokens,
             segments=segments,
             pair=call.pairs.get(name),
             keep=call.keep,
         )
         if call.keep:
             call.pairs[name] = pair
-        rows = rows.to(flat.device)
-        return flat.index_copy(0, segments.where.to(flat.device), rows).view_as(hidden)
+        return flat.index_copy(0, where, rows.to(flat.device)).view_as(hidden)
 
     def work(self) -> Work:
         """Return the layers' matrices, and the products of attention."""
@@ -293,8 +298,9 @@ def _keep(call: _Call, last: Sequence[tuple[int, int]], cache: Cache) -> None:
     pairs = call.pairs
     if len(seen) < len(some):
         pairs = {
-            name: (key.index_select(0, seen), value.index_select(0, seen))
+            name: (key.index_select(0, where), value.index_select(0, where))
             for name, (key, value) in pairs.items()
+            for where in [seen.to(key.device)]
         }
     setattr(cache, _KEPT, _Kept(sizes(last), pairs))
 
