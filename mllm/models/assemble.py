@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import mllm.models.auto  # noqa: F401  (the Auto classes know the model from here on)
@@ -17,7 +20,7 @@ from mllm.models.encoders import ENCODERS, WITHOUT_PATH
 from mllm.models.errors import check_folder, check_options, choose, loading
 from mllm.models.fusion import DEFAULT, fusion_class
 from mllm.models.fusion import check_images as check_fusion
-from mllm.models.language import add_special_tokens, load_language_model
+from mllm.models.language import add_special_tokens, load_language_model, own_dtype
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import IMAGE_TOKEN, Processor, changed_connector
 from mllm.models.tiles import changed_images, check_images, special_tokens
@@ -25,7 +28,9 @@ from mllm.models.tiles import changed_images, check_images, special_tokens
 _TRAINING_OPTIONS = ("init",)  # of a connector's section, but not the model's concern
 
 
-def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[MultimodalModel, Processor]:
+def assemble(
+    section: Any, dtype: torch.dtype | str = torch.float32, weights: bool = True
+) -> tuple[MultimodalModel, Processor]:
     """Build the model of a recipe and its processor, on the CPU.
 
     Args:
@@ -33,7 +38,8 @@ def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[Multimod
             (a stage's folder; `connector` may change reloadable options) or `encoder` {name, path,
             …}, `connector` {name, …}, `language_model` {path} and maybe `fusion` {name, …}; either
             way `images` {tiling, …}.
-        dtype: of all weights.
+        dtype: of all weights; "auto" keeps the saved one, of parts the language model's.
+        weights: False reads none and builds everything on the meta device, to be looked at.
 
     Returns:
         The model in eval mode and its processor.
@@ -51,7 +57,7 @@ def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[Multimod
         for name in ("encoder", "language_model", "fusion"):
             if parts.get(name):
                 raise ValueError(f"model.from takes the {name} from {start}; leave {name} out")
-        return load(start, dtype=dtype, connector=connector, images=parts.get("images"))
+        return load(start, dtype, connector, parts.get("images"), weights)
     for name in ("encoder", "connector", "language_model"):
         if not parts.get(name):
             raise ValueError(f"model.{name} is missing (or give model.from, a trained folder)")
@@ -67,6 +73,7 @@ def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[Multimod
         dict(parts.get("images") or {}),
         _fusion(parts.get("fusion") or {}),
         dtype,
+        weights,
     )
 
 
@@ -75,6 +82,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     connector: Mapping[str, Any] | None = None,
     images: Mapping[str, Any] | None = None,
+    weights: bool = True,
 ) -> tuple[MultimodalModel, Processor]:
     """Load a stage's folder.
 
@@ -83,6 +91,7 @@ def load(
         dtype: of all weights; "auto" keeps the saved one.
         connector: reloadable options to change, e.g. {"visual_tokens": 144}.
         images: options of the tiling to change, e.g. {"tiles": 6}.
+        weights: as for `assemble`.
 
     Returns:
         The model in eval mode and its processor.
@@ -100,11 +109,38 @@ def load(
         )
     changes = dict(connector or {})
     config.connector = changed_connector(config.connector, changes)
-    model: MultimodalModel = MultimodalModel.from_pretrained(folder, config=config, dtype=dtype)
-    processor = Processor.from_pretrained(folder, connector=changes)
+    with loading("processor", folder):
+        processor = Processor.from_pretrained(folder, connector=changes)
+    _check_agreement(config, processor, folder)
+    model: MultimodalModel
+    if weights:
+        model = MultimodalModel.from_pretrained(folder, config=config, dtype=dtype)
+    else:
+        with torch.device("meta"):
+            model = MultimodalModel(config).eval()
+        saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        nn.Module.to(model, dtype=dtype if isinstance(dtype, torch.dtype) else saved)
     if images:
         processor = _cut_anew(model, processor, images)
     return model, processor
+
+
+def _check_agreement(config: MultimodalConfig, processor: Processor, folder: str | Path) -> None:
+    """Refuse a processor and a model that would count an image's tokens differently.
+
+    Raises:
+        ValueError: naming what they disagree on.
+    """
+    ours = (config.connector, config.encoder.get("geometry") or {}, config.images)
+    theirs = (processor.connector, processor.geometry.to_dict(), processor.images)
+    for name, one, other in zip(("connector", "geometry", "images"), ours, theirs, strict=True):
+        for key in sorted(one.keys() | other.keys()):
+            # as JSON, which knows no tuples
+            if json.dumps(one.get(key)) != json.dumps(other.get(key)):
+                raise ValueError(
+                    f"{folder}: config.json says {name}.{key} {one.get(key)!r}, but "
+                    f"processor_config.json {other.get(key)!r}; take both files from one stage"
+                )
 
 
 def _cut_anew(
@@ -128,7 +164,8 @@ def _from_parts(
     language_section: dict[str, Any],
     images: dict[str, Any],
     fusion: dict[str, Any],
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
+    weights: bool,
 ) -> tuple[MultimodalModel, Processor]:
     name = encoder_section.pop("name")
     encoder_class = choose(ENCODERS, name, "encoder")
@@ -140,11 +177,15 @@ def _from_parts(
     start = connector.get("path")
     if start is not None and issubclass(connector_class, PretrainedConnector):
         connector = connector_class.spec_from_folder(connector)
-    encoder = encoder_class.from_folder(**options).to(dtype)
     language_path = language_section.pop("path")
     check_options(language_section, (), "language_model")
-    language_model, tokenizer = load_language_model(language_path, dtype)
     check_images(images)
+    precision = dtype if isinstance(dtype, torch.dtype) else own_dtype(language_path)
+    place = contextlib.nullcontext() if weights else torch.device("meta")
+    with place:
+        build = encoder_class.from_folder if weights else encoder_class.described
+        encoder = build(**options).to(precision)
+    language_model, tokenizer = load_language_model(language_path, precision, weights)
     added = add_special_tokens(language_model, tokenizer, (IMAGE_TOKEN, *special_tokens(images)))
     with_images(tokenizer, IMAGE_TOKEN)
     processor = Processor(tokenizer, encoder.geometry, connector, images=images, fusion=fusion)
@@ -156,12 +197,13 @@ def _from_parts(
         text_config=language_model.config,
         image_token=IMAGE_TOKEN,
         image_token_id=processor.image_token_id,
-        dtype=dtype,
+        dtype=precision,
     )
-    model = MultimodalModel(config, encoder=encoder, language_model=language_model)
-    model.connector.to(dtype)
-    model.fusion.to(dtype)
-    if start is not None and isinstance(model.connector, PretrainedConnector):
+    with place:
+        model = MultimodalModel(config, encoder=encoder, language_model=language_model)
+    model.connector.to(precision)
+    model.fusion.to(precision)
+    if weights and start is not None and isinstance(model.connector, PretrainedConnector):
         model.connector.load_weights(start)
     model.generation_config = _generation_config(language_model, tokenizer, added)
     return model.eval(), processor

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from mllm.models.connectors.base import Connector
+from mllm.parts import CONNECTORS
 
 
 class Mlp(Connector):
-    """One visual token per grid cell.
+    """One visual token per grid cell."""
 
-    Options: `hidden`, the width between the two layers (default: the language model's).
-    """
-
-    OPTIONS: ClassVar[tuple[str, ...]] = ("hidden",)
+    OPTIONS = CONNECTORS["mlp"].options
 
     def __init__(self, spec: Mapping[str, Any], features: int, width: int) -> None:
         super().__init__(spec, features, width)
-        hidden = spec.get("hidden") or width
+        hidden = self.number(spec, "hidden", width)
         self.norm = nn.LayerNorm(features)
         self.first = nn.Linear(features, hidden)
         self.act = nn.GELU()

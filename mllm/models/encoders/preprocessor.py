@@ -45,6 +45,11 @@ def read_preprocessor(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder / _WHOLE_NAME} describes no image_processor; add the checkpoint's {_NAME}"
         )
+    if folder.is_dir() and not (folder / _NAME).exists():
+        raise ValueError(
+            f"{folder} has no {_NAME}, which says how images are prepared; copy it from the "
+            "encoder's checkpoint"
+        )
     return read_file(path, _NAME)
 
 
@@ -100,18 +105,14 @@ def read_geometry(
         )
     if cells(side) < 1:
         raise ValueError(f"{where} makes {side} pixels, less than one patch of the encoder")
-    mean, std = _normalisation(seen, where)
-    resample = seen.get("resample")
-    if type(resample) is not int or not 0 <= resample < len(RESAMPLING_NAMES):
-        names = ", ".join(f"{number} {name}" for number, name in enumerate(RESAMPLING_NAMES))
-        raise ValueError(f"{where} has resample: {resample!r}; give a filter: {names}")
+    mean, std = normalisation(seen, where)
     return ImageGeometry(
         image_size=side,
         cells=cells(side),
         mean=mean,
         std=std,
         resize=resize or rule,
-        resampling=RESAMPLING_NAMES[resample],
+        resampling=resampling(seen, where),
         short_edge=short_edge if (resize or rule) == "crop" else 0,
     )
 
@@ -150,10 +151,23 @@ def _shape(seen: Mapping[str, Any], where: str) -> tuple[str, int, int]:
     return "crop", side, edge
 
 
+def resampling(seen: Mapping[str, Any], where: str) -> str:
+    """Return the name of the filter that a preprocessor file gives by Pillow's number.
+
+    Raises:
+        ValueError: none, or no such number.
+    """
+    resample = seen.get("resample")
+    if type(resample) is not int or not 0 <= resample < len(RESAMPLING_NAMES):
+        names = ", ".join(f"{number} {name}" for number, name in enumerate(RESAMPLING_NAMES))
+        raise ValueError(f"{where} has resample: {resample!r}; give a filter: {names}")
+    return RESAMPLING_NAMES[resample]
+
+
 Colour = tuple[float, float, float]
 
 
-def _normalisation(seen: Mapping[str, Any], where: str) -> tuple[Colour, Colour]:
+def normalisation(seen: Mapping[str, Any], where: str) -> tuple[Colour, Colour]:
     """Mean and deviation of pixels in [0, 1]; another rescale factor is folded into them."""
     scale = 255.0 * (
         float(_given(seen, "rescale_factor", 1 / 255)) if _given(seen, "do_rescale", True) else 1.0
