@@ -79,6 +79,26 @@ def chat(
 
 
 @app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="What a stage saved.")],
+    output: Annotated[Path, typer.Argument(help="A new folder.")],
+    to: Annotated[str, typer.Option(help="The format: see docs/export.md.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; left out, the saved one.")
+    ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Keep the LoRA adapter apart from the weights.")
+    ] = False,
+) -> None:
+    """Write a model for other programs, which load it without this package."""
+    quiet()
+    from mllm.export.command import summary, write
+
+    write(folder, to, output, dtype, adapter)
+    print(summary(to, output))
+
+
+@app.command()
 def assemble(
     recipe: Annotated[Path, typer.Argument(help="A recipe; its model section is enough.")],
     overrides: Overrides = None,
