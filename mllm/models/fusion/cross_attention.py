@@ -120,13 +120,9 @@ class _Kept:
 class CrossAttention(Fusion):
     """Gated cross-attention to visual tokens, which are no part of the sequence.
 
-    Options:
-        every: before which layers: 0, `every`, 2 x `every`, … (default 4).
-        layers: or the numbers of the layers, from 0.
-        heads, head_width: of the attention (default: the language model's).
-        inner: width of the MLP (default 4 D).
-        only_immediate: a token sees the last image before it in its document (default); false: all
-            of them.
+    Layers stand before layers 0, `every`, 2 x `every` and so on of the language model, or before
+    those in `layers`. With `only_immediate: false` a token sees all images before it in its
+    document.
     """
 
     OPTIONS = parts.FUSIONS["cross_attention"].options

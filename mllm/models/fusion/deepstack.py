@@ -21,10 +21,7 @@ from mllm.models.fusion.hooks import Hook
 
 
 class DeepStack(Fusion):
-    """Levels of visual features, added to hidden states where image tokens are.
-
-    Options: `layers`, the layers after which a level is added (default the first three).
-    """
+    """Levels of visual features, added to hidden states where image tokens are."""
 
     OPTIONS = parts.FUSIONS["deepstack"].options
 
