@@ -175,6 +175,12 @@ def test_refuses_parts_that_it_has_no_place_for(
     refused(model, processor, tmp_path / "out", match)
 
 
+def test_refuses_another_fusion(folder: Path, language_model: Path, tmp_path: Path) -> None:
+    fusion = {"name": "gated_cross_attention"}
+    model, processor = from_parts(folder, language_model, fusion=fusion, images={})
+    refused(model, processor, tmp_path / "out", "fusion is gated_cross_attention")
+
+
 def test_refuses_another_tower(build: Callable[..., Parts], tmp_path: Path) -> None:
     refused(*build("siglip", "pixel_shuffle"), tmp_path / "out", "the encoder siglip")
 

@@ -142,8 +142,14 @@ def save(
         weights: by our names; left out, the model's as they are.
 
     Raises:
-        ValueError: weights that the class has no place for, or another place.
+        ValueError: weights that the class has no place for, or another place; visual tokens that
+            are not in the sequence.
     """
+    if model.config.fusion:
+        raise ValueError(
+            f"{kind.__name__} puts visual tokens into the sequence, this model's fusion is "
+            f"{model.config.fusion['name']}"
+        )
     config.architectures = [kind.__name__]
     config.dtype = model.dtype
     with torch.device("meta"):
