@@ -17,10 +17,11 @@ from data_packing.document import Document
 from mllm.cli import main
 from mllm.export import EXPORTS
 from mllm.export.adapter import HOLDERS
-from mllm.models.assemble import load
+from mllm.models.assemble import assemble, load
 from mllm.models.composites import COMPOSITES
 from mllm.recipe import LoraSection
 from mllm.training import lora
+from tests.export.outsider import ask, here, save_pictures
 from tests.models.conftest import picture
 from tests.models.llava_folders import save_blip2, save_llava_siglip
 
@@ -99,3 +100,28 @@ def test_without_an_origin_the_format_must_be_said(
     assert "assembled from parts; give --to: transformers, blip2, " in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+def test_blip_2_s_tower_is_exported_with_its_class_token(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    parts = {
+        "encoder": {"name": "blip2", "path": folders["blip2"]},
+        "connector": {"name": "q_former", "path": str(folders["blip2"])},
+        "language_model": {"path": folders["llama"]},
+    }
+    model, processor = assemble(parts)
+    pictures = save_pictures(tmp_path)
+    EXPORTS["transformers"](model, processor, tmp_path / "out")
+    request = {"folder": str(tmp_path / "out"), "adapter": None, "images": pictures, "again": ""}
+    found = ask(tmp_path, {"1": request})["1"]
+    own = here(model, processor, pictures)["logits"]
+    torch.testing.assert_close(found["logits"], own, rtol=0, atol=1e-5)
+
+
+def test_images_before_the_begin_token_go_to_blip2_only(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    model, processor = load(folders["blip2"])
+    with pytest.raises(ValueError, match="give --to blip2"):
+        EXPORTS["transformers"](model, processor, tmp_path / "out")
