@@ -176,9 +176,9 @@ def test_refuses_parts_that_it_has_no_place_for(
 
 
 def test_refuses_another_fusion(folder: Path, language_model: Path, tmp_path: Path) -> None:
-    fusion = {"name": "gated_cross_attention"}
+    fusion = {"name": "cross_attention"}
     model, processor = from_parts(folder, language_model, fusion=fusion, images={})
-    refused(model, processor, tmp_path / "out", "fusion is gated_cross_attention")
+    refused(model, processor, tmp_path / "out", "fusion is cross_attention")
 
 
 def test_refuses_another_tower(build: Callable[..., Parts], tmp_path: Path) -> None:
