@@ -384,20 +384,23 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | Path | None, **kwargs: Any
     ) -> Any:
         """Load what `save_pretrained` wrote; arguments as in transformers, safetensors only.
+
+        None: no folder, but `config` and `state_dict`.
 
         Raises:
             ValueError: not a model of this kind, files missing or damaged, weights that do not fit.
         """
         path = pretrained_model_name_or_path
-        check_folder(path, "model")
+        if path is not None:
+            check_folder(path, "model")
         wants_report = kwargs.pop("output_loading_info", False)
         quantisation: Any = kwargs.get("quantization_config")
         if getattr(quantisation, "llm_int8_skip_modules", ()) is None:
             quantisation.llm_int8_skip_modules = list(_NEVER_QUANTISED)
-        with loading("model", path):
+        with loading("model", path or "memory"):
             loaded: Any = super().from_pretrained(
                 path, **{**kwargs, "output_loading_info": True, "use_safetensors": True}
             )
@@ -405,7 +408,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if names := sorted(map(str, report.get(kind) or ())):
                 raise ValueError(
-                    f"{path}: the weights do not fit the configuration "
+                    f"{path or 'the model'}: the weights do not fit the configuration "
                     f"({len(names)} {kind.replace('_', ' ')}, {names[0]} first)"
                 )
         return (model, report) if wants_report else model

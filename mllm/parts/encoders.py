@@ -21,6 +21,16 @@ ENCODERS: dict[str, Part] = {
         "{name: aimv2, path: weights/aimv2-large-patch14-224}",
         {"resize": _RESIZE, "layer": _LAST},
     ),
+    "blip2": Part(
+        "the vision tower of a BLIP-2 folder",
+        "models.encoders.blip2:Blip2Encoder",
+        "{name: blip2, path: weights/blip2-opt-2.7b}",
+        {
+            "resize": _RESIZE,
+            "layer": _LAST,
+            "class_cell": Option(FLAG, "the class token as one more cell", default=True),
+        },
+    ),
     "clip": Part(
         "CLIP's vision transformer",
         "models.encoders.clip:ClipEncoder",

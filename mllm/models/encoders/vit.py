@@ -115,14 +115,21 @@ class VisionTransformer(VisionEncoder):
             if hasattr(config, name):
                 side = square(getattr(config, name), f"{path}: {name} of config.json")
                 setattr(config, name, side)
-        if config.num_channels != 3:
-            raise ValueError(f"{path}: config.json has {config.num_channels} channels, not 3")
+        channels = getattr(config, "num_channels", 3)  # some classes can have no others
+        if channels != 3:
+            raise ValueError(f"{path}: config.json has {channels} channels, not 3")
         return config
 
     @classmethod
     def spec_from_folder(cls, path: str | Path, **options: Any) -> dict[str, Any]:
         """Read config.json and preprocessor_config.json."""
-        config = cls._read_config(path)
+        return cls.spec_from(cls._read_config(path), read_preprocessor(path), path, **options)
+
+    @classmethod
+    def spec_from(
+        cls, config: PreTrainedConfig, seen: Mapping[str, Any], path: str | Path, **options: Any
+    ) -> dict[str, Any]:
+        """Return the spec of what both files say, changing `config`; `path` is for messages."""
         layer, depth = options.get("layer", cls.OPTIONS["layer"].default), cls._depth(config)
         if type(layer) is not int or not -depth <= layer <= -1:
             raise ValueError(
@@ -130,7 +137,7 @@ class VisionTransformer(VisionEncoder):
             )
         cls._cut(config, depth + layer + 1)
         geometry = read_geometry(
-            read_preprocessor(path),
+            seen,
             path,
             cells=lambda side: cls._cells(config, side),
             takes=cls._takes(config),
