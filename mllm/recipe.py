@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from mllm.recipe_errors import validated
 from mllm.recipe_parts import (
     MODULES,
+    fusion_problems,
     model_problems,
     objective_problems,
     ridge_problems,
@@ -89,6 +90,12 @@ class ImagesSection(PartSection):
     tiling: str | None = None
 
 
+class FusionSection(PartSection):
+    """How visual tokens reach the language model; in its sequence unless given."""
+
+    name: str
+
+
 class ModelSection(Section):
     """Either `from:` a folder that a stage saved, or the three parts of a new model."""
 
@@ -96,6 +103,7 @@ class ModelSection(Section):
     encoder: EncoderSection | None = None
     connector: ConnectorSection | None = None
     language_model: LanguageModelSection | None = None
+    fusion: FusionSection | None = None
     images: ImagesSection | None = None
 
 
@@ -310,6 +318,7 @@ def load_parts(file: str | Path, overrides: Sequence[str] = ()) -> Parts:
     problems = list(model_problems(parts.model))
     if parts.train:
         problems += train_problems(parts.train, parts.optimizer.lr)
+        problems += fusion_problems(parts.model, parts.train)
     if problems:
         raise RecipeError("\n".join(f"{source.place(path)}: {text}" for path, text in problems))
     return parts
@@ -346,6 +355,7 @@ def _impossible(recipe: Recipe) -> Iterable[tuple[Path_, str]]:
     """Combinations that the types allow and that cannot work."""
     yield from model_problems(recipe.model)
     yield from train_problems(recipe.train, recipe.optimizer.lr)
+    yield from fusion_problems(recipe.model, recipe.train)
     yield from ridge_problems(recipe.model, recipe.train)
     run, packing = recipe.run, recipe.data.packing
     if run.tokens is None and run.epochs is None:

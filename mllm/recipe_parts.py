@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mllm.parts import CONNECTORS, ENCODERS, IMAGES, OBJECTIVES, TILINGS, Option, Part
+from mllm.parts import CONNECTORS, ENCODERS, FUSIONS, IMAGES, OBJECTIVES, TILINGS, Option, Part
+from mllm.parts.fusions import DEFAULT, WITH_WEIGHTS
 from mllm.parts.option import SECTION, problems
 from mllm.recipe_yaml import Path_, closest, nearest
 
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
         TrainSection,
     )
 
-MODULES = ("encoder", "connector", "language_model")
+PARTS = ("encoder", "connector", "language_model")
+"""What a new model is made of."""
+
+MODULES = (*PARTS, "fusion")
+"""What `train:` may name."""
+
 OBJECTIVE_NAMES = tuple(OBJECTIVES)
 
 CONNECTOR_LAST_LINEAR = {
@@ -39,8 +45,9 @@ def model_problems(model: ModelSection) -> Iterable[tuple[Path_, str]]:
     """What is wrong with the model section: (path, message)."""
     yield from _parts(model)
     yield from _images(model)
+    yield from _fusion(model)
     if model.from_ is not None:
-        for part in ("encoder", "language_model"):
+        for part in ("encoder", "language_model", "fusion"):
             if getattr(model, part) is not None:
                 yield (
                     ("model", part),
@@ -54,7 +61,7 @@ def model_problems(model: ModelSection) -> Iterable[tuple[Path_, str]]:
                 "visual_tokens and options can change",
             )
         return
-    for part in MODULES:
+    for part in PARTS:
         if getattr(model, part) is None:
             yield ("model",), f"give model.{part}, or model.from a folder that a stage saved"
     if model.connector is not None and model.connector.name is None:
@@ -90,6 +97,26 @@ def train_problems(
             yield path, f"train.{name} has no learning rate; give train.{name}.lr or optimizer.lr"
     if all(how.frozen for how in train.values()):
         yield ("train",), "nothing would be trained: give at least one module a learning rate"
+
+
+def fusion_problems(
+    model: ModelSection, train: Mapping[str, TrainSection]
+) -> Iterable[tuple[Path_, str]]:
+    """A fusion that would never open its gates, or that has nothing to learn: (path, message)."""
+    name = DEFAULT if model.fusion is None else model.fusion.name
+    if model.from_ is not None or name not in FUSIONS:
+        return
+    learning = [
+        key for key, how in train.items() if key.split(".")[0] == "fusion" and not how.frozen
+    ]
+    if name in WITH_WEIGHTS and not learning:
+        yield (
+            ("model", "fusion"),
+            f"model.fusion: the gates of {name} start closed, so nothing would come of images; "
+            "give train.fusion a learning rate",
+        )
+    if name not in WITH_WEIGHTS and learning:
+        yield ("train", learning[0]), f"train.{learning[0]}: fusion {name} has nothing to learn"
 
 
 def ridge_problems(
@@ -165,6 +192,35 @@ def _images(model: ModelSection) -> Iterable[tuple[Path_, str]]:
         yield (*path, "tiling"), f"unknown tiling {name!r}{nearest(name, TILINGS)}"
     else:
         yield from _options(path, f"tiling {name}", images.options, TILINGS[name].options)
+
+
+def _fusion(model: ModelSection) -> Iterable[tuple[Path_, str]]:
+    """What is wrong with how visual tokens reach the language model."""
+    path: Path_ = ("model", "fusion")
+    fusion, images, connector = model.fusion, model.images, model.connector
+    if fusion is None:
+        return
+    name, given = fusion.name, fusion.options
+    if name not in FUSIONS:
+        yield (*path, "name"), f"unknown fusion {name!r}{nearest(name, FUSIONS)}"
+        return
+    yield from _options(path, f"fusion {name}", given, FUSIONS[name].options)
+    if given.get("every") is not None and given.get("layers") is not None:
+        yield (*path, "every"), "model.fusion: give every or layers, not both"
+    cut = images is not None and images.tiling not in (None, "none")
+    featured = images is not None and images.options.get("regions") == "feature"
+    if name == "cross_attention" and (cut or featured):
+        yield (
+            ("model", "images"),
+            f"fusion {name} takes images whole; leave model.images.{'tiling' if cut else 'regions'}"
+            f" out, or use fusion {DEFAULT}",
+        )
+    if name != DEFAULT and connector is not None and connector.init == "ridge":
+        yield (
+            ("model", "connector", "init"),
+            "model.connector.init: ridge makes visual tokens that are like words, for fusion "
+            f"{DEFAULT}; with {name} use init: random",
+        )
 
 
 def _parts(model: ModelSection) -> Iterable[tuple[Path_, str]]:

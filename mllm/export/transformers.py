@@ -84,6 +84,11 @@ def check(model: MultimodalModel, processor: Processor) -> None:
             f"the encoder {model.config.encoder['name']} takes images as they are, without one "
             "size (native resolution); an exported processor makes squares only"
         )
+    if model.config.fusion:
+        raise ValueError(
+            f"the fusion {model.config.fusion['name']} reaches into the language model's layers, "
+            "and an exported model has its visual tokens in the sequence only"
+        )
     if processor.images.get("regions") == "feature":
         raise ValueError(
             "images.regions: feature puts the mean of visual tokens into the text, and there is no "

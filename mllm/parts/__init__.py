@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from mllm.parts.connectors import CONNECTORS
 from mllm.parts.encoders import ENCODERS
+from mllm.parts.fusions import FUSIONS
 from mllm.parts.objectives import OBJECTIVES
 from mllm.parts.option import Option, Part
 from mllm.parts.tilings import IMAGES, TILINGS
@@ -18,6 +19,7 @@ from mllm.parts.tilings import IMAGES, TILINGS
 __all__ = [
     "CONNECTORS",
     "ENCODERS",
+    "FUSIONS",
     "IMAGES",
     "OBJECTIVES",
     "REGISTRIES",
@@ -51,6 +53,7 @@ INIT = "random, or ridge (the last layer in closed form)"
 REGISTRIES = (
     Registry("encoders", "model.encoder", ENCODERS, f"all take path, {PATH}, and"),
     Registry("connectors", "model.connector", CONNECTORS, f"all take init: {INIT}"),
+    Registry("fusions", "model.fusion", FUSIONS, "how visual tokens reach the language model:"),
     Registry("tilings", "model.images", TILINGS, "an image as several views; with one or without:"),
     Registry("objectives", "objectives", OBJECTIVES),
 )

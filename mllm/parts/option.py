@@ -42,6 +42,13 @@ def _is_grid(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_whole, value))
 
 
+def _are_layers(value: Any) -> bool:
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    whole = all(type(number) is int and number >= 0 for number in value)
+    return whole and list(value) == sorted(set(value))
+
+
 CHOICE = "word"
 
 
@@ -73,6 +80,7 @@ GRIDS = Values(
     "pairs",
     lambda value: isinstance(value, list | tuple) and bool(value) and all(map(_is_grid, value)),
 )
+LAYERS = Values("[0, 4, …], rising", "list", _are_layers)
 NOTHING = Values("left out", "-", lambda value: value is False)
 
 

@@ -24,6 +24,8 @@ def parameter_table(model: nn.Module, trains: bool = True, dtypes: bool = False)
         table.add_column("dtype")
     counts = {name: _count(model.get_submodule(name)) for name in MODULES}
     for name, row in counts.items():
+        if name == "fusion" and not row[0]:
+            continue  # in the sequence nothing learns
         _add(table, name, row[: 3 if trains else 1], model.get_submodule(name) if dtypes else None)
     table.add_section()
     together = [sum(numbers) for numbers in zip(*counts.values(), strict=True)]

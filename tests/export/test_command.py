@@ -118,6 +118,12 @@ def test_images_taken_as_they_are_are_refused(build: Callable[..., Any]) -> None
         check(model, processor)
 
 
+@pytest.mark.parametrize("fusion", ["cross_attention", "deepstack"])
+def test_fusions_beside_the_sequence_are_refused(build: Callable[..., Any], fusion: str) -> None:
+    with pytest.raises(ValueError, match=f"the fusion {fusion} reaches into"):
+        check(*build(fusion=fusion))
+
+
 def test_features_of_regions_are_refused_and_boxes_as_text_are_not(
     build: Callable[..., Any],
 ) -> None:

@@ -535,6 +535,20 @@ def test_tilings_that_cannot_be_written(
         COMPOSITES[to].write(model, processor, tmp_path / "out")
 
 
+@pytest.mark.parametrize("to", ["llava", "blip-2"])
+def test_other_fusions_cannot_be_written(folders: dict[str, Path], tmp_path: Path, to: str) -> None:
+    model, processor = assemble(
+        {
+            "encoder": {"name": "clip", "path": folders["clip"]},
+            "connector": {"name": "mlp", "norm": False},
+            "language_model": {"path": folders["llama"]},
+            "fusion": {"name": "cross_attention"},
+        }
+    )
+    with pytest.raises(ValueError, match="this model's fusion is cross_attention"):
+        COMPOSITES[to].write(model, processor, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("family", "message"), [("cohere", "scales or caps its logits"), ("phi", "has a bias")]
 )

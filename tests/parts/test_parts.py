@@ -13,11 +13,13 @@ import yaml
 from mllm import parts
 from mllm.models.connectors import CONNECTORS
 from mllm.models.encoders import ENCODERS
+from mllm.models.fusion import FUSIONS
 from mllm.models.geometry import RESIZE_RULES
 from mllm.models.regions import STYLES
 from mllm.models.tiles import TILINGS
 from mllm.objectives import OBJECTIVES
 from mllm.parts import REGISTRIES, Option, Registry
+from mllm.parts.fusions import WITH_WEIGHTS
 from mllm.parts.language_models import REFUSED, TESTED
 from mllm.parts.listing import plain, snippet
 from mllm.parts.option import SQUARE, WHOLE, chosen, problems
@@ -29,6 +31,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 CLASSES: dict[str, Mapping[str, type]] = {
     "encoders": ENCODERS,
     "connectors": CONNECTORS,
+    "fusions": FUSIONS,
     "tilings": TILINGS,
     "objectives": OBJECTIVES,
 }
@@ -49,10 +52,12 @@ def test_a_recipe_takes_every_example(registry: Registry, tmp_path: Path) -> Non
     file = tmp_path / "r.yaml"
     file.write_text(GOOD)
     for name, part in registry.parts.items():
+        learns = ["train.fusion={lr: 1e-3}"] if name in WITH_WEIGHTS else []
+        plain_start = ["model.connector.init=random"] if registry.title == "fusions" else []
         values: Any = yaml.safe_load(snippet(registry, part))
         for key in registry.key.split("."):
             values = values[key]
-        load(file, [f"{registry.key}={json.dumps(values)}"])
+        load(file, [f"{registry.key}={json.dumps(values)}", *learns, *plain_start])
         assert name in json.dumps(values)
 
 

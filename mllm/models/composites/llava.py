@@ -42,6 +42,7 @@ from mllm.models.composites.folder import (
     Names,
     body_and_head,
     build,
+    check_in_sequence,
     check_language,
     read_weights,
     save,
@@ -221,6 +222,7 @@ def _write(kind: _Kind, model: MultimodalModel, processor: Processor, folder: Pa
 
 def _check(kind: _Kind, ours: Any, processor: Processor) -> None:
     """Refuse what the class cannot hold."""
+    check_in_sequence(ours, kind.name)
     family, connector, images = ours.encoder["name"], ours.connector, ours.images
     if family not in _PREFIX_TOKENS:
         raise ValueError(
