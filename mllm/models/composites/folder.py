@@ -179,6 +179,23 @@ def body_and_head(text: PreTrainedConfig, kind: type[PreTrainedModel]) -> Names:
     ]
 
 
+def check_in_sequence(config: MultimodalConfig, name: str) -> None:
+    """Refuse a fusion that reaches into the layers of the language model.
+
+    Args:
+        config: of our model.
+        name: the class that is written, for messages.
+
+    Raises:
+        ValueError: naming the fusion.
+    """
+    if config.fusion:
+        raise ValueError(
+            f"{name}: visual tokens stand in its sequence and nowhere else, this model's fusion is "
+            f"{config.fusion['name']}"
+        )
+
+
 def text_config(model: MultimodalModel) -> dict[str, Any]:
     """Return the configuration of the language model as a class's config.json holds it."""
     language_model: Any = model.language_model
