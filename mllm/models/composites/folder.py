@@ -142,14 +142,8 @@ def save(
         weights: by our names; left out, the model's as they are.
 
     Raises:
-        ValueError: weights that the class has no place for, or another place; visual tokens that
-            are not in the sequence.
+        ValueError: weights that the class has no place for, or another place.
     """
-    if model.config.fusion:
-        raise ValueError(
-            f"{kind.__name__} puts visual tokens into the sequence, this model's fusion is "
-            f"{model.config.fusion['name']}"
-        )
     config.architectures = [kind.__name__]
     config.dtype = model.dtype
     with torch.device("meta"):
@@ -197,6 +191,23 @@ def body_and_head(
         (f"language_model.{body}.", there),
         (f"language_model.{place}.", "lm_head."),
     ]
+
+
+def check_in_sequence(config: MultimodalConfig, name: str) -> None:
+    """Refuse a fusion that reaches into the layers of the language model.
+
+    Args:
+        config: of our model.
+        name: the class that is written, for messages.
+
+    Raises:
+        ValueError: naming the fusion.
+    """
+    if config.fusion:
+        raise ValueError(
+            f"{name}: visual tokens stand in its sequence and nowhere else, this model's fusion is "
+            f"{config.fusion['name']}"
+        )
 
 
 def tied(weights: Mapping[str, Tensor], embedding: str, head: str = "lm_head.weight") -> bool:
