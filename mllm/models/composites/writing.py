@@ -89,7 +89,8 @@ def check_language_model(model: MultimodalModel, who: str) -> None:
     Raises:
         ValueError: naming what there is besides.
     """
-    check_in_sequence(model.config, who)
+    ours: Any = model.config
+    check_in_sequence(ours, who)
     language_model: Any = model.language_model
     name, config = type(language_model).__name__, model.config.text_config
     head, embedding = language_model.get_output_embeddings(), model.get_input_embeddings()
