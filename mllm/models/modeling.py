@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTraine
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mllm.models import attention
+from mllm.models.blocks import what_attention_is_told
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, Connector
 from mllm.models.encoders import ENCODERS, VisionEncoder
@@ -211,6 +212,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         fused = self._fuse(input_ids, pixels, sizes, order, bags, inputs_embeds, bounds, cache)
         body, layers = self.language_model.base_model, self.config.text_config.num_hidden_layers
         if cu_seqlens is None or bounds is None:
+            kwargs |= what_attention_is_told(self.config, input_ids, None, cache)
             call = {"position_ids": position_ids, "attention_mask": attention_mask, **kwargs}
             with hooked(body, layers, fused.hooks):
                 states = body(inputs_embeds=fused.embeds, **call)
@@ -219,6 +221,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             return states
         if position_ids is None:
             position_ids = _restarting_positions(bounds, fused.embeds.device)[None]
+        kwargs |= what_attention_is_told(self.config, input_ids, bounds)
         with attention.packed_call(body, layers), hooked(body, layers, fused.hooks):
             return body(
                 inputs_embeds=fused.embeds,

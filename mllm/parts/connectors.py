@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mllm.parts.option import FLAG, FOLDER, NOTHING, SQUARE, WHOLE, Option, Part
+from mllm.parts.option import FLAG, FOLDER, NOTHING, POSITIVE, SQUARE, WHOLE, Option, Part
 
 _HIDDEN = Option(WHOLE, "width between the two layers", otherwise="the LLM's")
 _NORM = Option(FLAG, "a LayerNorm first; LLaVA has none", default=True)
@@ -40,6 +40,15 @@ CONNECTORS: dict[str, Part] = {
             ),
         },
     ),
+    "gemma3": Part(
+        "averaged cells, a norm and a matrix (Gemma 3)",
+        "models.connectors.gemma3:Gemma3Projector",
+        "{name: gemma3, visual_tokens: 256}",
+        {
+            "visual_tokens": Option(SQUARE, "tokens of a view", default=256),
+            "eps": Option(POSITIVE, "below the root of the norm", default=1e-6),
+        },
+    ),
     "linear": Part(
         "one linear layer per cell (LLaVA)",
         "models.connectors.linear:Linear",
@@ -63,6 +72,7 @@ CONNECTORS: dict[str, Part] = {
             ),
             "layers": Option(WHOLE, "2: norm and MLP; 1: a linear layer", default=2),
             "hidden": _HIDDEN,
+            "bias": Option(FLAG, "of a single layer; Idefics3 has none", default=True),
         },
     ),
     "q_former": Part(

@@ -67,6 +67,18 @@ ENCODERS: dict[str, Part] = {
         "{name: efficientnet_lite, path: weights/efficientnet-lite0}",
         {"resize": _RESIZE},
     ),
+    "idefics3": Part(
+        "the SigLIP of Idefics3 and SmolVLM, normalised",
+        "models.encoders.idefics3:Idefics3Encoder",
+        "{name: idefics3, path: weights/SmolVLM-Instruct}",
+        {"resize": _RESIZE, "layer": _LAST},
+    ),
+    "internvl": Part(
+        "InternViT of transformers' InternVL",
+        "models.encoders.internvl:InternVlEncoder",
+        "{name: internvl, path: weights/InternVL3-1B-hf}",
+        {"resize": _RESIZE, "layer": _LAST},
+    ),
     "pair": Part(
         "two of the others side by side; it has no path",
         "models.encoders.pair:PairEncoder",

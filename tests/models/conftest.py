@@ -44,6 +44,7 @@ WORDS = (
 SMALL: dict[str, dict[str, Any]] = {
     "average_pool": {"visual_tokens": 4},
     "c_abstractor": {"visual_tokens": 4, "hidden": 8, "depth": 1},
+    "gemma3": {"visual_tokens": 4},
     "q_former": {"visual_tokens": 3, "hidden": 8, "heads": 2, "depth": 2, "inner": 8},
     "resampler": {"visual_tokens": 5, "depth": 2, "heads": 2, "head_width": 4},
 }

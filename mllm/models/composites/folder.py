@@ -24,6 +24,7 @@ from mllm.models.language import generation_config
 from mllm.models.modeling import MultimodalModel
 from mllm.models.probe import probe
 from mllm.models.processor import Processor
+from mllm.models.tiles import special_tokens
 
 Names = Sequence[tuple[str, str]]
 
@@ -107,10 +108,19 @@ def build(
     probe(language_model)
     language_model.generation_config = generation or language_model.generation_config
     embedding: Any = model.get_input_embeddings()
-    never = [processor.image_token_id, *range(len(processor.tokenizer), embedding.num_embeddings)]
-    model.generation_config = generation_config(language_model, processor.tokenizer, never)
+    never = _around_images(processor)
+    never |= {*range(len(processor.tokenizer), embedding.num_embeddings)}
+    model.generation_config = generation_config(language_model, processor.tokenizer, sorted(never))
     model.eval()
     return model
+
+
+def _around_images(processor: Processor) -> set[int]:
+    """Ids of special tokens that stand for images and around them: nothing to generate."""
+    template, tokenizer = processor.template, processor.tokenizer
+    texts = [template.image_text.written, *special_tokens(processor.images)]
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return {token for one in ids for token in one if template.is_special(token)}
 
 
 def save(
@@ -119,6 +129,7 @@ def save(
     model: MultimodalModel,
     names: Names,
     folder: Path,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write our weights under their names, config.json and generation_config.json.
 
@@ -128,6 +139,7 @@ def save(
         model: ours.
         names: the table.
         folder: what to write.
+        weights: by our names; left out, the model's as they are.
 
     Raises:
         ValueError: weights that the class has no place for, or another place.
@@ -136,7 +148,7 @@ def save(
     config.dtype = model.dtype
     with torch.device("meta"):
         theirs: Any = kind(config)
-    weights = _renamed(model.state_dict(), names)
+    weights = _renamed(model.state_dict() if weights is None else weights, names)
     for name, meta in theirs.state_dict().items():
         if name not in weights and name.endswith(_NORMS):
             weights[name] = torch.full(
@@ -156,8 +168,10 @@ def save(
     theirs.save_pretrained(folder, save_original_format=False)
 
 
-def body_and_head(text: PreTrainedConfig, kind: type[PreTrainedModel]) -> Names:
-    """Return the names of a language model in a class that has `model.language_model`, `lm_head`.
+def body_and_head(
+    text: PreTrainedConfig, kind: type[PreTrainedModel], there: str = "model.language_model."
+) -> Names:
+    """Return the names of a language model in a class that has its body and an `lm_head`.
 
     Such a class takes the language model without its output layer and puts a plain one on it.
 
@@ -174,7 +188,7 @@ def body_and_head(text: PreTrainedConfig, kind: type[PreTrainedModel]) -> Names:
     body = whole.base_model_prefix
     (place,) = (name for name, module in whole.named_modules() if module is head)
     return [
-        (f"language_model.{body}.", "model.language_model."),
+        (f"language_model.{body}.", there),
         (f"language_model.{place}.", "lm_head."),
     ]
 
@@ -194,6 +208,11 @@ def check_in_sequence(config: MultimodalConfig, name: str) -> None:
             f"{name}: visual tokens stand in its sequence and nowhere else, this model's fusion is "
             f"{config.fusion['name']}"
         )
+
+
+def tied(weights: Mapping[str, Tensor], embedding: str, head: str = "lm_head.weight") -> bool:
+    """Return whether the output layer is the embedding, whatever a configuration says."""
+    return weights[head].data_ptr() == weights[embedding].data_ptr()
 
 
 def text_config(model: MultimodalModel) -> dict[str, Any]:

@@ -22,12 +22,16 @@ from mllm.models.errors import loading, read_json
 _QUESTION: Any = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
 
 
-def read_tokenizer(path: str | Path, image_id: int) -> tuple[PreTrainedTokenizerBase, str]:
+def read_tokenizer(
+    path: str | Path, image_id: int, asked_id: int | None = None
+) -> tuple[PreTrainedTokenizerBase, str]:
     """Load the tokenizer of a class's folder (or hub id), and say which string its image token is.
 
     Args:
         path: the folder.
         image_id: the id of the image token by config.json.
+        asked_id: the id of the token that the chat template writes for an image, where it is not
+            the image token.
 
     Raises:
         ValueError: no tokenizer, or none that has the image token.
@@ -47,8 +51,37 @@ def read_tokenizer(path: str | Path, image_id: int) -> tuple[PreTrainedTokenizer
     template: Any = tokenizer.chat_template
     if isinstance(template, str) and _adds_begin(tokenizer) and not _begins(tokenizer):
         tokenizer.chat_template = "{{- bos_token }}" + template
-    with_images(tokenizer, token)
+    asked = token if asked_id is None else tokenizer.convert_ids_to_tokens(asked_id)
+    with_images(tokenizer, str(asked))
     return tokenizer, str(token)
+
+
+def check_token(token: str, named: str, path: str | Path) -> None:
+    """Refuse an image token that is not the one that a processor looks for.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if token != named:
+        raise ValueError(
+            f"{path}: images are {token!r} by config.json and {named!r} for the processor; take "
+            "both files from one checkpoint"
+        )
+
+
+def named_token(tokenizer: PreTrainedTokenizerBase, name: str, path: str | Path) -> str:
+    """Return a special token that a processor looks up in the tokenizer by this name.
+
+    Raises:
+        ValueError: the tokenizer does not have the name.
+    """
+    text = getattr(tokenizer, name, None)
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{path}: the tokenizer names no {name}; it stands in the checkpoint's own "
+            "tokenizer_config.json"
+        )
+    return text
 
 
 def written_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

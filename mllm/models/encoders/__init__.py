@@ -7,6 +7,8 @@ from mllm.models.encoders.clip import ClipEncoder
 from mllm.models.encoders.dinov2 import Dinov2Encoder, Dinov2WithRegistersEncoder
 from mllm.models.encoders.dinov3 import Dinov3ConvNextEncoder, Dinov3VitEncoder
 from mllm.models.encoders.efficientnet_lite import EfficientNetLiteEncoder
+from mllm.models.encoders.idefics3 import Idefics3Encoder
+from mllm.models.encoders.internvl import InternVlEncoder
 from mllm.models.encoders.pair import PairEncoder
 from mllm.models.encoders.siglip import SiglipEncoder
 from mllm.models.encoders.timm_backbone import TimmEncoder
@@ -20,6 +22,8 @@ ENCODERS: dict[str, type[VisionEncoder]] = {
     "dinov3_convnext": Dinov3ConvNextEncoder,
     "dinov3_vit": Dinov3VitEncoder,
     "efficientnet_lite": EfficientNetLiteEncoder,
+    "idefics3": Idefics3Encoder,
+    "internvl": InternVlEncoder,
     "pair": PairEncoder,
     "siglip": SiglipEncoder,
     "timm": TimmEncoder,
