@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 RESIZE_RULES = ("squash", "crop", "pad")
-_RESAMPLING = {
+RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "lanczos": Image.Resampling.LANCZOS,
     "bilinear": Image.Resampling.BILINEAR,
@@ -146,8 +146,8 @@ class ImageGeometry(Geometry):
     def __post_init__(self) -> None:
         if self.resize not in RESIZE_RULES:
             raise ValueError(f"unknown resize rule {self.resize!r}: {', '.join(RESIZE_RULES)}")
-        if self.resampling not in _RESAMPLING:
-            raise ValueError(f"unknown filter {self.resampling!r}: {', '.join(_RESAMPLING)}")
+        if self.resampling not in RESAMPLING:
+            raise ValueError(f"unknown filter {self.resampling!r}: {', '.join(RESAMPLING)}")
         if self.short_edge and self.short_edge < self.image_size:
             raise ValueError(
                 f"short_edge {self.short_edge} is below image_size {self.image_size}: "
@@ -193,7 +193,7 @@ class ImageGeometry(Geometry):
 
     def scaled(self, image: Image.Image, width: int, height: int) -> Image.Image:
         """Scale to this size with the encoder's filter, whatever the aspect."""
-        return image.resize((width, height), _RESAMPLING[self.resampling])
+        return image.resize((width, height), RESAMPLING[self.resampling])
 
     def _squash(self, image: Image.Image) -> Image.Image:
         return self.scaled(image, self.image_size, self.image_size)
@@ -220,7 +220,7 @@ class ImageGeometry(Geometry):
             min(left + side * across, image.width),
             min(top + side * down, image.height),
         )
-        return image.resize((side, side), _RESAMPLING[self.resampling], box=box)
+        return image.resize((side, side), RESAMPLING[self.resampling], box=box)
 
     def _pad(self, image: Image.Image) -> Image.Image:
         side, long = self.image_size, max(image.size)
@@ -233,5 +233,9 @@ class ImageGeometry(Geometry):
 
 
 def geometry_from_dict(values: Mapping[str, Any]) -> Geometry:
-    """Rebuild a geometry from its `to_dict`."""
+    """Rebuild a geometry from its `to_dict`; without a `kind` it is a square."""
+    from mllm.models.native import NativeGeometry
+
+    if values.get("kind") == "native":
+        return NativeGeometry.from_dict(values)
     return ImageGeometry.from_dict(values)

@@ -7,7 +7,9 @@ from mllm.models.encoders.dinov2 import Dinov2Encoder, Dinov2WithRegistersEncode
 from mllm.models.encoders.dinov3 import Dinov3ConvNextEncoder, Dinov3VitEncoder
 from mllm.models.encoders.efficientnet_lite import EfficientNetLiteEncoder
 from mllm.models.encoders.pair import PairEncoder
+from mllm.models.encoders.qwen_vl import Qwen2_5VLEncoder, Qwen2VLEncoder, Qwen3VLEncoder
 from mllm.models.encoders.siglip import SiglipEncoder
+from mllm.models.encoders.siglip2_naflex import Siglip2NaflexEncoder
 from mllm.models.encoders.timm_backbone import TimmEncoder
 
 ENCODERS: dict[str, type[VisionEncoder]] = {
@@ -19,7 +21,11 @@ ENCODERS: dict[str, type[VisionEncoder]] = {
     "dinov3_vit": Dinov3VitEncoder,
     "efficientnet_lite": EfficientNetLiteEncoder,
     "pair": PairEncoder,
+    "qwen2_5_vl": Qwen2_5VLEncoder,
+    "qwen2_vl": Qwen2VLEncoder,
+    "qwen3_vl": Qwen3VLEncoder,
     "siglip": SiglipEncoder,
+    "siglip2_naflex": Siglip2NaflexEncoder,
     "timm": TimmEncoder,
 }
 
