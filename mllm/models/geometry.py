@@ -85,6 +85,11 @@ class Geometry(ABC):
     def smallest(self) -> Size:
         """(height, width) of the cheapest view that the encoder takes."""
 
+    @property
+    def extremes(self) -> tuple[Size, ...]:
+        """Sizes of images that make the fewest or narrowest cells: a connector must take them."""
+        return (self.smallest,)
+
     @abstractmethod
     def view_sizes(self, height: int, width: int) -> tuple[Size, ...]:
         """Return (height, width) of the views of an image of this size."""

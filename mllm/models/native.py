@@ -115,6 +115,11 @@ class NativeGeometry(Geometry):
         """What an image of one block becomes."""
         return self.size(self.block, self.block)
 
+    @property
+    def extremes(self) -> tuple[Size, ...]:
+        """A dot and two lines: nobody knows what images will come."""
+        return ((1, 1), (1, _LONGEST), (_LONGEST, 1))
+
     def view_sizes(self, height: int, width: int) -> tuple[Size, ...]:
         """Return the one view's size."""
         return (self.size(height, width),)

@@ -70,7 +70,8 @@ class Processor:
             raise ValueError(
                 f"tiling {self.images['tiling']}: the tokenizer has no token {missing[0]!r}"
             )
-        self.layout(*self.geometry.smallest)
+        for size in self.geometry.extremes:
+            self.layout(*size)
 
     @property
     def image_token(self) -> str:

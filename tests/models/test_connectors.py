@@ -25,6 +25,7 @@ SPECS: dict[str, list[dict[str, Any]]] = {
     ],
     "linear": [{}],
     "mlp": [{}, {"hidden": 5}],
+    "patch_merger": [{}, {"factor": 3, "norm": "rms"}, {"norm_after": True, "hidden": 5}],
     "pixel_shuffle": [{}, {"factor": 3, "layers": 1}, {"factor": 4, "hidden": 5}],
     "q_former": [
         {"visual_tokens": 3, "depth": 3, **BERT},
@@ -217,6 +218,11 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
     ],
     "linear": [({"hidden": 3}, "unknown option of the connector Linear 'hidden'")],
     "mlp": [({"hiden": 3}, "did you mean 'hidden'")],
+    "patch_merger": [
+        ({"factor": 0}, "factor must be a whole number"),
+        ({"norm": "batch"}, "norm must be layer or rms, got 'batch'"),
+        ({"norm_after": 1}, "norm_after must be true or false, got 1"),
+    ],
     "pixel_shuffle": [
         ({"facto": 2}, "did you mean 'factor'"),
         ({"factor": True}, "factor must be a whole number greater than 0, got True"),
@@ -251,5 +257,7 @@ def test_wrong_options_are_refused(name: str, spec: dict[str, Any], message: str
 def test_more_tokens_than_cells_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="5 x 5 grid, but the encoder gives 6 x 4 cells"):
         CONNECTORS[name].output_grid({"visual_tokens": 25}, (6, 4))
-    with pytest.raises(ValueError, match="2 x 2 grid, but the encoder gives 9 x 1 cells"):
-        made(name, {"visual_tokens": 4})(cells([(4, 4), (9, 1)]), [(4, 4), (9, 1)])
+    with pytest.raises(ValueError, match="2 x 2 grid, but the encoder gives 3 x 1 cells"):
+        made(name, {"visual_tokens": 4})(cells([(4, 4), (3, 1)]), [(4, 4), (3, 1)])
+    narrow = made(name, {"visual_tokens": 4})(cells([(4, 4), (9, 1)]), [(4, 4), (9, 1)])
+    assert narrow.shape == (8, 8)

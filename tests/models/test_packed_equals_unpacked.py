@@ -31,6 +31,7 @@ CASES = [
     ("siglip", "average_pool"),
     ("efficientnet_lite", "average_pool"),
     ("clip", "linear"),
+    ("clip", "patch_merger"),
     ("clip", "pixel_shuffle"),
     ("clip", "c_abstractor"),
     ("clip", "resampler"),

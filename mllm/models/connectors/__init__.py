@@ -5,6 +5,7 @@ from mllm.models.connectors.base import Connector
 from mllm.models.connectors.c_abstractor import CAbstractor
 from mllm.models.connectors.linear import Linear
 from mllm.models.connectors.mlp import Mlp
+from mllm.models.connectors.patch_merger import PatchMerger
 from mllm.models.connectors.pixel_shuffle import PixelShuffle
 from mllm.models.connectors.pretrained import PretrainedConnector
 from mllm.models.connectors.q_former import QFormer
@@ -15,6 +16,7 @@ CONNECTORS: dict[str, type[Connector]] = {
     "c_abstractor": CAbstractor,
     "linear": Linear,
     "mlp": Mlp,
+    "patch_merger": PatchMerger,
     "pixel_shuffle": PixelShuffle,
     "q_former": QFormer,
     "resampler": Resampler,

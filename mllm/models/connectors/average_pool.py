@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mllm.models.connectors.mlp import Mlp
+from mllm.models.connectors.options import square_side
 
 
 class AveragePool(Mlp):
@@ -39,14 +40,9 @@ class AveragePool(Mlp):
         """Return the pooled grid.
 
         Raises:
-            ValueError: more tokens than cells along a side.
+            ValueError: more tokens than cells.
         """
-        side = isqrt(spec["visual_tokens"])
-        if side > min(grid):
-            raise ValueError(
-                f"connector average_pool: visual_tokens {spec['visual_tokens']} is a "
-                f"{side} x {side} grid, but the encoder gives {grid[0]} x {grid[1]} cells"
-            )
+        side = square_side(spec["visual_tokens"], grid, "average_pool")
         return (side, side)
 
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
