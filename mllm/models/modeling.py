@@ -7,6 +7,7 @@ thing that the encoder encodes), P bytes of all their pixels, M visual tokens of
 from __future__ import annotations
 
 import itertools
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from mllm.models.connectors import CONNECTORS, Connector
 from mllm.models.encoders import ENCODERS, VisionEncoder
 from mllm.models.errors import check_folder, choose, loading
 from mllm.models.families import check_config, output_layer
+from mllm.models.geometry import Size
 from mllm.models.newline import Newline, in_order
+from mllm.models.positions import is_spatial, placed
 from mllm.models.tiles import TILINGS
 from mllm.models.views import repeat_rows
 
@@ -117,6 +120,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             order: [K], for every image token its place among the visual tokens of all views, -1
                 for a newline. None or empty: as they are made.
             position_ids: [B, T] or [T]; in a pack they restart with every document (the default).
+                A language model of three directions makes its own of them; [3, B, T] stay.
             cu_seqlens: int32 [n+1], document bounds of a pack. None: ordinary rows.
             attention_mask: [B, T], 1 where a row has a token. Not for packs.
 
@@ -151,7 +155,12 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
     def tokens_per_view(self, sizes: Tensor) -> list[int]:
         """Return M of every view, from their sizes [V, 2]."""
-        return [*map(self.connector.tokens_per_image, self.encoder.grids(sizes.tolist()))]
+        return [*map(prod, self._token_grids(sizes))]
+
+    def _token_grids(self, sizes: Tensor) -> list[Size]:
+        """Return (rows, columns) of the visual tokens of every view."""
+        grids, connector = self.encoder.grids(sizes.tolist()), self.connector
+        return [connector.output_grid(connector.spec, grid) for grid in grids]
 
     def _states(
         self,
@@ -171,9 +180,12 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             position_ids = position_ids[None]
         body = self.language_model.base_model
         if cu_seqlens is None:
+            cache = kwargs.get("past_key_values")
             return body(
                 inputs_embeds=embeds,
-                position_ids=position_ids,
+                position_ids=self._placed(
+                    input_ids, sizes, order, position_ids, attention_mask, cache=cache
+                ),
                 attention_mask=attention_mask,
                 **kwargs,
             )
@@ -182,6 +194,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         bounds = attention.document_bounds(cu_seqlens, input_ids.shape[1])
         if position_ids is None:
             position_ids = _restarting_positions(bounds, input_ids.device)[None]
+        position_ids = self._placed(input_ids, sizes, order, position_ids, bounds=bounds)
         with attention.packed_call(body, self.config.text_config.num_hidden_layers):
             return body(
                 inputs_embeds=embeds,
@@ -190,6 +203,25 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 bounds=bounds,
                 **{"use_cache": False, **kwargs},
             )
+
+    def _placed(
+        self,
+        input_ids: Tensor,
+        sizes: Tensor | None,
+        order: Tensor | None,
+        position_ids: Tensor | None,
+        mask: Tensor | None = None,
+        bounds: tuple[int, ...] | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor | None:
+        """Return positions as the language model takes them, see `positions.placed`."""
+        if not is_spatial(self.config.text_config):
+            return position_ids
+        ordered = order is not None and len(order) > 0  # such tokens make no grid of their view
+        grids = [] if sizes is None or ordered else self._token_grids(sizes)
+        slots = input_ids == self.config.image_token_id
+        seen = 0 if cache is None else cache.get_seq_length()
+        return placed(slots, grids, position_ids, mask, bounds, seen)
 
     def _embed(
         self,
@@ -294,6 +326,10 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        sizes, order, mask = (kwargs.get(name) for name in ("sizes", "order", "attention_mask"))
+        places = self._placed(input_ids, sizes, order, None, mask)  # of the whole text so far
+        if places is not None:
+            inputs["position_ids"] = places[..., -inputs["input_ids"].shape[1] :]
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs["pixels"] = inputs["sizes"] = inputs["order"] = None
         return inputs
