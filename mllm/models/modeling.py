@@ -28,6 +28,9 @@ from mllm.models.positions import is_spatial, placed
 from mllm.models.tiles import TILINGS
 from mllm.models.views import repeat_rows
 
+_NEVER_QUANTISED = ("encoder", "connector", "lm_head")
+"""What stays whole when a model is loaded in 4 or 8 bits, unless the user names other modules."""
+
 
 class MultimodalModel(PreTrainedModel, GenerationMixin):
     """A vision encoder, a connector and a causal language model.
@@ -76,6 +79,9 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             shared._attn_implementation = attention.NAME
             shared._experts_implementation = experts
         self.post_init()
+        # a block's parts never land on two devices: their sums would meet nowhere
+        whole = {type(part).__name__ for part in (self.encoder, self.connector)}
+        self._no_split_modules = {*(self._no_split_modules or ()), *whole}
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave new modules as their constructors made them; the parts know best.
@@ -164,18 +170,25 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
     def _states(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         pixels: Tensor | None,
         sizes: Tensor | None,
         order: Tensor | None,
         position_ids: Tensor | None,
         cu_seqlens: Tensor | None,
         attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the language model without its output layer: a BaseModelOutputWithPast."""
-        input_ids = input_ids if input_ids.ndim == 2 else input_ids[None]
-        embeds = self._embed(input_ids, pixels, sizes, order)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of them")
+        if inputs_embeds is not None:
+            embeds = inputs_embeds
+        else:
+            assert input_ids is not None
+            input_ids = input_ids if input_ids.ndim == 2 else input_ids[None]
+            embeds = self._embed(input_ids, pixels, sizes, order)
         if position_ids is not None and position_ids.ndim == 1:
             position_ids = position_ids[None]
         body = self.language_model.base_model
@@ -189,11 +202,11 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 attention_mask=attention_mask,
                 **kwargs,
             )
-        if input_ids.shape[0] != 1 or attention_mask is not None:
+        if embeds.shape[0] != 1 or attention_mask is not None:
             raise ValueError("a pack (cu_seqlens) is one row without an attention mask")
-        bounds = attention.document_bounds(cu_seqlens, input_ids.shape[1])
+        bounds = attention.document_bounds(cu_seqlens, embeds.shape[1])
         if position_ids is None:
-            position_ids = _restarting_positions(bounds, input_ids.device)[None]
+            position_ids = _restarting_positions(bounds, embeds.device)[None]
         position_ids = self._placed(input_ids, sizes, order, position_ids, bounds=bounds)
         with attention.packed_call(body, self.config.text_config.num_hidden_layers):
             return body(
@@ -206,7 +219,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
     def _placed(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         sizes: Tensor | None,
         order: Tensor | None,
         position_ids: Tensor | None,
@@ -214,8 +227,11 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         bounds: tuple[int, ...] | None = None,
         cache: Cache | None = None,
     ) -> Tensor | None:
-        """Return positions as the language model takes them, see `positions.placed`."""
-        if not is_spatial(self.config.text_config):
+        """Return positions as the language model takes them, see `positions.placed`.
+
+        Of embeddings that are given without ids nobody knows which are images: all count as text.
+        """
+        if input_ids is None or not is_spatial(self.config.text_config):
             return position_ids
         ordered = order is not None and len(order) > 0  # such tokens make no grid of their view
         grids = [] if sizes is None or ordered else self._token_grids(sizes)
@@ -271,7 +287,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         pixels: Tensor | None = None,
         sizes: Tensor | None = None,
         order: Tensor | None = None,
@@ -280,20 +296,23 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits [B, T, W] and, with labels [B, T] (not shifted), the mean loss over them.
 
-        The other arguments are those of `hidden_states`. `logits_to_keep`: only the last so many
-        positions (0: all), or the positions themselves.
+        The other arguments are those of `hidden_states`. `inputs_embeds` [B, T, D] stand in for
+        ids, visual tokens included. `logits_to_keep`: only the last so many positions (0: all), or
+        the positions themselves.
         """
-        extra = (
-            kwargs if past_key_values is None else {**kwargs, "past_key_values": past_key_values}
-        )
-        if use_cache is not None:
-            extra = {**extra, "use_cache": use_cache}
+        given = {
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "inputs_embeds": inputs_embeds,
+        }
+        extra = {name: value for name, value in (given | kwargs).items() if value is not None}
         states = self._states(
             input_ids, pixels, sizes, order, position_ids, cu_seqlens, attention_mask, **extra
         )
@@ -326,9 +345,11 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        sizes, order, mask = (kwargs.get(name) for name in ("sizes", "order", "attention_mask"))
-        places = self._placed(input_ids, sizes, order, None, mask)  # of the whole text so far
-        if places is not None:
+        if kwargs.get("inputs_embeds") is None and is_spatial(self.config.text_config):
+            names = ("sizes", "order", "position_ids", "attention_mask")
+            sizes, order, plain, mask = (kwargs.get(name) for name in names)
+            places = self._placed(input_ids, sizes, order, plain, mask)
+            assert places is not None
             inputs["position_ids"] = places[..., -inputs["input_ids"].shape[1] :]
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs["pixels"] = inputs["sizes"] = inputs["order"] = None
@@ -378,6 +399,9 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         path = pretrained_model_name_or_path
         check_folder(path, "model")
         wants_report = kwargs.pop("output_loading_info", False)
+        quantisation: Any = kwargs.get("quantization_config")
+        if getattr(quantisation, "llm_int8_skip_modules", ()) is None:
+            quantisation.llm_int8_skip_modules = list(_NEVER_QUANTISED)
         with loading("model", path):
             loaded: Any = super().from_pretrained(
                 path, **{**kwargs, "output_loading_info": True, "use_safetensors": True}

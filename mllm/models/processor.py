@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers.utils.hub import PushToHubMixin
 
 from data_packing.document import Document, DocumentError
 from data_packing.images import decode
@@ -24,6 +25,7 @@ from mllm.models import template
 from mllm.models.connectors import CONNECTORS
 from mllm.models.errors import check_folder, choose, loading, read_json, unknown
 from mllm.models.geometry import Geometry, Layout, Size, geometry_from_dict
+from mllm.models.messages import document_of, images_per_text, is_batch
 from mllm.models.template import ImageText, Template
 from mllm.models.tiles import special_tokens, tiled
 
@@ -32,7 +34,7 @@ _REMEMBERED = 4096  # sizes whose layout is kept: pictures of one camera are ali
 IMAGE_TOKEN = "<image>"
 
 
-class Processor:
+class Processor(PushToHubMixin):
     """Tokenizer, image geometry and connector geometry together; needs no model, can be pickled.
 
     Args:
@@ -149,27 +151,110 @@ class Processor:
         Raises:
             DocumentError: one of them cannot be used, or ends with an answer.
         """
-        expanded = [self._expand(self.template.prompt(one), one) for one in documents]
-        rows = [row for row, _ in expanded]
-        longest = max(map(len, rows))
+        return self._batch([(self.template.prompt(one), one) for one in documents])
+
+    # -- as transformers' processors are called --------------------------------------------------
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        return_tensors: str = "pt",
+        add_special_tokens: bool = True,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Return what the model takes for texts that hold a placeholder for every image.
+
+        Args:
+            images: one, a list, or a list for every text; see `messages.image_of`.
+            text: one or several, as `apply_chat_template` writes them; rows are padded on the left.
+            return_tensors: "pt".
+            add_special_tokens: whether a begin token is put before a text that has none.
+            kwargs: refused, `padding` excepted.
+
+        Raises:
+            ValueError: no text, more or fewer images than placeholders, or an unknown argument.
+        """
+        if unknown_ones := kwargs.keys() - {"padding"}:
+            raise ValueError(f"the processor takes no argument {min(unknown_ones)!r}")
+        if text is None or return_tensors != "pt":
+            raise ValueError("the processor makes tensors of torch ('pt') from texts and images")
+        rows = self.template.tokenize([text] if isinstance(text, str) else text, add_special_tokens)
+        counts = [int((row == self.image_token_id).sum()) for row in rows]
+        shown = images_per_text(images, counts)
+        documents = [Document(tuple(row)) for row in shown]
+        return BatchFeature(self._batch(list(zip(rows, documents, strict=True))))
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = None,
+        add_generation_prompt: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Write a conversation, or several, as the chat template does; as in transformers.
+
+        Args:
+            conversation: messages; see `messages.document_of` for images in them.
+            tokenize: return ids instead of text.
+            return_dict: with `tokenize`, return what the model takes, pixels included.
+            return_tensors: ids are lists without it.
+            add_generation_prompt: end with what begins an answer.
+            kwargs: for the template.
+
+        Raises:
+            ValueError: a message or an image that cannot be read.
+        """
+        batch = is_batch(conversation)
+        texts: Any = self.tokenizer.apply_chat_template(
+            conversation,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **kwargs,
+        )
+        if not tokenize:
+            return texts
+        documents = [document_of(one) for one in (conversation if batch else [conversation])]
+        images = [list(document.images) for document in documents]
+        inputs = self(
+            images, [texts] if isinstance(texts, str) else texts, add_special_tokens=False
+        )
+        if return_dict:
+            return inputs
+        if return_tensors:
+            return inputs["input_ids"]
+        rows = [
+            ids[seen.bool()].tolist()
+            for ids, seen in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        return rows if batch else rows[0]
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Turn what `generate` returned into texts; transformers' pipeline asks for it."""
+        return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens)
+
+    def _batch(self, rows: Sequence[tuple[NDArray[np.int64], Document]]) -> dict[str, Tensor]:
+        """Expand rows of ids with their documents' images; see `prompts`."""
+        expanded = [self._expand(ids, document) for ids, document in rows]
+        longest = max(len(ids) for ids, _ in expanded)
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
         ids = np.full((len(rows), longest), pad, dtype=np.int64)
         mask = np.zeros_like(ids)
-        for row, target, seen in zip(rows, ids, mask, strict=True):
+        for (row, _), target, seen in zip(expanded, ids, mask, strict=True):
             target[longest - len(row) :] = row
             seen[longest - len(row) :] = 1
         result = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-        if views := [view for one in documents for view in self._pixels(one)]:
+        if views := [view for _, document in rows for view in self._pixels(document)]:
             result["pixels"], result["sizes"] = join_views(views)
             order = join_orders([slot for _, slots in expanded for slot in slots])
             if len(order):
                 result["order"] = torch.from_numpy(order)
         return result
-
-    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
-        """Pass on to the tokenizer."""
-        return self.tokenizer.apply_chat_template(*args, **kwargs)
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
         """Turn one row of ids into text, as the tokenizer does."""

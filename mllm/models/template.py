@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -166,6 +167,21 @@ class Template:
         else:
             counts, overhead = self._conversation_counts(document, pieces)
         return Cost(overhead, tuple(zip(counts, images, strict=True)))
+
+    def tokenize(
+        self, texts: Sequence[str], add_special_tokens: bool = False
+    ) -> list[NDArray[np.int64]]:
+        """Return the ids of texts in which what the chat template writes stands for an image.
+
+        Args:
+            texts: as rendered.
+            add_special_tokens: put the begin token before a text that has none.
+        """
+        image, rows = self.image_text, []
+        for ids in self._tokens([text.replace(image.asked, image.written) for text in texts]):
+            begin = self._begin if add_special_tokens and ids[:1] != self._begin else []
+            rows.append(np.array([*begin, *ids], dtype=np.int64))
+        return rows
 
     def special_token(self, text: str) -> str | None:
         """Return the first special token's string in a text, None where there is none."""

@@ -193,11 +193,13 @@ def build(folders: dict[str, Path]) -> Callable[..., Parts]:
         language_model: Path | None = None,
         dtype: torch.dtype = torch.float32,
         encoder_options: dict[str, Any] | None = None,
+        images: dict[str, Any] | None = None,
         **options: Any,
     ) -> Parts:
         torch.manual_seed(5)
         options = options or SMALL.get(connector, {})
-        section = {
+        section: dict[str, Any] = {
+            "images": images,
             "encoder": {"name": encoder, "path": folders[encoder], **(encoder_options or {})},
             "connector": {"name": connector, **options},
             "language_model": {"path": language_model or folders["llama"]},

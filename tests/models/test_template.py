@@ -81,7 +81,7 @@ def test_ids_are_those_of_the_chat_template(system: str | None) -> None:
         {"role": "user", "content": "And <image> this?"},
         {"role": "assistant", "content": "the cat"},
     ]
-    wanted = processor.apply_chat_template(messages, return_dict=False)
+    wanted = processor.tokenizer.apply_chat_template(messages, return_dict=False)
     sample = processor.encode(two_turns(system))
     assert sample.input_ids.tolist() == expanded(processor, wanted)
     assert [slot.length for slot in sample.slots] == [4, 4]
@@ -222,7 +222,9 @@ def test_a_conversation_that_begins_with_the_assistant(template: str, system: st
     unlearned = Document((*leading, greeting, *document.parts[1:]))
     messages = [{"role": part.role, "content": part.text} for part in unlearned.parts]  # type: ignore[union-attr]
     sample = processor.encode(unlearned)
-    assert sample.input_ids.tolist() == processor.apply_chat_template(messages, return_dict=False)
+    assert sample.input_ids.tolist() == processor.tokenizer.apply_chat_template(
+        messages, return_dict=False
+    )
     prompt = processor.prompt(Document(unlearned.parts[:-1]))["input_ids"][0].tolist()
     assert sample.input_ids[: len(prompt)].tolist() == prompt
     learned = sample.labels != IGNORED
@@ -358,7 +360,7 @@ def test_the_cost_of_any_conversation(turns: list[tuple[str, str]]) -> None:
         return
     assert_every_slice_is_priced(PROCESSOR, document)
     messages = [{"role": role, "content": text} for role, text in said]
-    wanted = PROCESSOR.apply_chat_template(messages, return_dict=False)
+    wanted = PROCESSOR.tokenizer.apply_chat_template(messages, return_dict=False)
     assert PROCESSOR.encode(document).input_ids.tolist() == wanted
 
 
