@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig
 
 import mllm.models.auto  # noqa: F401  (the Auto classes know the model from here on)
 from mllm.models.chat_template import with_images
@@ -15,7 +15,7 @@ from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, PretrainedConnector
 from mllm.models.encoders import ENCODERS, WITHOUT_PATH
 from mllm.models.errors import check_folder, check_options, choose, loading
-from mllm.models.language import add_special_tokens, load_language_model
+from mllm.models.language import add_special_tokens, generation_config, load_language_model
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import IMAGE_TOKEN, Processor, changed_connector
 from mllm.models.tiles import changed_images, check_images, special_tokens
@@ -155,23 +155,8 @@ def _from_parts(
     model.connector.to(dtype)
     if start is not None and isinstance(model.connector, PretrainedConnector):
         model.connector.load_weights(start)
-    model.generation_config = _generation_config(language_model, tokenizer, added)
+    model.generation_config = generation_config(language_model, tokenizer, added)
     return model.eval(), processor
-
-
-def _generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, never: list[int]
-) -> GenerationConfig:
-    """The language model's own, ending turns, never writing what stands for images."""
-    config = model.generation_config or GenerationConfig()
-    ends = config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    config.eos_token_id = sorted(ends)
-    if config.pad_token_id is None:
-        pad = tokenizer.pad_token_id
-        config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
-    config.suppress_tokens = sorted({*never, *(config.suppress_tokens or [])})
-    return config
 
 
 def _as_mapping(section: Any) -> Mapping[str, Any]:

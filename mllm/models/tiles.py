@@ -256,9 +256,11 @@ class SplitTiles(TiledGeometry):
 
     Options:
         longest_edge: in pixels (default 4 S, at most 6 S).
+        whole_only: leave the tiles out: the long edge is scaled, then the whole squashed to one
+            square (default false).
     """
 
-    OPTIONS = ("longest_edge",)
+    OPTIONS = ("longest_edge", "whole_only")
     MOST: ClassVar[int] = 6
     AROUND: ClassVar[str] = "<fake_token_around_image>"
     WHOLE: ClassVar[str] = "<global-img>"
@@ -276,7 +278,8 @@ class SplitTiles(TiledGeometry):
     def check(cls, spec: Spec) -> None:
         """Refuse numbers that are none."""
         super().check(spec)
-        _check_whole(spec, cls.OPTIONS)
+        _check_whole(spec, ("longest_edge",))
+        _check_flag(spec, "whole_only")
 
     @classmethod
     def special_tokens(cls, spec: Spec) -> tuple[str, ...]:
@@ -287,6 +290,8 @@ class SplitTiles(TiledGeometry):
 
     def tile_grid(self, height: int, width: int) -> Size:
         """Return (rows, columns) of the tiles, (0, 0) for an image that is one view."""
+        if self.spec.get("whole_only"):
+            return (0, 0)
         high, wide = self._on_tiles(*self._long_edge_scaled(height, width))
         if high <= self.side and wide <= self.side:
             return (0, 0)
@@ -301,6 +306,8 @@ class SplitTiles(TiledGeometry):
         image = Image.fromarray(pixels)
         high, wide = self._long_edge_scaled(image.height, image.width)
         image = self.square.scaled(image, wide, high)
+        if self.spec.get("whole_only"):
+            return [np.array(self._scaled(image, 1, 1))]
         high, wide = self._on_tiles(high, wide)
         image = self.square.scaled(image, wide, high)
         if high <= self.side and wide <= self.side:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from mllm.models.composites.base import Composite
+from mllm.models.composites.idefics3 import IDEFICS3, SMOLVLM
+from mllm.models.composites.internvl import INTERNVL
 
-COMPOSITES: dict[str, Composite] = {}
+COMPOSITES: dict[str, Composite] = {
+    "idefics3": IDEFICS3,
+    "internvl": INTERNVL,
+    "smolvlm": SMOLVLM,
+}
 
 __all__ = ["COMPOSITES", "Composite"]

@@ -22,4 +22,4 @@ CONNECTORS: dict[str, type[Connector]] = {
     "resampler": Resampler,
 }
 
-__all__ = ["CONNECTORS", "Connector", "PretrainedConnector"]
+__all__ = ["CONNECTORS", "Connector", "PixelShuffle", "PretrainedConnector"]

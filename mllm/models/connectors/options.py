@@ -22,6 +22,17 @@ def check_whole(spec: Mapping[str, Any], names: tuple[str, ...], connector: str)
             )
 
 
+def check_flag(spec: Mapping[str, Any], name: str, connector: str) -> None:
+    """Refuse an option that is given and is neither true nor false.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    value = spec.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"connector {connector}: {name} must be true or false, got {value!r}")
+
+
 def whole(spec: Mapping[str, Any], name: str, default: int) -> int:
     """Return the option, or its default if it is not given."""
     value = spec.get(name)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mllm.models.connectors.base import Connector
 from mllm.models.connectors.cells import space_to_depth
-from mllm.models.connectors.options import check_whole, whole
+from mllm.models.connectors.options import check_flag, check_whole, whole
 
 
 class PixelShuffle(Connector):
@@ -24,11 +24,12 @@ class PixelShuffle(Connector):
         factor: side of a block (default 2). A side that it does not divide is padded with zero
             cells on the right and below, so a grid of r x c gives ceil(r/f) x ceil(c/f) tokens.
         layers: 2 (the default) is InternVL's LayerNorm and two-layer GELU MLP, 1 is the single
-            linear layer of Idefics3 and SmolVLM, here with a bias that starts at zero.
+            linear layer of Idefics3 and SmolVLM.
         hidden: width between two layers (default: the language model's).
+        bias: of a single layer, starting at zero (default true); Idefics3 and SmolVLM have none.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ("factor", "layers", "hidden")
+    OPTIONS: ClassVar[tuple[str, ...]] = ("factor", "layers", "hidden", "bias")
 
     def __init__(self, spec: Mapping[str, Any], features: int, width: int) -> None:
         super().__init__(spec, features, width)
@@ -42,14 +43,16 @@ class PixelShuffle(Connector):
             self.act = nn.GELU()
             self.second = nn.Linear(hidden, width)
         else:
-            self.second = nn.Linear(wide, width)
-            nn.init.zeros_(self.second.bias)
+            self.second = nn.Linear(wide, width, bias=spec.get("bias") is not False)
+            if self.second.bias is not None:
+                nn.init.zeros_(self.second.bias)
 
     @classmethod
     def check(cls, spec: Mapping[str, Any]) -> None:
         """Refuse numbers that are none, and a width between layers where there is one layer."""
         super().check(spec)
-        check_whole(spec, cls.OPTIONS, "pixel_shuffle")
+        check_whole(spec, ("factor", "layers", "hidden"), "pixel_shuffle")
+        check_flag(spec, "bias", "pixel_shuffle")
         layers = whole(spec, "layers", 2)
         if layers > 2:
             raise ValueError(f"connector pixel_shuffle: layers must be 1 or 2, got {layers}")
@@ -58,6 +61,8 @@ class PixelShuffle(Connector):
                 "connector pixel_shuffle: hidden is the width between two layers; with layers: 1 "
                 "leave it out"
             )
+        if layers == 2 and spec.get("bias") is False:
+            raise ValueError("connector pixel_shuffle: bias: false needs layers: 1")
 
     @classmethod
     def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:

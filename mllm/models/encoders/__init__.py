@@ -6,6 +6,8 @@ from mllm.models.encoders.clip import ClipEncoder
 from mllm.models.encoders.dinov2 import Dinov2Encoder, Dinov2WithRegistersEncoder
 from mllm.models.encoders.dinov3 import Dinov3ConvNextEncoder, Dinov3VitEncoder
 from mllm.models.encoders.efficientnet_lite import EfficientNetLiteEncoder
+from mllm.models.encoders.idefics3 import Idefics3Encoder
+from mllm.models.encoders.internvl import InternVlEncoder
 from mllm.models.encoders.pair import PairEncoder
 from mllm.models.encoders.qwen_vl import Qwen2_5VLEncoder, Qwen2VLEncoder, Qwen3VLEncoder
 from mllm.models.encoders.siglip import SiglipEncoder
@@ -20,6 +22,8 @@ ENCODERS: dict[str, type[VisionEncoder]] = {
     "dinov3_convnext": Dinov3ConvNextEncoder,
     "dinov3_vit": Dinov3VitEncoder,
     "efficientnet_lite": EfficientNetLiteEncoder,
+    "idefics3": Idefics3Encoder,
+    "internvl": InternVlEncoder,
     "pair": PairEncoder,
     "qwen2_5_vl": Qwen2_5VLEncoder,
     "qwen2_vl": Qwen2VLEncoder,

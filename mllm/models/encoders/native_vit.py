@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mllm.models.encoders.preprocessor import read_native, read_preprocessor
+from mllm.models.encoders.preprocessor import read_native
 from mllm.models.encoders.vit import VisionTransformer
 from mllm.models.geometry import Size
 from mllm.models.native import NativeGeometry
@@ -39,7 +39,7 @@ class NativeTransformer(VisionTransformer):
     def _read_geometry(
         cls, config: PreTrainedConfig, path: str | Path, options: Mapping[str, Any]
     ) -> NativeGeometry:
-        seen = read_preprocessor(path)
+        seen = cls._preprocessor(path)
         patch, merge = int(config.patch_size), cls._merge(config)
         return read_native(seen, path, cls.PREPROCESSOR, patch, merge, options)
 

@@ -24,11 +24,12 @@ _QUIET: dict[str, Any] = {
     "pos_embed_jitter": None,
     "pos_embed_rescale": None,
     "pos_embed_shift": None,
+    "projection_dropout": 0.0,
 }
 """Randomness that some models add while they train: with it a packed step would differ from an
 unpacked one, and a resumed run from an uninterrupted one."""
 
-_OF_BACKBONES = ("out_features", "out_indices", "_out_features", "_out_indices", "stage_names")
+_NOT_KEPT = ("dtype", "out_features", "out_indices", "_out_features", "_out_indices", "stage_names")
 
 
 class VisionTransformer(VisionEncoder):
@@ -104,12 +105,22 @@ class VisionTransformer(VisionEncoder):
         return config
 
     @classmethod
+    def _own(cls, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Turn a configuration of another name but the same meaning into the family's."""
+        return config
+
+    @classmethod
+    def _preprocessor(cls, path: str | Path) -> Mapping[str, Any]:
+        """Read what the folder says about images."""
+        return read_preprocessor(path)
+
+    @classmethod
     def _read_config(cls, path: str | Path) -> PreTrainedConfig:
         """Read config.json; of a model of images and texts, its vision part."""
         check_folder(path, "encoder")
         with loading("encoder", path):
             config = AutoConfig.from_pretrained(path)
-        config = getattr(config, "vision_config", config)
+        config = cls._own(getattr(config, "vision_config", config))
         if type(config) is not cls.CONFIG:
             raise ValueError(f"{path} holds a {config.model_type!r} model, not {cls.__name__}")
         for name in ("image_size", "patch_size"):
@@ -135,7 +146,7 @@ class VisionTransformer(VisionEncoder):
         values = config.to_diff_dict()
         values["num_hidden_layers"] = cls._depth(config)  # also where it is the class's default
         spec = {
-            "config": {key: value for key, value in values.items() if key not in _OF_BACKBONES},
+            "config": {key: value for key, value in values.items() if key not in _NOT_KEPT},
             "layer": layer,
             "geometry": geometry.to_dict(),
         }
@@ -149,7 +160,7 @@ class VisionTransformer(VisionEncoder):
     ) -> Geometry:
         """What the folder's preprocessor file makes of an image."""
         return read_geometry(
-            read_preprocessor(path),
+            cls._preprocessor(path),
             path,
             cells=lambda side: cls._cells(config, side),
             takes=cls._takes(config),

@@ -1,0 +1,241 @@
+"""From our model to a class of transformers that holds a whole model: what every class asks of it,
+and the files of a folder. Nothing is written before everything is known to fit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.configuration_utils import PreTrainedConfig
+
+from mllm.models.errors import read_json
+from mllm.models.families import LogitsRule, logits_rule
+from mllm.models.geometry import RESAMPLING_NAMES, ImageGeometry, Size
+from mllm.models.modeling import MultimodalModel
+from mllm.models.processor import Processor
+from mllm.models.tiles import TiledGeometry
+
+
+def check_encoder(model: MultimodalModel, who: str, *names: str) -> None:
+    """Refuse an encoder that the class has no place for.
+
+    Raises:
+        ValueError: naming it and the ones that fit.
+    """
+    name = model.config.encoder["name"]
+    if name not in names:
+        raise ValueError(f"{who} cannot hold the encoder {name}: its own is {' or '.join(names)}")
+    if model.encoder.spec.get("class_token"):
+        raise ValueError(f"{who} cannot hold class_token: true, which doubles the width of a cell")
+
+
+def check_connector(model: MultimodalModel, who: str, name: str) -> dict[str, Any]:
+    """Return the connector's options.
+
+    Raises:
+        ValueError: it is another connector.
+    """
+    spec: dict[str, Any] = model.config.connector
+    if spec["name"] != name:
+        raise ValueError(f"{who} cannot hold the connector {spec['name']}: its own is {name}")
+    return spec
+
+
+def check_blocks(model: MultimodalModel, who: str, factor: int) -> None:
+    """Refuse a pixel shuffle that pads the encoder's grid.
+
+    Raises:
+        ValueError: the factor does not divide the grid's side.
+    """
+    cells = model.encoder.geometry.cells
+    if cells % factor:
+        raise ValueError(
+            f"{who} cannot hold the connector's factor {factor}: it does not divide the {cells} "
+            "cells of a side, and nothing is padded there"
+        )
+
+
+def check_tiling(model: MultimodalModel, who: str, *tilings: str) -> None:
+    """Refuse a way of cutting images that the class's processor does not know.
+
+    Args:
+        tilings: those that it knows, "" for not cutting.
+
+    Raises:
+        ValueError: another one, or a whole image that is not squashed to the square.
+    """
+    tiling = str(model.config.images.get("tiling", ""))
+    if tiling not in tilings:
+        known = " or ".join(f"tiling {name}" if name else "no tiling" for name in tilings)
+        found = f"tiling {tiling}" if tiling else "images that are not cut"
+        raise ValueError(f"{who} cannot hold {found}: it has {known}")
+    geometry = model.encoder.geometry
+    if not tiling and geometry.resize != "squash":
+        raise ValueError(
+            f"{who} cannot hold resize {geometry.resize}: its processor squashes images"
+        )
+
+
+def check_language_model(model: MultimodalModel, who: str) -> None:
+    """Refuse a language model that is more than a body and a linear output layer.
+
+    Raises:
+        ValueError: naming what there is besides.
+    """
+    language_model: Any = model.language_model
+    name, config = type(language_model).__name__, model.config.text_config
+    head, embedding = language_model.get_output_embeddings(), model.get_input_embeddings()
+    body = language_model.base_model
+    extra = {id(weight) for weight in language_model.parameters()}
+    extra -= {id(weight) for module in (body, head) for weight in module.parameters()}
+    if extra or getattr(head, "bias", None) is not None or not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"{who} cannot hold {name}: its output layer is more than a linear layer without bias"
+        )
+    if logits_rule(config) != LogitsRule():
+        raise ValueError(
+            f"{who} cannot hold {name}: it scales or caps its logits, which {who} does not"
+        )
+    width = int(embedding.embedding_dim)  # type: ignore[arg-type]
+    if width != config.hidden_size:
+        raise ValueError(
+            f"{who} cannot hold {name}: its embedding is {width} wide and its layers "
+            f"{config.hidden_size}"
+        )
+
+
+def around_image(processor: Processor, who: str) -> tuple[str, str]:
+    """Return the texts before and after the tokens of an image.
+
+    Raises:
+        ValueError: the chat template's image is not the image token alone.
+    """
+    asked, written = processor.template.image_text
+    if asked != processor.image_token:
+        raise ValueError(
+            f"{who} cannot hold a chat template that writes {asked!r} for an image: it looks for "
+            f"the image token {processor.image_token!r}"
+        )
+    before, after = written.split(processor.image_token)
+    return before, after
+
+
+def text_tensors(
+    model: MultimodalModel, body: str, head: str = "lm_head.weight"
+) -> tuple[dict[str, Tensor], bool]:
+    """Return the language model's weights, and whether the output layer is the embedding.
+
+    Args:
+        body: prefix of the body's names, head: name of the output layer's weight.
+    """
+    language_model: Any = model.language_model
+    tensors = {f"{body}{name}": t for name, t in language_model.base_model.state_dict().items()}
+    weight = language_model.get_output_embeddings().weight
+    tied = weight is model.get_input_embeddings().weight and f"{body}embed_tokens.weight" in tensors
+    return {**tensors, head: weight}, tied
+
+
+def text_config(model: MultimodalModel, tied: bool) -> PreTrainedConfig:
+    """Return the language model's configuration, free of what is ours."""
+    config: Any = copy.deepcopy(model.config.text_config)
+    config._attn_implementation = None
+    config._experts_implementation = None
+    config.tie_word_embeddings = tied
+    config.dtype = model.dtype
+    return config  # type: ignore[no-any-return]
+
+
+def write_model(
+    kind: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    tensors: Mapping[str, Tensor],
+    model: MultimodalModel,
+    folder: Path,
+) -> None:
+    """Write config.json, safetensors and generation_config.json of their class.
+
+    Raises:
+        ValueError: the class wants other weights than these.
+    """
+    config.dtype = model.dtype
+    with torch.device("meta"):
+        theirs: Any = kind(config)
+    own = theirs.state_dict()
+    wrong = sorted(own.keys() ^ tensors.keys())
+    wrong += [
+        name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"{kind.__name__} cannot hold these weights: {wrong[0]} does not fit")
+    theirs.load_state_dict(
+        {name: tensor.detach().cpu() for name, tensor in tensors.items()}, assign=True
+    )
+    theirs.tie_weights()
+    theirs.generation_config = copy.deepcopy(model.generation_config)
+    theirs.save_pretrained(folder)
+
+
+def write_processor(
+    tokenizer: PreTrainedTokenizerBase,
+    names: Mapping[str, str],
+    kind: str,
+    preprocessor: Mapping[str, Any],
+    folder: Path,
+    **values: Any,
+) -> None:
+    """Write the tokenizer's files, preprocessor_config.json and processor_config.json.
+
+    Args:
+        names: tokens that the processor looks up in the tokenizer, by their names.
+        kind: name of their processor's class.
+        preprocessor: of images.
+        values: of the processor.
+    """
+    tokenizer.save_pretrained(str(folder))
+    if any(getattr(tokenizer, name, None) != text for name, text in names.items()):
+        file = folder / "tokenizer_config.json"
+        found = read_json(file)
+        if not isinstance(found.get("extra_special_tokens"), list):
+            found["extra_special_tokens"] = dict(names)  # read by transformers 4
+        write_json(file, {**found, **names})
+    write_json(folder / "preprocessor_config.json", {**preprocessor, "processor_class": kind})
+    write_json(folder / "processor_config.json", {**values, "processor_class": kind})
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file as transformers does."""
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def pixels_of(geometry: ImageGeometry) -> dict[str, Any]:
+    """Return what a preprocessor file says about filter and colours."""
+    return {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(geometry.mean),
+        "image_std": list(geometry.std),
+        "resample": RESAMPLING_NAMES.index(geometry.resampling),
+        "rescale_factor": 1 / 255,
+    }
+
+
+def squares_of(side: int) -> dict[str, int]:
+    """Return a size of a preprocessor file."""
+    return {"height": side, "width": side}
+
+
+def tokens_of_view(processor: Processor) -> int:
+    """Return the visual tokens of one view."""
+    geometry = processor.geometry
+    square = geometry.square if isinstance(geometry, TiledGeometry) else geometry
+    size: Size = square.smallest
+    return math.prod(processor._output_grid(square.grid(*size)))
