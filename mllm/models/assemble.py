@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 import mllm.models.auto  # noqa: F401  (the Auto classes know the model from here on)
 from mllm.models.chat_template import with_images
+from mllm.models.composites import COMPOSITES
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, PretrainedConnector
 from mllm.models.encoders import ENCODERS, WITHOUT_PATH
@@ -72,10 +73,10 @@ def load(
     connector: Mapping[str, Any] | None = None,
     images: Mapping[str, Any] | None = None,
 ) -> tuple[MultimodalModel, Processor]:
-    """Load a stage's folder.
+    """Load a stage's folder, or begin from one of a class of transformers (`COMPOSITES`).
 
     Args:
-        folder: what a stage saved.
+        folder: what a stage saved, or the folder or hub id of such a class.
         dtype: of all weights; "auto" keeps the saved one.
         connector: reloadable options to change, e.g. {"visual_tokens": 144}.
         images: options of the tiling to change, e.g. {"tiles": 6}.
@@ -89,15 +90,19 @@ def load(
     check_folder(folder, "model")
     with loading("model", folder):
         config = AutoConfig.from_pretrained(folder)
-    if not isinstance(config, MultimodalConfig):
-        raise ValueError(
-            f"{folder} holds a {config.model_type!r} model, not one that was assembled here: give "
-            "it as language_model or encoder"
-        )
     changes = dict(connector or {})
-    config.connector = changed_connector(config.connector, changes)
-    model: MultimodalModel = MultimodalModel.from_pretrained(folder, config=config, dtype=dtype)
-    processor = Processor.from_pretrained(folder, connector=changes)
+    if isinstance(config, MultimodalConfig):
+        config.connector = changed_connector(config.connector, changes)
+        model: MultimodalModel = MultimodalModel.from_pretrained(folder, config=config, dtype=dtype)
+        processor = Processor.from_pretrained(folder, connector=changes)
+    elif config.model_type in COMPOSITES:
+        model, processor = COMPOSITES[config.model_type].read(folder, dtype)
+        changed_connector(model.config.connector, changes)  # theirs have no reloadable options
+    else:
+        raise ValueError(
+            f"{folder} holds a {config.model_type!r} model, neither one that was assembled here "
+            f"nor one to begin from ({', '.join(COMPOSITES)}): give it as language_model or encoder"
+        )
     if images:
         processor = _cut_anew(model, processor, images)
     return model, processor

@@ -19,6 +19,7 @@ from mllm.models.errors import read_json
 from mllm.models.families import LogitsRule, logits_rule
 from mllm.models.geometry import RESAMPLING_NAMES, ImageGeometry, Size
 from mllm.models.modeling import MultimodalModel
+from mllm.models.native import NativeGeometry
 from mllm.models.processor import Processor
 from mllm.models.tiles import TiledGeometry
 
@@ -214,7 +215,7 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def pixels_of(geometry: ImageGeometry) -> dict[str, Any]:
+def pixels_of(geometry: ImageGeometry | NativeGeometry) -> dict[str, Any]:
     """Return what a preprocessor file says about filter and colours."""
     return {
         "do_convert_rgb": True,
