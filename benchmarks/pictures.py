@@ -75,4 +75,4 @@ def encode(document: Document) -> Sample:
     assert isinstance(text, Text)
     letters = np.frombuffer(text.text.encode(), dtype=np.uint8).astype(np.int64)
     ids = np.concatenate([np.zeros(IMAGE_TOKENS + 1, dtype=np.int64), letters])
-    return Sample(ids, ids, [], [decode(image.data)], {}, document.source, document.key)
+    return Sample(ids, ids, pixels=[decode(image.data)], source=document.source, key=document.key)

@@ -10,8 +10,9 @@ from typing import Literal, get_args
 from data_packing.images import MAX_PIXELS, DocumentError, size
 
 Role = Literal["system", "user", "assistant"]
+Box = tuple[float, float, float, float]
 
-__all__ = ["Document", "DocumentError", "Image", "Part", "Role", "Text"]
+__all__ = ["Box", "Document", "DocumentError", "Image", "Part", "Role", "Text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +25,26 @@ class Text:
         learned: whether the model learns to produce it.
         variants: (name, other words for the same place), such as a translation; kept in the order
             of the names, so that equal texts are equal.
+        box: (left, top, right, bottom) of a region of the last image before, as fractions of its
+            width and height. The processor writes it, as numbers or as a feature; `text` is empty.
 
     Raises:
-        DocumentError: two variants of one name, or one without a name.
+        DocumentError: two variants of one name, or one without a name; a box that is none.
     """
 
     text: str
     role: Role | None = None
     learned: bool = True
     variants: tuple[tuple[str, str], ...] = ()
+    box: Box | None = None
 
     def __post_init__(self) -> None:
+        if self.box is not None:
+            left, top, right, bottom = self.box
+            if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+                raise DocumentError(
+                    f"a box is left, top, right, bottom as fractions of the image, got {self.box}"
+                )
         if not self.variants:
             return
         names = [name for name, _ in self.variants]
@@ -53,12 +63,14 @@ class Image:
         data: the bytes of the file (PNG, JPEG, …), not decoded.
         height, width: pixels as a person sees them, after EXIF rotation.
         role: who shows it in a conversation; None in a raw document.
+        clip: of which clip of the document it is a frame, from 1 on; 0: it is a picture.
     """
 
     data: bytes
     height: int
     width: int
     role: Role | None = None
+    clip: int = 0
 
     @classmethod
     def from_bytes(
@@ -122,6 +134,8 @@ class Document:
             )
         for role in roles - {None, *get_args(Role)}:
             raise DocumentError(f"unknown role {role!r}; known: {', '.join(get_args(Role))}")
+        if self._continues(0):
+            raise DocumentError("a box stands before the first image: there is nothing it is of")
 
     @classmethod
     def caption(cls, image: Image, text: str, source: str = "", key: str = "") -> Document:
@@ -197,7 +211,8 @@ class Document:
         A document that does not fit is cut between pieces, nowhere else. Raw document: a piece
         starts before an image that follows text, and between two texts; never between an image and
         the text right after it. Conversation: a piece starts at a user turn that brings its own
-        image, or at any user turn when the document has no image at all. Leading system parts are
+        image, or at any user turn when the document has no image at all. A box stays with the
+        image that it is of. Leading system parts are
         in no piece: `select` adds them to every slice.
         """
         first = self.system_parts
@@ -224,8 +239,19 @@ class Document:
         start, stop = pieces[start_piece][0], pieces[stop_piece - 1][1]
         return replace(self, parts=self.parts[: self.system_parts] + self.parts[start:stop])
 
+    def _continues(self, at: int) -> bool:
+        """Whether a box from this part on is of an image before it."""
+        for part in self.parts[at:]:
+            if isinstance(part, Image):
+                return False
+            if part.box is not None:
+                return True
+        return False
+
     def _may_start(self, at: int, any_turn: bool) -> bool:
         part, before = self.parts[at], self.parts[at - 1]
+        if self._continues(at):
+            return False
         if part.role is None:
             return isinstance(before, Text)
         if part.role != "user" or before.role == "user":

@@ -239,6 +239,8 @@ def content_hash(document: Document) -> bytes:
         variants = part.variants if isinstance(part, Text) else ()
         digest.update(f"{part.role}\0{learned}\0{len(data)}\0{len(variants)}\0".encode())
         digest.update(data)
+        if isinstance(part, Text) and part.box is not None:
+            digest.update(repr(part.box).encode())
         for said in chain.from_iterable(variants):
             words = said.encode("utf-8", "surrogatepass")
             digest.update(f"{len(words)}\0".encode())
@@ -250,7 +252,7 @@ def check_document(document: Document, rules: Rules | None, tokens: int | None) 
     """What is wrong with one document, whatever lies around it."""
     found: Found = []
     texts = [part for part in document.parts if isinstance(part, Text)]
-    if not any(text.learned and text.text.strip() for text in texts):
+    if not any(text.learned and (text.box or text.text.strip()) for text in texts):
         found.append(("no learned text", f"{counted(len(texts), 'text')}, none learned"))
     for place, words in _said(texts):
         found += [(kind, f"{place}: {why}") for kind, why in _text_defects(words)]

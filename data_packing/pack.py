@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from data_packing.ledger import Refusal
 from data_packing.loss_weights import EVEN, Weighting
-from data_packing.sample import IGNORED, ImageSlot, Sample
+from data_packing.sample import IGNORED, Sample
 
 
 @dataclass(slots=True)
@@ -30,8 +31,9 @@ class Pack:
         pixels uint8 [B]: of all views one after another, each as [height, width, 3].
         sizes int32 [V, 2]: (height, width) of each view; V may be 0. It stays on the CPU: the model
             needs the numbers there, and asking a GPU for them would wait for it.
-        order int64 [K]: for every image token in `input_ids` its place among the visual tokens
-            that all views make, -1 for a newline. Empty: as they are made.
+        order int64 [J]: what stands at the K image tokens of `input_ids`, as places among the
+            visual tokens that all views make, -1 for a newline. Empty: these as they are made.
+        bags int64 [K]: how many of `order` each image token is the mean of. Empty: one.
         keys: of the documents.
         refused: documents that were planned for this pack and failed.
         number: of the pack in the plan, -1 where a rank has none.
@@ -47,6 +49,7 @@ class Pack:
     pixels: Tensor
     sizes: Tensor
     order: Tensor
+    bags: Tensor
     keys: list[str] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     number: int = -1
@@ -70,15 +73,20 @@ class Pack:
 
 
 TENSORS = (
-    "input_ids",
-    "labels",
-    "weights",
-    "position_ids",
-    "cu_seqlens",
-    "pixels",
-    "sizes",
-    "order",
+    *("input_ids", "labels", "weights", "position_ids", "cu_seqlens"),
+    *("pixels", "sizes", "order", "bags"),
 )
+
+
+class Ordered(Protocol):
+    """What names visual tokens: a sample, or the row of a prompt."""
+
+    @property
+    def made(self) -> int: ...
+    @property
+    def order(self) -> NDArray[np.int64]: ...
+    @property
+    def bags(self) -> NDArray[np.int64]: ...
 
 
 Empty = Callable[[int], NDArray[np.uint8]]
@@ -129,6 +137,7 @@ def collate(
         bounds = np.array([0, total] if samples else [0], dtype=np.int32)
     labels[bounds[:-1]] = IGNORED
     pixels, sizes = join_views([view for sample in samples for view in sample.pixels], empty)
+    order, bags = join_orders(samples)
     return Pack(
         input_ids=torch.from_numpy(_joined([sample.input_ids for sample in samples])),
         labels=torch.from_numpy(labels),
@@ -137,7 +146,8 @@ def collate(
         cu_seqlens=torch.from_numpy(bounds),
         pixels=pixels,
         sizes=sizes,
-        order=torch.from_numpy(join_orders([slot for sample in samples for slot in sample.slots])),
+        order=order,
+        bags=bags,
         keys=[sample.key for sample in samples],
         number=number,
         across_documents=across_documents,
@@ -164,20 +174,22 @@ def join_views(views: Sequence[NDArray[np.uint8]], empty: Empty = plain) -> tupl
     return torch.from_numpy(pixels), torch.from_numpy(sizes)
 
 
-def join_orders(slots: Sequence[ImageSlot]) -> NDArray[np.int64]:
-    """Return the order of the visual tokens of images that follow each other; see `Pack.order`.
+def join_orders(samples: Sequence[Ordered]) -> tuple[Tensor, Tensor]:
+    """Return order [J] and bags [K] of the visual tokens of samples side by side; see `Pack`.
 
-    It is empty where every image takes the tokens that its views make, as they are made.
+    Both are empty where every image token stands for what the views make, as they make it.
     """
-    if all(slot.order is None for slot in slots):
-        return np.zeros(0, dtype=np.int64)
-    orders, first = [], 0
-    for slot in slots:
-        made = slot.made or slot.length
-        order = np.arange(made, dtype=np.int64) if slot.order is None else slot.order
+    orders, bags, first = [], [], 0
+    moved = any(len(sample.order) for sample in samples)
+    bagged = any(len(sample.bags) for sample in samples)
+    for sample in samples if moved else ():
+        made = sample.made
+        order = sample.order if len(sample.order) else np.arange(made, dtype=np.int64)
         orders.append(np.where(order < 0, order, order + first))
+        if bagged:
+            bags.append(sample.bags if len(sample.bags) else np.ones(len(order), dtype=np.int64))
         first += made
-    return _joined(orders)
+    return torch.from_numpy(_joined(orders)), torch.from_numpy(_joined(bags))
 
 
 def _joined(rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -193,7 +193,11 @@ def _document(
     assert len(tokens) == len(learned), (document.key, len(tokens), len(learned))
     assert len(sample.pixels) == sum(slot.views for slot in sample.slots), document.key
     views = map(picture, sample.pixels)
-    slots = zip(sample.slots, document.images, strict=True)
+    shown = [
+        document.images[number if slot.image is None else slot.image]
+        for number, slot in enumerate(sample.slots)
+    ]
+    slots = zip(sample.slots, shown, strict=True)
     return ShownDocument(
         source=index.name,
         key=index.key(entry.document),

@@ -26,8 +26,8 @@ class ImageSlot:
         grid: (rows, columns) of its visual tokens, (1, all of them) where they make no grid.
         views: how many views it became; the next ones in `Sample.pixels` are its own.
         made: visual tokens that these views make; 0: as many as the slot takes.
-        order: int64, for every visual token in the slot its place among those made, -1 for a
-            newline. None: all of them as they are made.
+        image: which of the document's images it is, None: the next one. Frames of a clip may be
+            left out.
     """
 
     start: int
@@ -35,7 +35,7 @@ class ImageSlot:
     grid: tuple[int, int]
     views: int = 1
     made: int = 0
-    order: NDArray[np.int64] | None = None
+    image: int | None = None
 
 
 @dataclass(slots=True)
@@ -48,6 +48,8 @@ class Sample:
         input_ids: int64 [L].
         labels: int64 [L], aligned with `input_ids` (not shifted); -100 where nothing is learned.
         slots: one per image, in order.
+        order, bags: int64 [J] and [K], what stands at its K image tokens; see `Pack`. Empty where
+            that is what the views make, as they make it.
         pixels: one uint8 [H, W, 3] per view, of any sizes, in order.
         targets: further targets by name, for objectives other than language modelling.
         source, key: where the document came from.
@@ -57,9 +59,16 @@ class Sample:
     labels: NDArray[np.int64]
     slots: list[ImageSlot] = field(default_factory=list)
     pixels: list[NDArray[np.uint8]] = field(default_factory=list)
+    order: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    bags: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     targets: dict[str, Any] = field(default_factory=dict)
     source: str = ""
     key: str = ""
+
+    @property
+    def made(self) -> int:
+        """Visual tokens that its views make."""
+        return sum(slot.made or slot.length for slot in self.slots)
 
 
 @dataclass(frozen=True, slots=True)

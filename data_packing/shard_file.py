@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_packing.document import Document, Text
+from data_packing.document import Document, Image, Text
 from data_packing.files import TAR_BLOCK, pack_strings, partial_path, save_arrays
 from data_packing.ledger import Refusal
 from data_packing.shards import VERSION, index_path, padded
@@ -99,14 +99,7 @@ class ShardFile:
             known = (extension for magic, extension in _EXTENSIONS if part.data.startswith(magic))
             file_name = f"{len(files)}.{next(known, 'img')}"
             files.append((file_name, part.data))
-            entries.append(
-                {
-                    "image": file_name,
-                    "height": part.height,
-                    "width": part.width,
-                    "role": part.role,
-                }
-            )
+            entries.append(_image_entry(part, file_name))
         record = {"key": document.key, "source": document.source, "parts": entries}
         self._member(f"{member}.json", json.dumps(record).encode())
         for file_name, data in files:
@@ -182,6 +175,20 @@ def _text_entry(text: Text) -> dict[str, Any]:
     entry: dict[str, Any] = {"text": text.text, "role": text.role, "learned": text.learned}
     if text.variants:  # left out where there are none, so that such shards keep their bytes
         entry["variants"] = dict(text.variants)
+    if text.box is not None:
+        entry["box"] = text.box
+    return entry
+
+
+def _image_entry(image: Image, file_name: str) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "image": file_name,
+        "height": image.height,
+        "width": image.width,
+        "role": image.role,
+    }
+    if image.clip:
+        entry["clip"] = image.clip
     return entry
 
 

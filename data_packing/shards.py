@@ -226,9 +226,14 @@ def _braces(pattern: str) -> list[str]:
 def _part(entry: dict[str, Any], members: dict[str, bytes]) -> Part:
     role = entry["role"]
     if "image" in entry:
-        return Image(members[entry["image"]], int(entry["height"]), int(entry["width"]), role)
+        height, width = int(entry["height"]), int(entry["width"])
+        return Image(members[entry["image"]], height, width, role, int(entry.get("clip", 0)))
     variants = tuple(dict(entry.get("variants", ())).items())
-    return Text(entry["text"], role, bool(entry["learned"]), variants)
+    box = None
+    if "box" in entry:
+        left, top, right, bottom = map(float, entry["box"])
+        box = left, top, right, bottom
+    return Text(entry["text"], role, bool(entry["learned"]), variants, box)
 
 
 def padded(size: int) -> int:

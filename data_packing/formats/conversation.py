@@ -11,9 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from data_packing.document import DocumentError, Part, Role, Text
+from data_packing.formats.boxes import Boxes
 from data_packing.formats.common import shown
 from data_packing.formats.media import Media
 from data_packing.wording import counted
@@ -34,7 +36,6 @@ UNREAD = {
     "audio": "audio",
     "audios": "audio",
     "tools": "descriptions of tools",
-    "objects": "boxes",
     "rejected": "a rejected answer (preference data)",
     "rejected_response": "a rejected answer (preference data)",
     "rejected_messages": "a rejected answer (preference data)",
@@ -126,8 +127,10 @@ def converse(
         "video": listed(record, "video", "videos"),
     }
     placed = _placed(list(turns), waiting, leading)
-    queues = {kind: iter(values) for kind, values in waiting.items()}
-    return [part for turn in placed for part in _parts(turn, queues, media)]
+    queues: dict[str, Iterator[Any]] = {kind: iter(values) for kind, values in waiting.items()}
+    queues["clip number"] = count(1)
+    parts = (part for turn in placed for part in _parts(turn, queues, media))
+    return list(Boxes(record).place(parts))
 
 
 def listed(record: dict[str, Any], one: str, many: str) -> list[Any]:
@@ -253,4 +256,4 @@ def _parts(turn: Turn, queues: dict[str, Iterator[Any]], media: Media) -> Iterat
         if piece.kind == "image":
             yield media.image(value, turn.role)
         else:
-            yield from media.clip(value, turn.role)
+            yield from media.clip(value, turn.role, next(queues["clip number"]))

@@ -95,8 +95,8 @@ def _columns(record: Record, media: Media) -> Iterator[Part]:
     if caption is None and not variants:
         raise DocumentError(f"no caption (looked for {', '.join((*CAPTIONS, COLUMN))})")
     yield from map(media.image, images)
-    for clip in clips:
-        yield from media.clip(clip)
+    for number, clip in enumerate(clips, start=1):
+        yield from media.clip(clip, number=number)
     yield text_of(caption, variants)
 
 

@@ -56,17 +56,18 @@ class Media:
         except DocumentError as error:
             raise DocumentError(_renamed(error, found, name, "image")) from error
 
-    def clip(self, value: Any, role: Role | None = None) -> list[Image]:
-        """Sample the frames of a clip.
+    def clip(self, value: Any, role: Role | None = None, number: int = 1) -> list[Image]:
+        """Sample the frames of a clip, which is the document's first, second, … one.
 
         Raises:
             DocumentError: not a clip, missing, outside the folder, on a network, or no PyAV.
         """
         name, found = self._find(value, "video")
         try:
-            return [replace(frame, role=role) for frame in sample_frames(found, self.frames)]
+            frames = sample_frames(found, self.frames)
         except DocumentError as error:
             raise DocumentError(_renamed(error, found, name, "video")) from error
+        return [replace(frame, role=role, clip=number) for frame in frames]
 
     def _find(self, value: Any, what: str) -> tuple[str, bytes | Path]:
         """Its name for a person, and its bytes or where it lies."""

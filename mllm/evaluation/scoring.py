@@ -22,7 +22,7 @@ from torch import Tensor
 from data_packing.document import Document, Image
 from data_packing.pack import join_orders, join_views
 from data_packing.packing import pack_lengths
-from data_packing.sample import IGNORED, ImageSlot, Sample
+from data_packing.sample import IGNORED, Sample
 from mllm.evaluation.heldout import blank_image
 from mllm.evaluation.likelihood import Scorer
 
@@ -57,7 +57,7 @@ class Row:
         ids, positions: of every token; positions restart with every tree and every ending.
         tree, branch: which tree a token is in, and which ending (-1: the shared beginning).
         pixels: uint8 [H, W, 3] of every view.
-        slots: of the images.
+        shown: samples whose images are shown.
         reads: (position whose logits are read, token expected there, document).
     """
 
@@ -66,14 +66,14 @@ class Row:
     tree: list[int] = field(default_factory=list)
     branch: list[int] = field(default_factory=list)
     pixels: list[np.ndarray] = field(default_factory=list)
-    slots: list[ImageSlot] = field(default_factory=list)
+    shown: list[Sample] = field(default_factory=list)
     reads: list[tuple[int, int, int]] = field(default_factory=list)
 
     def add(self, tree: Tree) -> None:
         """Lay a tree out at the end of the row."""
         start, number = len(self.ids), self.tree[-1] + 1 if self.tree else 0
         self.pixels += tree.samples[0].pixels
-        self.slots += tree.samples[0].slots
+        self.shown.append(tree.samples[0])
         self._extend(tree.samples[0].input_ids[: tree.shared], 0, number, -1)
         for branch, (document, sample) in enumerate(zip(tree.numbers, tree.samples, strict=True)):
             own = len(self.ids)
@@ -215,6 +215,7 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
 def read(model: Any, row: Row, device: torch.device) -> Tensor:
     """-log p [len(row.reads)] in fp32, one forward pass."""
     pixels, sizes = join_views(row.pixels) if row.pixels else (None, None)
+    order, bags = join_orders(row.shown)
     if row.branches:
         sight = {"attention_mask": row.mask().to(device), "use_cache": False}
     else:
@@ -223,7 +224,8 @@ def read(model: Any, row: Row, device: torch.device) -> Tensor:
         input_ids=torch.tensor([row.ids], device=device),
         pixels=pixels.to(device) if pixels is not None else None,
         sizes=sizes,
-        order=torch.from_numpy(join_orders(row.slots)).to(device),
+        order=order.to(device),
+        bags=bags.to(device),
         position_ids=torch.tensor([row.positions], device=device),
         **sight,
     )

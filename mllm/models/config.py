@@ -16,8 +16,8 @@ class MultimodalConfig(PreTrainedConfig):
         encoder: what the encoder is rebuilt from: `name` (key of ENCODERS), `geometry`
             (ImageGeometry) and what the class adds.
         connector: what the connector is rebuilt from: `name` (key of CONNECTORS) and its options.
-        images: how images are cut into tiles: `tiling` (key of TILINGS) and its options; empty for
-            not at all.
+        images: the `images:` section: how images are cut into tiles, `tiling` (key of TILINGS) and
+            its options; how regions are written, and what a clip may take.
         text_config: configuration of the language model (any causal LM of transformers).
         image_token: the placeholder in text.
         image_token_id: its id in the tokenizer; -1 in a configuration that is not filled in yet.

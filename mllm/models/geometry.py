@@ -32,6 +32,9 @@ _LONG = 16  # sides beyond this ratio: only what stays is scaled
 Size = tuple[int, int]
 """(height, width) in pixels, or (rows, columns) of a grid."""
 
+Span = tuple[float, float, float, float]
+"""(left, top, right, bottom) as fractions of an image; beyond 0 and 1 is padding."""
+
 OutputGrid = Callable[[Size], Size]
 """Grid of a view's features -> grid of its visual tokens: what the connector makes of it."""
 
@@ -118,6 +121,10 @@ class Geometry(ABC):
         grid = tokens[0] if len(tokens) == 1 else (1, made)
         return Layout(sizes, sum(map(prod, grids)), grid, (made,), made)
 
+    def spans(self, height: int, width: int) -> list[Span]:
+        """Return what each view shows of an image of this size: all of it, unless overridden."""
+        return [(0.0, 0.0, 1.0, 1.0)] * len(self.view_sizes(height, width))
+
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, from which `geometry_from_dict` rebuilds it."""
@@ -195,6 +202,19 @@ class ImageGeometry(Geometry):
         image = Image.fromarray(pixels)
         resized = {"squash": self._squash, "crop": self._crop, "pad": self._pad}[self.resize](image)
         return np.array(resized, dtype=np.uint8)
+
+    def spans(self, height: int, width: int) -> list[Span]:
+        """Return what the square shows: a cut-out, or the whole with padding around it."""
+        if self.resize == "squash":
+            return [(0.0, 0.0, 1.0, 1.0)]
+        if self.resize == "crop":
+            edge = self.short_edge or self.image_size
+            across, down = (
+                self.image_size * min(height, width) / edge / n for n in (width, height)
+            )
+        else:
+            across, down = max(height, width) / width, max(height, width) / height
+        return [((1 - across) / 2, (1 - down) / 2, (1 + across) / 2, (1 + down) / 2)]
 
     def scaled(self, image: Image.Image, width: int, height: int) -> Image.Image:
         """Scale to this size with the encoder's filter, whatever the aspect."""

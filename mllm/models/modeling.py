@@ -23,13 +23,16 @@ from mllm.models.encoders import ENCODERS, VisionEncoder
 from mllm.models.errors import check_folder, choose, loading
 from mllm.models.families import check_config, output_layer
 from mllm.models.geometry import Size
-from mllm.models.newline import Newline, in_order
-from mllm.models.positions import is_spatial, placed
+from mllm.models.positions import is_spatial, named, placed
+from mllm.models.standing import Newline, standing
 from mllm.models.tiles import TILINGS
 from mllm.models.views import repeat_rows
 
 _NEVER_QUANTISED = ("encoder", "connector", "lm_head")
 """What stays whole when a model is loaded in 4 or 8 bits, unless the user names other modules."""
+
+
+_IMAGES = ("pixels", "sizes", "order", "bags")
 
 
 class MultimodalModel(PreTrainedModel, GenerationMixin):
@@ -95,7 +98,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
     def cut_images(self, images: dict[str, Any]) -> None:
         """Take images as they are cut by this `images:` section; a new newline is random."""
         self.config.images = images
-        needed = bool(images) and TILINGS[images["tiling"]].NEWLINE
+        needed = "tiling" in images and TILINGS[images["tiling"]].NEWLINE
         if needed and not hasattr(self.connector, "newline"):
             embedding: Any = self.get_input_embeddings()
             self.connector.newline = Newline(embedding.embedding_dim).to(self.dtype)
@@ -110,6 +113,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         pixels: Tensor | None = None,
         sizes: Tensor | None = None,
         order: Tensor | None = None,
+        bags: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -123,8 +127,8 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 None: no image.
             sizes: [V, 2], (height, width) of each view. Best on the CPU, where its numbers are
                 needed; a GPU is waited for once.
-            order: [K], for every image token its place among the visual tokens of all views, -1
-                for a newline. None or empty: as they are made.
+            order, bags: [J] and [K], which visual tokens stand at the image tokens; see `Pack`.
+                None or empty: those of all views as they are made.
             position_ids: [B, T] or [T]; in a pack they restart with every document (the default).
                 A language model of three directions makes its own of them; [3, B, T] stay.
             cu_seqlens: int32 [n+1], document bounds of a pack. None: ordinary rows.
@@ -135,7 +139,15 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 take, or wrong bounds.
         """
         states: Tensor = self._states(
-            input_ids, pixels, sizes, order, position_ids, cu_seqlens, attention_mask, **kwargs
+            input_ids,
+            pixels,
+            sizes,
+            order,
+            bags,
+            position_ids,
+            cu_seqlens,
+            attention_mask,
+            **kwargs,
         ).last_hidden_state
         return states
 
@@ -174,6 +186,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         pixels: Tensor | None,
         sizes: Tensor | None,
         order: Tensor | None,
+        bags: Tensor | None,
         position_ids: Tensor | None,
         cu_seqlens: Tensor | None,
         attention_mask: Tensor | None,
@@ -188,7 +201,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         else:
             assert input_ids is not None
             input_ids = input_ids if input_ids.ndim == 2 else input_ids[None]
-            embeds = self._embed(input_ids, pixels, sizes, order)
+            embeds = self._embed(input_ids, pixels, sizes, order, bags)
         if position_ids is not None and position_ids.ndim == 1:
             position_ids = position_ids[None]
         body = self.language_model.base_model
@@ -197,7 +210,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             return body(
                 inputs_embeds=embeds,
                 position_ids=self._placed(
-                    input_ids, sizes, order, position_ids, attention_mask, cache=cache
+                    input_ids, sizes, order, bags, position_ids, attention_mask, cache=cache
                 ),
                 attention_mask=attention_mask,
                 **kwargs,
@@ -207,7 +220,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         bounds = attention.document_bounds(cu_seqlens, embeds.shape[1])
         if position_ids is None:
             position_ids = _restarting_positions(bounds, embeds.device)[None]
-        position_ids = self._placed(input_ids, sizes, order, position_ids, bounds=bounds)
+        position_ids = self._placed(input_ids, sizes, order, bags, position_ids, bounds=bounds)
         with attention.packed_call(body, self.config.text_config.num_hidden_layers):
             return body(
                 inputs_embeds=embeds,
@@ -222,6 +235,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None,
         sizes: Tensor | None,
         order: Tensor | None,
+        bags: Tensor | None,
         position_ids: Tensor | None,
         mask: Tensor | None = None,
         bounds: tuple[int, ...] | None = None,
@@ -233,11 +247,10 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         """
         if input_ids is None or not is_spatial(self.config.text_config):
             return position_ids
-        ordered = order is not None and len(order) > 0  # such tokens make no grid of their view
-        grids = [] if sizes is None or ordered else self._token_grids(sizes)
+        grids = [] if sizes is None else self._token_grids(sizes)
         slots = input_ids == self.config.image_token_id
         seen = 0 if cache is None else cache.get_seq_length()
-        return placed(slots, grids, position_ids, mask, bounds, seen)
+        return placed(slots, grids, named(order, bags), position_ids, mask, bounds, seen)
 
     def _embed(
         self,
@@ -245,6 +258,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         pixels: Tensor | None,
         sizes: Tensor | None,
         order: Tensor | None = None,
+        bags: Tensor | None = None,
     ) -> Tensor:
         """Embed ids [B, T] to [B, T, D], with the image tokens replaced by visual tokens."""
         if (pixels is None) != (sizes is None):
@@ -258,22 +272,19 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 return embeds
             # every rank runs the vision path in every call, or sharded weights would wait for ever
             blank = self.image_features(*self.encoder.blank(input_ids.device))
-            nothing = self._ordered(blank, None)[:0].sum()
+            nothing = self._standing(blank, None, None)[:0].sum()
             return embeds + nothing.to(embeds.dtype)
-        tokens = self._ordered(self.image_features(pixels, sizes), order)
+        tokens = self._standing(self.image_features(pixels, sizes), order, bags)
         self._check_counts(wanted, len(sizes), len(tokens))
         return embeds.masked_scatter(slots[..., None], tokens.to(embeds.dtype))
 
-    def _ordered(self, tokens: Tensor, order: Tensor | None) -> Tensor:
-        """Put visual tokens [sum M, D] into the order [K, D] in which they stand in the text."""
-        given = order is not None and len(order) > 0
+    def _standing(self, tokens: Tensor, order: Tensor | None, bags: Tensor | None) -> Tensor:
+        """Return what stands at the image tokens [K, D], of the visual tokens [sum M, D]."""
         newline: Newline | None = getattr(self.connector, "newline", None)
-        if newline is not None:
-            if order is None or not given:
-                order = torch.arange(len(tokens), device=tokens.device)
-            ordered: Tensor = newline(tokens, order)
-            return ordered
-        return in_order(tokens, order) if order is not None and given else tokens
+        rows = tokens if newline is None else newline(tokens)
+        if order is None or not len(order):
+            return rows[: len(tokens)]
+        return standing(rows, order, bags)
 
     def _check_counts(self, wanted: int, views: int, made: int) -> None:
         if wanted != made:
@@ -291,6 +302,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         pixels: Tensor | None = None,
         sizes: Tensor | None = None,
         order: Tensor | None = None,
+        bags: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -314,7 +326,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         }
         extra = {name: value for name, value in (given | kwargs).items() if value is not None}
         states = self._states(
-            input_ids, pixels, sizes, order, position_ids, cu_seqlens, attention_mask, **extra
+            input_ids, pixels, sizes, order, bags, position_ids, cu_seqlens, attention_mask, **extra
         )
         kept = states.last_hidden_state
         if not isinstance(logits_to_keep, int) or logits_to_keep:
@@ -346,13 +358,13 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         if kwargs.get("inputs_embeds") is None and is_spatial(self.config.text_config):
-            names = ("sizes", "order", "position_ids", "attention_mask")
-            sizes, order, plain, mask = (kwargs.get(name) for name in names)
-            places = self._placed(input_ids, sizes, order, plain, mask)
+            names = ("sizes", "order", "bags", "position_ids", "attention_mask")
+            sizes, order, bags, plain, mask = (kwargs.get(name) for name in names)
+            places = self._placed(input_ids, sizes, order, bags, plain, mask)
             assert places is not None
             inputs["position_ids"] = places[..., -inputs["input_ids"].shape[1] :]
         if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs["pixels"] = inputs["sizes"] = inputs["order"] = None
+            inputs |= dict.fromkeys(_IMAGES)
         return inputs
 
     def _expand_inputs_for_generation(  # type: ignore[override]
@@ -363,8 +375,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Repeat rows for beams or several answers; a row's views stay together."""
-        names = ("pixels", "sizes", "order")
-        images = {name: model_kwargs.pop(name, None) for name in names}
+        images = {name: model_kwargs.pop(name, None) for name in _IMAGES}
         if images["pixels"] is not None and expand_size > 1:
             assert input_ids is not None
             images = self._repeat_images(input_ids, expand_size, **images)
@@ -377,15 +388,21 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         return input_ids, {**model_kwargs, **images}
 
     def _repeat_images(
-        self, input_ids: Tensor, times: int, pixels: Tensor, sizes: Tensor, order: Tensor | None
+        self,
+        input_ids: Tensor,
+        times: int,
+        pixels: Tensor,
+        sizes: Tensor,
+        order: Tensor | None,
+        bags: Tensor | None,
     ) -> dict[str, Any]:
         """Repeat the images of every row so many times."""
         tokens = self.tokens_per_view(sizes)
         wanted = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
-        kept = sum(tokens) if order is None else len(order)
+        kept = sum(tokens) if order is None else len(order if bags is None else bags)
         self._check_counts(sum(wanted), len(sizes), kept)
-        pixels, sizes, order = repeat_rows(pixels, sizes, order, tokens, wanted, times)
-        return {"pixels": pixels, "sizes": sizes, "order": order}
+        repeated = repeat_rows(pixels, sizes, order, bags, tokens, wanted, times)
+        return dict(zip(_IMAGES, repeated, strict=True))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -20,17 +20,19 @@ from transformers.utils.hub import PushToHubMixin
 from data_packing.document import Document, DocumentError
 from data_packing.images import decode
 from data_packing.pack import join_orders, join_views
-from data_packing.sample import IGNORED, Cost, ImageSlot, Sample
+from data_packing.sample import IGNORED, Cost, Sample
 from mllm.models import template
+from mllm.models.clips import thinned
 from mllm.models.connectors import CONNECTORS
 from mllm.models.errors import check_folder, choose, loading, read_json, unknown
-from mllm.models.geometry import Geometry, Layout, Size, geometry_from_dict
+from mllm.models.expansion import Expander
+from mllm.models.geometry import Geometry, Layout, geometry_from_dict
 from mllm.models.messages import document_of, images_per_text, is_batch
+from mllm.models.regions import REGION_TOKEN, STYLES, has_places, with_boxes
 from mllm.models.template import ImageText, Template
 from mllm.models.tiles import special_tokens, tiled
 
 _FILE = "processor_config.json"
-_REMEMBERED = 4096  # sizes whose layout is kept: pictures of one camera are alike
 IMAGE_TOKEN = "<image>"
 
 
@@ -64,13 +66,29 @@ class Processor(PushToHubMixin):
         self.template = Template(tokenizer, image_token, image_text)
         kind = choose(CONNECTORS, connector["name"], "connector")
         kind.check(connector)
-        self._output_grid = partial(kind.output_grid, self.connector)
-        self._layouts: dict[Size, Layout] = {}
-        self._marks: dict[str, list[int]] = {}
         known = tokenizer.get_vocab()
         if missing := [token for token in special_tokens(self.images) if token not in known]:
+            raise ValueError(f"images: the tokenizer has no token {missing[0]!r}")
+        self.expander = Expander(
+            self.geometry,
+            partial(kind.output_grid, self.connector),
+            self.template.image_id,
+            known[REGION_TOKEN] if self._regions == "feature" else None,
+            self.template.ids_of,
+        )
+        self._check_regions(self.layout(*self.geometry.smallest))
+
+    @property
+    def _regions(self) -> str:
+        """How boxes are written."""
+        return str(self.images.get("regions") or STYLES[0])
+
+    def _check_regions(self, layout: Layout) -> None:
+        grids = [self.expander.output_grid(self.geometry.grid(*size)) for size in layout.sizes]
+        if self._regions == "feature" and not has_places(grids):
             raise ValueError(
-                f"tiling {self.images['tiling']}: the tokenizer has no token {missing[0]!r}"
+                f"images.regions: feature needs visual tokens that have places, and the connector "
+                f"{self.connector['name']} makes a row of them; take decimals or thousandths"
             )
         for size in self.geometry.extremes:
             self.layout(*size)
@@ -93,14 +111,19 @@ class Processor(PushToHubMixin):
         Raises:
             DocumentError: it cannot be used (text, template or image), with the reason.
         """
+        document, kept = self._ready(document)
         written = self.template.write(document)
-        ids, slots = self._expand(written.ids, document)
+        expanded = self.expander.expand(written.ids, document)
+        for slot, number in zip(expanded.slots, kept, strict=True):
+            slot.image = number
         labels = np.where(written.learned, written.ids, IGNORED)
         return Sample(
-            input_ids=ids,
-            labels=self._with_slots(written.ids, labels, [_unlearned(slot) for slot in slots]),
-            slots=slots,
+            input_ids=expanded.ids,
+            labels=expanded.unlearned(labels, IGNORED),
+            slots=expanded.slots,
             pixels=self._pixels(document),
+            order=expanded.order,
+            bags=expanded.bags,
             source=document.source,
             key=document.key,
         )
@@ -109,18 +132,29 @@ class Processor(PushToHubMixin):
         """Return what the document and any slice of it cost in text tokens, by piece.
 
         The length of `encode` of a slice is the overhead, plus its pieces' text tokens, plus
-        `image_cost` of their images.
+        `image_cost` of their images. Frames that a clip's budget leaves out are in no piece.
 
         Raises:
             DocumentError: it cannot be used.
         """
-        return self.template.cost(document)
+        document, kept = self._ready(document)
+        cost = self.template.cost(document)
+        pieces = [(text, tuple(kept[one] for one in images)) for text, images in cost.pieces]
+        return Cost(cost.overhead, tuple(pieces))
+
+    def _ready(self, document: Document) -> tuple[Document, list[int]]:
+        """Thin clips out and write boxes; also the numbers of the images that are kept."""
+        document = with_boxes(document, self._regions)
+        budget = self.images.get("clip_tokens")
+        if budget is None:
+            return document, [*range(len(document.images))]
+        return thinned(
+            document, budget, lambda image: self.image_cost(image.height, image.width)[0]
+        )
 
     def image_cost(self, height: int, width: int) -> tuple[int, int]:
         """Return (language tokens, vision patches) of an image of this size in pixels."""
-        layout = self.layout(height, width)
-        marks = sum(len(self._mark(text)) for text in layout.marks)
-        return layout.tokens + marks, layout.patches
+        return self.expander.tokens(height, width), self.layout(height, width).patches
 
     def image_bytes(self, height: int, width: int) -> int:
         """Return the bytes of the pixels that an image of this size becomes, in all its views."""
@@ -128,11 +162,7 @@ class Processor(PushToHubMixin):
 
     def layout(self, height: int, width: int) -> Layout:
         """Return the views and the visual tokens of an image of this size in pixels."""
-        if (height, width) not in self._layouts:
-            if len(self._layouts) == _REMEMBERED:
-                self._layouts.clear()
-            self._layouts[height, width] = self.geometry.layout(height, width, self._output_grid)
-        return self._layouts[height, width]
+        return self.expander.layout(height, width)
 
     def prompt(self, document: Document) -> dict[str, Tensor]:
         """Return what `generate` takes for one document: see `prompts`."""
@@ -145,13 +175,15 @@ class Processor(PushToHubMixin):
 
         Returns:
             input_ids [B, T], attention_mask [B, T] and, if there is an image, pixels uint8 [P] of
-            all views one after another and sizes int32 [V, 2], (height, width) of each; where the
-            tokens of tiles are put together anew, order int64 [K], see `Pack.order`.
+            all views one after another and sizes int32 [V, 2], (height, width) of each; where
+            visual tokens do not stand as they are made, order int64 [J] and bags int64 [K], see
+            `Pack`.
 
         Raises:
             DocumentError: one of them cannot be used, or ends with an answer.
         """
-        return self._batch([(self.template.prompt(one), one) for one in documents])
+        ready = [self._ready(document)[0] for document in documents]
+        return self._batch([(self.template.prompt(one), one) for one in ready])
 
     # -- as transformers' processors are called --------------------------------------------------
 
@@ -239,21 +271,20 @@ class Processor(PushToHubMixin):
 
     def _batch(self, rows: Sequence[tuple[NDArray[np.int64], Document]]) -> dict[str, Tensor]:
         """Expand rows of ids with their documents' images; see `prompts`."""
-        expanded = [self._expand(ids, document) for ids, document in rows]
-        longest = max(len(ids) for ids, _ in expanded)
+        expanded = [self.expander.expand(ids, document) for ids, document in rows]
+        longest = max(len(row.ids) for row in expanded)
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
         ids = np.full((len(rows), longest), pad, dtype=np.int64)
         mask = np.zeros_like(ids)
-        for (row, _), target, seen in zip(expanded, ids, mask, strict=True):
-            target[longest - len(row) :] = row
-            seen[longest - len(row) :] = 1
+        for row, target, seen in zip(expanded, ids, mask, strict=True):
+            target[longest - len(row.ids) :] = row.ids
+            seen[longest - len(row.ids) :] = 1
         result = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
         if views := [view for _, document in rows for view in self._pixels(document)]:
             result["pixels"], result["sizes"] = join_views(views)
-            order = join_orders([slot for _, slots in expanded for slot in slots])
-            if len(order):
-                result["order"] = torch.from_numpy(order)
+            named = zip(("order", "bags"), join_orders(expanded), strict=True)
+            result |= {name: values for name, values in named if len(values)}
         return result
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
@@ -263,52 +294,6 @@ class Processor(PushToHubMixin):
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """Turn rows of ids into texts, as the tokenizer does."""
         return list(self.tokenizer.batch_decode(*args, **kwargs))
-
-    def _expand(
-        self, ids: NDArray[np.int64], document: Document
-    ) -> tuple[NDArray[np.int64], list[ImageSlot]]:
-        """Put its visual tokens and marks into the place of every image."""
-        slots: list[ImageSlot] = []
-        fillings: list[NDArray[np.int64]] = []
-        grown = 0
-        places = np.flatnonzero(ids == self.image_token_id)
-        for place, image in zip(places, document.images, strict=True):
-            layout = self.layout(image.height, image.width)
-            fillings.append(self._filling(layout))
-            length = len(fillings[-1])
-            start, views = int(place) + grown, len(layout.sizes)
-            slots.append(ImageSlot(start, length, layout.grid, views, layout.made, layout.order))
-            grown += length - 1
-        return self._with_slots(ids, ids, fillings), slots
-
-    def _filling(self, layout: Layout) -> NDArray[np.int64]:
-        """Ids of what stands in an image's slot."""
-        pieces = [
-            [self.image_token_id] * piece if isinstance(piece, int) else self._mark(piece)
-            for piece in layout.writing
-        ]
-        return np.array([token for piece in pieces for token in piece], dtype=np.int64)
-
-    def _mark(self, text: str) -> list[int]:
-        """Ids of a mark between visual tokens."""
-        if text not in self._marks:
-            self._marks[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self._marks[text]
-
-    def _with_slots(
-        self, ids: NDArray[np.int64], values: NDArray[Any], fillings: list[NDArray[Any]]
-    ) -> NDArray[Any]:
-        """Put fillings into `values`, aligned with `ids`, where these have a placeholder."""
-        if not fillings:
-            return values
-        places = np.flatnonzero(ids == self.image_token_id)
-        texts = np.split(values, places)
-        rest = [
-            part
-            for filling, text in zip(fillings, texts[1:], strict=True)
-            for part in (filling, text[1:])
-        ]
-        return np.concatenate([texts[0], *rest])
 
     def _pixels(self, document: Document) -> list[NDArray[np.uint8]]:
         """The views of the document's images, uint8 [H, W, 3] each."""
@@ -329,9 +314,19 @@ class Processor(PushToHubMixin):
             self.tokenizer.backend_tokenizer.to_str(),
             str(self.tokenizer.chat_template),
             *self.template.image_text,
+            self._regions,
+            *self._budget,
             str(template.VERSION),
         )
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    @property
+    def _budget(self) -> list[str]:
+        """What decides which frames of a clip are written."""
+        budget = self.images.get("clip_tokens")
+        if budget is None:
+            return []
+        return [json.dumps([budget, self.geometry.to_dict(), self.images, self.connector])]
 
     @property
     def fingerprint(self) -> str:
@@ -394,10 +389,6 @@ class Processor(PushToHubMixin):
             values.get("images"),
             ImageText(**values["image_text"]) if "image_text" in values else None,
         )
-
-
-def _unlearned(slot: ImageSlot) -> NDArray[np.int64]:
-    return np.full(slot.length, IGNORED, dtype=np.int64)
 
 
 def changed_connector(spec: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -183,6 +183,10 @@ class Template:
             rows.append(np.array([*begin, *ids], dtype=np.int64))
         return rows
 
+    def ids_of(self, text: str) -> list[int]:
+        """Return the ids of a text as it is."""
+        return self._tokens([text])[0]
+
     def special_token(self, text: str) -> str | None:
         """Return the first special token's string in a text, None where there is none."""
         found = self._special.search(text)
@@ -362,7 +366,7 @@ class Template:
             if isinstance(part, Image):
                 if part.role == "system":
                     raise DocumentError("an image in the system prompt")
-            elif found := self.special_token(part.text):
+            elif part.box is None and (found := self.special_token(part.text)):
                 raise DocumentError(f"a text contains the special token {found!r}")
 
     def _unlearn_images(self, written: Written) -> None:

@@ -20,10 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mllm.models.errors import check_options, choose
-from mllm.models.geometry import Geometry, ImageGeometry, Layout, OutputGrid, Size
+from mllm.models.errors import check_options, choose, unknown
+from mllm.models.geometry import Geometry, ImageGeometry, Layout, OutputGrid, Size, Span
+from mllm.models.regions import REGION_TOKEN, STYLES
 
 Spec = Mapping[str, Any]
+ALWAYS = ("tiling", "regions", "clip_tokens")
+"""Options of an `images:` section whatever the tiling."""
+
+WHOLE: Span = (0.0, 0.0, 1.0, 1.0)
 
 
 class TiledGeometry(Geometry):
@@ -51,7 +56,7 @@ class TiledGeometry(Geometry):
         Raises:
             ValueError: an unknown option or a bad value.
         """
-        options = {name: value for name, value in spec.items() if name != "tiling"}
+        options = {name: value for name, value in spec.items() if name not in ALWAYS}
         check_options(options, cls.OPTIONS, f"the tiling {spec['tiling']}")
 
     @classmethod
@@ -75,6 +80,20 @@ class TiledGeometry(Geometry):
     def grid(self, height: int, width: int) -> Size:
         """Return (rows, columns) of the features of a square."""
         return self.square.grid(height, width)
+
+    def spans(self, height: int, width: int) -> list[Span]:
+        """Return what each tile shows, and the whole image for a view beside them."""
+        rows, columns = self.tile_grid(height, width)
+        tiles = [
+            (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows)
+            for r in range(rows)
+            for c in range(columns)
+        ]
+        return tiles + [WHOLE] * (self.count(height, width) - len(tiles))
+
+    def tile_grid(self, height: int, width: int) -> Size:
+        """Return (rows, columns) of the tiles of an image of this size."""
+        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         """Return what the encoder's geometry is; the tiling is stored beside it."""
@@ -219,6 +238,24 @@ class AnyResolution(TiledGeometry):
         place = ((wide - size[0]) // 2, (high - size[1]) // 2)
         canvas.paste(self.square.scaled(image, *size), place)
         return [np.array(self._scaled(image, 1, 1)), *self._cut(canvas)]
+
+    def spans(self, height: int, width: int) -> list[Span]:
+        """Return the whole image, then what the tiles show of the padded one."""
+        rows, columns = self.tile_grid(height, width)
+        scale = min(columns * self.side / width, rows * self.side / height)
+        across, down = columns * self.side / width / scale, rows * self.side / height / scale
+        left, top = (1 - across) / 2, (1 - down) / 2
+        tiles = [
+            (
+                left + across * c / columns,
+                top + down * r / rows,
+                left + across * (c + 1) / columns,
+                top + down * (r + 1) / rows,
+            )
+            for r in range(rows)
+            for c in range(columns)
+        ]
+        return [WHOLE, *tiles]
 
     def layout(self, height: int, width: int, output_grid: OutputGrid) -> Layout:
         """Return the whole image's tokens, then the map of the tiles, row by row with newlines."""
@@ -369,32 +406,37 @@ def check_images(spec: Spec) -> None:
     Raises:
         ValueError: an unknown tiling or option, or a bad value.
     """
-    if spec:
-        choose(TILINGS, str(spec.get("tiling")), "tiling").check(spec)
+    if (name := spec.get("tiling")) is not None:
+        choose(TILINGS, str(name), "tiling").check(spec)
+    else:
+        check_options(spec, ALWAYS, "images (give images.tiling for others)")
+    if (style := spec.get("regions")) is not None and style not in STYLES:
+        raise unknown("way to write regions", str(style), STYLES)
+    budget = spec.get("clip_tokens")
+    if budget is not None and (type(budget) is not int or budget < 1):
+        raise ValueError(f"images.clip_tokens must be a whole number from 1 on, got {budget!r}")
 
 
 def special_tokens(spec: Spec) -> tuple[str, ...]:
-    """Return the tokens that the marks of an `images:` section are made of."""
-    return TILINGS[spec["tiling"]].special_tokens(spec) if spec else ()
+    """Return the tokens that an `images:` section needs: of its marks, and of regions."""
+    kind = TILINGS.get(str(spec.get("tiling")))
+    marks = kind.special_tokens(spec) if kind else ()
+    return (*marks, REGION_TOKEN) if spec.get("regions") == "feature" else marks
 
 
 def changed_images(spec: Spec, changes: Spec) -> dict[str, Any]:
-    """Return a saved `images:` section with options changed, or another one.
+    """Return a saved `images:` section with options changed.
 
     Args:
         spec: the saved section.
-        changes: options; with another `tiling` they stand alone, with `none` nothing is cut.
-
-    Raises:
-        ValueError: options of a tiling, and the saved model has none.
+        changes: options; another `tiling` drops those of the saved one, `none` cuts nothing.
     """
-    if changes and not spec and "tiling" not in changes:
-        raise ValueError("images: the saved model does not cut images; give images.tiling")
-    if changes.get("tiling") == "none":
-        return {}
-    if changes.get("tiling", spec.get("tiling")) != spec.get("tiling"):
-        return dict(changes)
-    return {**spec, **changes}
+    tiling = changes.get("tiling", spec.get("tiling"))
+    kept = spec if tiling == spec.get("tiling") else {k: spec[k] for k in ALWAYS if k in spec}
+    result = {**kept, **changes}
+    if tiling in (None, "none"):
+        result.pop("tiling", None)
+    return result
 
 
 def tiled(geometry: Geometry, spec: Spec) -> Geometry:
@@ -402,13 +444,13 @@ def tiled(geometry: Geometry, spec: Spec) -> Geometry:
 
     Args:
         geometry: the encoder's.
-        spec: the `images:` section: `tiling` and its options; empty for none.
+        spec: the `images:` section: `tiling` and its options, if images are cut.
 
     Raises:
         ValueError: as `check_images`, or an encoder that takes images as they are.
     """
     check_images(spec)
-    if not spec:
+    if spec.get("tiling") is None:
         return geometry
     if not isinstance(geometry, ImageGeometry):
         raise ValueError(

@@ -16,27 +16,32 @@ def repeat_rows(
     pixels: Tensor,
     sizes: Tensor,
     order: Tensor | None,
+    bags: Tensor | None,
     tokens: Sequence[int],
     wanted: Sequence[int],
     times: int,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Repeat the views of every row so many times, rows and views in their order.
 
     Args:
         pixels: uint8 [P].
         sizes: [V, 2], (height, width) of each view.
-        order: [K], as `Pack.order`; None where image tokens stand as they are made.
+        order, bags: [J] and [K], as in `Pack`; None where image tokens stand as they are made.
         tokens: visual tokens that each view makes.
         wanted: image tokens of each row.
         times: how often each row is repeated.
 
     Returns:
-        pixels, sizes and order of `times` as many rows.
+        pixels, sizes, order and bags of `times` as many rows.
 
     Raises:
         ValueError: a row that ends inside a view.
     """
-    made = wanted if order is None else _made(order, wanted, sum(tokens))
+    named = wanted  # places in `order` of each row
+    if bags is not None:
+        named = [int(row.sum()) for row in bags.split([*wanted])]
+        bags = torch.cat([row for row in bags.split([*wanted]) for _ in range(times)])
+    made = wanted if order is None else _made(order, named, sum(tokens))
     counts = _views_of_rows(tokens, made)
     heights_widths: list[list[int]] = sizes.tolist()
     ends = [0, *accumulate(3 * height * width for height, width in heights_widths)]
@@ -44,13 +49,14 @@ def repeat_rows(
     rows = [(pixels[ends[low] : ends[high]], sizes[low:high]) for low, high in bounds]
     repeated = [row for row in rows for _ in range(times)]
     if order is not None:
-        order = _repeat_order(order, wanted, made, times)
-    return torch.cat([row for row, _ in repeated]), torch.cat([row for _, row in repeated]), order
+        order = _repeat_order(order, named, made, times)
+    pixels, sizes = (torch.cat([row[part] for row in repeated]) for part in (0, 1))
+    return pixels, sizes, order, bags
 
 
-def _made(order: Tensor, wanted: Sequence[int], total: int) -> list[int]:
+def _made(order: Tensor, named: Sequence[int], total: int) -> list[int]:
     """How many visual tokens the views of each row make; the first view of an image is whole."""
-    starts = [int(row[row >= 0].min()) if len(row) else -1 for row in order.split([*wanted])]
+    starts = [int(row[row >= 0].min()) if len(row) else -1 for row in order.split([*named])]
     made, after = [0] * len(starts), total
     for number in reversed(range(len(starts))):
         if starts[number] >= 0:
@@ -58,9 +64,9 @@ def _made(order: Tensor, wanted: Sequence[int], total: int) -> list[int]:
     return made
 
 
-def _repeat_order(order: Tensor, wanted: Sequence[int], made: Sequence[int], times: int) -> Tensor:
+def _repeat_order(order: Tensor, named: Sequence[int], made: Sequence[int], times: int) -> Tensor:
     rows, before, first = [], 0, 0
-    for row, count in zip(order.split([*wanted]), made, strict=True):
+    for row, count in zip(order.split([*named]), made, strict=True):
         for _ in range(times):
             rows.append(torch.where(row < 0, row, row - before + first))
             first += count

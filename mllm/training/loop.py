@@ -197,6 +197,7 @@ class Loop:
             pack.pixels,
             pack.sizes,
             pack.order,
+            pack.bags,
         )
         return sums
 

@@ -45,6 +45,7 @@ class TrainStep(nn.Module):
         pixels: Tensor,
         sizes: Tensor,
         order: Tensor,
+        bags: Tensor,
     ) -> Tensor:
         """The weighted sum of each objective over the pack, [K] in fp32, in the recipe's order.
 
@@ -54,7 +55,7 @@ class TrainStep(nn.Module):
             cu_seqlens: int32 [documents + 1].
             pixels: uint8 [B], each view as [height, width, 3], one after another.
             sizes: int32 [V, 2], (height, width) of each view, on the CPU.
-            order: int64, in which visual tokens stand; see `Pack.order`.
+            order, bags: int64, which visual tokens stand where; see `Pack`.
         """
         assert weights_KT.shape[0] == len(self.objectives)
         if input_ids_T.numel() == 0:  # a rank without a pack takes part all the same
@@ -68,6 +69,7 @@ class TrainStep(nn.Module):
             pixels=pixels,
             sizes=sizes,
             order=order,
+            bags=bags,
             position_ids=position_ids_T[None],
             cu_seqlens=cu_seqlens,
         )

@@ -25,7 +25,7 @@ from transformers import (
 from data_packing.document import Document
 from data_packing.pack import collate
 from mllm.models.modeling import MultimodalModel
-from mllm.models.positions import is_spatial, placed, spatial_positions
+from mllm.models.positions import is_spatial, named, placed, spatial_positions
 from mllm.models.processor import Processor
 from tests.models.conftest import documents, llama_config, picture
 from tests.models.families import FAMILIES, save_family
@@ -93,7 +93,7 @@ def test_they_restart_with_every_document_of_a_pack(pack: list[list[int | Grid]]
     plain = torch.cat([torch.arange(len(ids)) for ids, _ in alone])
     ids = torch.cat([ids for ids, _ in alone])[None]
     grids = [grid for _, grids in alone for grid in grids]
-    found = placed(ids == IMAGE, grids, plain[None], bounds=bounds)
+    found = placed(ids == IMAGE, grids, positions=plain[None], bounds=bounds)
     wanted = [placed(ids[None] == IMAGE, grids) for ids, grids in alone]
     assert torch.equal(found, torch.cat(wanted, dim=2))
 
@@ -126,6 +126,20 @@ def test_branches_that_share_a_beginning_go_on_after_it() -> None:
         found = spatial_positions(plain, row == IMAGE, grids)
         at = 9 if branch == 2 else 11
         assert torch.equal(found[..., at : at + branch], alone[..., 9:])
+
+
+def test_views_that_do_not_stand_whole_are_text() -> None:
+    """Views of 2 x 2, 1 x 3 and 2 x 1: the first as made, then a mean, then the last and a part."""
+    order, bags = torch.tensor([0, 1, 2, 3, 0, 4, 5, 7, 8, 5]), torch.tensor([1] * 4 + [3, 1, 1, 1])
+    tokens = named(order, bags)
+    assert tokens == [0, 1, 2, 3, -1, 7, 8, 5]
+    assert named(order, None) == order.tolist()
+    assert named(torch.zeros(0), None) is None
+    slots = torch.tensor([[False, *[True] * 4, False, *[True] * 4, False]])
+    time, down, across = placed(slots, [(2, 2), (1, 3), (2, 1)], tokens)
+    assert time.tolist() == [[0, 1, 1, 1, 1, 3, 4, 5, 5, 7, 8]]
+    assert (down - time).tolist() == [[0, 0, 0, 1, 1, 0, 0, 0, 1, 0, 0]]
+    assert (across - time).tolist() == [[0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0]]
 
 
 def test_which_language_models_have_them() -> None:

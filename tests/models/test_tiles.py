@@ -42,7 +42,12 @@ def parts(request: pytest.FixtureRequest, build: Callable[..., Parts]) -> Parts:
 
 def hidden_of(model: MultimodalModel, pack: Pack) -> Tensor:
     return model.hidden_states(
-        pack.input_ids, pack.pixels, pack.sizes, pack.order, cu_seqlens=pack.cu_seqlens
+        pack.input_ids,
+        pack.pixels,
+        pack.sizes,
+        pack.order,
+        pack.bags,
+        cu_seqlens=pack.cu_seqlens,
     )[0]
 
 
@@ -220,7 +225,7 @@ def test_a_stage_may_cut_images_that_the_one_before_did_not(
         with torch.no_grad():
             assert hidden_of(again, collate([sample], 0)).isfinite().all()
         _saved_again(again, cutting, tmp_path / cutting.fingerprint)
-    with pytest.raises(ValueError, match="does not cut images; give images.tiling"):
+    with pytest.raises(ValueError, match="unknown option of images .give images.tiling"):
         assemble({"from": tmp_path, "images": {"tiles": 3}})
 
 

@@ -134,9 +134,9 @@ def test_beams_of_rows_whose_views_make_different_numbers_of_tokens(model: Multi
 def test_rows_are_repeated_with_their_views() -> None:
     views = [np.full((side, 2, 3), side, dtype=np.uint8) for side in (1, 2, 3)]
     pixels, sizes = join_views(views)
-    pixels, sizes, _ = repeat_rows(pixels, sizes, None, [4, 2, 5], wanted=[6, 0, 5], times=2)
+    pixels, sizes, *_ = repeat_rows(pixels, sizes, None, None, [4, 2, 5], wanted=[6, 0, 5], times=2)
     assert sizes[:, 0].tolist() == [1, 2, 1, 2, 3, 3]
     parts = pixels.split((3 * sizes.prod(dim=1)).tolist())
     assert [set(part.tolist()) for part in parts] == [{1}, {2}, {1}, {2}, {3}, {3}]
     with pytest.raises(ValueError, match="^row 1 has 3 image tokens and so ends inside a view$"):
-        repeat_rows(*join_views(views), None, [4, 2, 5], wanted=[3, 3, 5], times=2)
+        repeat_rows(*join_views(views), None, None, [4, 2, 5], wanted=[3, 3, 5], times=2)

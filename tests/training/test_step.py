@@ -65,6 +65,7 @@ def sums(step: TrainStep, pack: Pack) -> Tensor:
         pack.pixels,
         pack.sizes,
         pack.order,
+        pack.bags,
     )
 
 
