@@ -40,16 +40,24 @@ ENCODER_OPTIONS: dict[str, tuple[str, ...]] = {
     "dinov3_vit": ("resize", "layer", "class_token"),
     "efficientnet_lite": ("resize",),
     "pair": ("resize", "first", "second"),
+    "qwen2_5_vl": ("layer", "min_pixels", "max_pixels"),
+    "qwen2_vl": ("layer", "min_pixels", "max_pixels"),
+    "qwen3_vl": ("layer", "min_pixels", "max_pixels"),
     "siglip": ("resize", "layer"),
+    "siglip2_naflex": ("layer", "max_patches"),
     "timm": ("resize", "layer"),
 }
 """Encoder → the options it takes beside name and path."""
+
+BOUNDS = ("min_pixels", "max_pixels", "max_patches")
+"""Options of encoders of native resolution that may change beside model.from."""
 
 CONNECTOR_OPTIONS: dict[str, tuple[str, ...]] = {
     "average_pool": ("visual_tokens", "hidden"),
     "c_abstractor": ("visual_tokens", "hidden", "depth", "positions"),
     "linear": (),
     "mlp": ("hidden",),
+    "patch_merger": ("factor", "norm", "norm_after", "hidden"),
     "pixel_shuffle": ("factor", "layers", "hidden"),
     "q_former": (
         *("path", "text", "visual_tokens", "hidden", "depth", "heads", "inner", "cross_every"),
@@ -63,6 +71,7 @@ CONNECTOR_LAST_LINEAR = {
     "c_abstractor": "second",
     "linear": "only",
     "mlp": "second",
+    "patch_merger": "second",
     "pixel_shuffle": "second",
     "q_former": "language_projection",
     "resampler": "last",
@@ -85,7 +94,7 @@ def model_problems(model: ModelSection) -> Iterable[tuple[Path_, str]]:
     yield from _images(model)
     if model.from_ is not None:
         for part in ("encoder", "language_model"):
-            if getattr(model, part) is not None:
+            if getattr(model, part) is not None and not _bounds_alone(model, part):
                 yield (
                     ("model", part),
                     f"model.from already brings the {part}; remove model.{part} or model.from",
@@ -211,9 +220,19 @@ def _images(model: ModelSection) -> Iterable[tuple[Path_, str]]:
         yield from _options(path, "tiling", images.options, every)
 
 
+def _bounds_alone(model: ModelSection, part: str) -> bool:
+    """Whether the encoder's section gives nothing but bounds of images of native resolution."""
+    encoder = model.encoder
+    if part != "encoder" or encoder is None or encoder.name or encoder.path:
+        return False
+    return bool(encoder.options) and set(encoder.options) <= set(BOUNDS)
+
+
 def _parts(model: ModelSection) -> Iterable[tuple[Path_, str]]:
-    if model.encoder is not None:
-        encoder = model.encoder
+    encoder = model.encoder
+    if encoder is not None and encoder.name is None and model.from_ is None:
+        yield ("model", "encoder"), "give model.encoder.name"
+    elif encoder is not None and encoder.name is not None:
         yield from _encoder(("model", "encoder"), encoder.name, encoder.path, encoder.options)
     if model.connector is not None:
         yield from _connector(model.connector)

@@ -18,6 +18,7 @@ from mllm.models.encoders import ENCODERS, WITHOUT_PATH
 from mllm.models.errors import check_folder, check_options, choose, loading
 from mllm.models.language import add_special_tokens, generation_config, load_language_model
 from mllm.models.modeling import MultimodalModel
+from mllm.models.native import LIMITS, NativeGeometry
 from mllm.models.processor import IMAGE_TOKEN, Processor, changed_connector
 from mllm.models.tiles import changed_images, check_images, special_tokens
 
@@ -46,10 +47,14 @@ def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[Multimod
         if key not in _TRAINING_OPTIONS
     }
     if start := parts.get("from", parts.get("from_")):
-        for name in ("encoder", "language_model"):
-            if parts.get(name):
-                raise ValueError(f"model.from takes the {name} from {start}; leave {name} out")
-        return load(start, dtype=dtype, connector=connector, images=parts.get("images"))
+        if parts.get("language_model"):
+            raise ValueError(
+                f"model.from takes the language_model from {start}; leave language_model out"
+            )
+        bounds = {key: value for key, value in (parts.get("encoder") or {}).items() if value}
+        if set(bounds) - set(LIMITS):
+            raise ValueError(f"model.from takes the encoder from {start}; leave encoder out")
+        return load(start, dtype, connector, parts.get("images"), bounds)
     for name in ("encoder", "connector", "language_model"):
         if not parts.get(name):
             raise ValueError(f"model.{name} is missing (or give model.from, a trained folder)")
@@ -72,6 +77,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     connector: Mapping[str, Any] | None = None,
     images: Mapping[str, Any] | None = None,
+    encoder: Mapping[str, Any] | None = None,
 ) -> tuple[MultimodalModel, Processor]:
     """Load a stage's folder, or begin from one of a class of transformers (`COMPOSITES`).
 
@@ -80,6 +86,7 @@ def load(
         dtype: of all weights; "auto" keeps the saved one.
         connector: reloadable options to change, e.g. {"visual_tokens": 144}.
         images: options of the tiling to change, e.g. {"tiles": 6}.
+        encoder: bounds of images of native resolution to change, e.g. {"max_pixels": 200704}.
 
     Returns:
         The model in eval mode and its processor.
@@ -103,9 +110,27 @@ def load(
             f"{folder} holds a {config.model_type!r} model, neither one that was assembled here "
             f"nor one to begin from ({', '.join(COMPOSITES)}): give it as language_model or encoder"
         )
+    if encoder:
+        processor = _bounded_anew(model, processor, encoder)
     if images:
         processor = _cut_anew(model, processor, images)
     return model, processor
+
+
+def _bounded_anew(
+    model: MultimodalModel, processor: Processor, limits: Mapping[str, Any]
+) -> Processor:
+    """Change the bounds of images of native resolution."""
+    geometry = model.encoder.geometry
+    if not isinstance(geometry, NativeGeometry):
+        raise ValueError(
+            f"{next(iter(limits))}: this model's encoder takes squares of "
+            f"{model.encoder.image_size} pixels, which have no bounds to change"
+        )
+    geometry = model.encoder.geometry = geometry.within(limits)
+    model.encoder.spec["geometry"] = geometry.to_dict()
+    model.config.encoder = {**model.config.encoder, "geometry": geometry.to_dict()}
+    return processor.seeing(geometry)
 
 
 def _cut_anew(

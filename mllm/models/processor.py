@@ -76,6 +76,8 @@ class Processor(PushToHubMixin):
             known[REGION_TOKEN] if self._regions == "feature" else None,
             self.template.ids_of,
         )
+        for size in self.geometry.extremes:
+            self.layout(*size)
         self._check_regions(self.layout(*self.geometry.smallest))
 
     @property
@@ -90,8 +92,6 @@ class Processor(PushToHubMixin):
                 f"images.regions: feature needs visual tokens that have places, and the connector "
                 f"{self.connector['name']} makes a row of them; take decimals or thousandths"
             )
-        for size in self.geometry.extremes:
-            self.layout(*size)
 
     @property
     def image_token(self) -> str:
@@ -342,6 +342,11 @@ class Processor(PushToHubMixin):
     def cutting(self, images: Mapping[str, Any]) -> Self:
         """Return the same processor with images cut by another `images:` section."""
         geometry, text = geometry_from_dict(self.geometry.to_dict()), self.template.image_text
+        return type(self)(self.tokenizer, geometry, self.connector, self.image_token, images, text)
+
+    def seeing(self, geometry: Geometry) -> Self:
+        """Return the same processor for an encoder that wants to see something else."""
+        images, text = self.images, self.template.image_text
         return type(self)(self.tokenizer, geometry, self.connector, self.image_token, images, text)
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:

@@ -28,6 +28,7 @@ from data_packing.pack import collate, join_views
 from mllm.models.assemble import assemble, load
 from mllm.models.encoders import ENCODERS, VisionEncoder
 from mllm.models.geometry import geometry_from_dict
+from mllm.models.modeling import MultimodalModel
 from mllm.models.native import NativeGeometry
 from mllm.training.pack_cost import patch_cost
 from tests.models.conftest import documents
@@ -250,3 +251,50 @@ def test_a_model_saves_and_loads(
     again, read = load(tmp_path)
     assert read.geometry == processor.geometry
     assert torch.equal(call(model), call(again))
+
+
+def test_bounds_change_when_a_saved_model_is_loaded(
+    native: dict[str, Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    section: dict[str, Any] = {
+        "encoder": {"name": "qwen2_vl", "path": native["qwen2_vl"]},
+        "connector": {"name": "patch_merger"},
+        "language_model": {"path": folders["llama"]},
+    }
+    for part in assemble(section):
+        part.save_pretrained(tmp_path / "native")
+    start: dict[str, Any] = {"from": tmp_path / "native"}
+    model, processor = assemble({**start, "encoder": {"max_pixels": 400}})
+    assert processor.geometry == model.encoder.geometry
+    assert processor.image_cost(100, 100) == (4, 16)
+    assert assemble(start)[1].image_cost(100, 100)[1] > 100
+    model.save_pretrained(tmp_path / "changed")
+    again = MultimodalModel.from_pretrained(tmp_path / "changed")
+    assert again.encoder.geometry == model.encoder.geometry
+    for bad, match in (
+        ({"max_patches": 4}, "no bound of this encoder's images; it has min_pixels and max_pixels"),
+        ({"max_pixels": 100}, "min_pixels 256 is more than max_pixels 100"),
+        ({"name": "clip"}, "model.from takes the encoder"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            assemble({**start, "encoder": bad})
+    section["encoder"] = {"name": "clip", "path": folders["clip"]}
+    for part in assemble(section):
+        part.save_pretrained(tmp_path / "square")
+    with pytest.raises(ValueError, match="takes squares of 32 pixels, which have no bounds"):
+        load(tmp_path / "square", encoder={"max_pixels": 400})
+
+
+def test_a_connector_must_take_what_a_dot_becomes(
+    native: dict[str, Path], folders: dict[str, Path]
+) -> None:
+    section: dict[str, Any] = {
+        "encoder": {"name": "qwen2_vl", "path": native["qwen2_vl"]},
+        "connector": {"name": "average_pool", "visual_tokens": 16},
+        "language_model": {"path": folders["llama"]},
+    }
+    _, processor = assemble(section)
+    assert processor.image_cost(2, 500)[0] == 16
+    section["connector"]["visual_tokens"] = 25
+    with pytest.raises(ValueError, match="5 x 5 grid, but the encoder gives 4 x 4 cells"):
+        assemble(section)
