@@ -90,7 +90,7 @@ def test_patch_merger_is_that_of_qwen(name: str) -> None:
         for weight in theirs.parameters():
             weight.add_(torch.randn_like(weight), alpha=0.3)
     for own, other in names.items():
-        mine.get_submodule(own).load_state_dict(theirs.get_submodule(other).state_dict())
+        mine.merger.get_submodule(own).load_state_dict(theirs.get_submodule(other).state_dict())
     cells = torch.randn(24, 6)
     blocks = cells.view(2, 2, 3, 2, 6).transpose(1, 2).reshape(24, 6)
     torch.testing.assert_close(mine(cells, [(4, 6)]), theirs(blocks))

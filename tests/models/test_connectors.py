@@ -25,7 +25,11 @@ SPECS: dict[str, list[dict[str, Any]]] = {
     ],
     "linear": [{}],
     "mlp": [{}, {"hidden": 5}],
-    "patch_merger": [{}, {"factor": 3, "norm": "rms"}, {"norm_after": True, "hidden": 5}],
+    "patch_merger": [
+        {},
+        {"factor": 3, "norm": "rms"},
+        {"norm_after": True, "hidden": 5},
+    ],
     "pixel_shuffle": [{}, {"factor": 3, "layers": 1}, {"factor": 4, "hidden": 5}],
     "q_former": [
         {"visual_tokens": 3, "depth": 3, **BERT},
@@ -196,6 +200,18 @@ def test_average_pool_averages_cells() -> None:
     squares = features.reshape(2, 2, 2, 2, 6).mean(dim=(1, 3)).reshape(4, 6)
     wanted = connector.second(functional.gelu(connector.first(connector.norm(squares))))
     torch.testing.assert_close(connector(features, [(4, 4)]), wanted)
+
+
+def test_levels_of_a_patch_merger_are_merged_apart() -> None:
+    both = CONNECTORS["patch_merger"]({"levels": 2}, 6, 8)
+    features, grids = cells([(4, 6)]), [(4, 6)]
+    for number, (merger, after) in enumerate([(both.merger, False), (both.inner[0], True)]):
+        alone = CONNECTORS["patch_merger"]({"norm_after": after}, 3, 4)
+        alone.merger.load_state_dict(merger.state_dict())
+        level, wanted = slice(3 * number, 3 * number + 3), slice(4 * number, 4 * number + 4)
+        assert torch.equal(both(features, grids)[:, wanted], alone(features[:, level], grids))
+    with pytest.raises(ValueError, match="levels 4 divides neither or only one of 6"):
+        CONNECTORS["patch_merger"]({"levels": 4}, 6, 8)
 
 
 @pytest.mark.parametrize("name", ["average_pool", "c_abstractor"])

@@ -112,6 +112,20 @@ def test_features_are_those_of_transformers(native: dict[str, Path], name: str, 
     torch.testing.assert_close(found, torch.cat(wanted), rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_inner_layers_stand_beside_the_last(native: dict[str, Path]) -> None:
+    plain = ENCODERS["qwen3_vl"].from_folder(native["qwen3_vl"]).eval()
+    encoder = ENCODERS["qwen3_vl"].from_folder(native["qwen3_vl"], deepstack=True).eval()
+    assert encoder.width == 3 * plain.width
+    levels = encode(encoder, images()).chunk(3, dim=-1)
+    torch.testing.assert_close(levels[0], encode(plain, images()), rtol=0, atol=0)
+    for level, layer in zip(levels[1:], (0, 1), strict=True):
+        inner = ENCODERS["qwen3_vl"].from_folder(native["qwen3_vl"], layer=layer - 3).eval()
+        torch.testing.assert_close(level, encode(inner, images()), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="deepstack: expected true or false, got 1"):
+        ENCODERS["qwen3_vl"].from_folder(native["qwen3_vl"], deepstack=1)
+
+
 @given(st.integers(1, 700), st.integers(1, 700), st.sampled_from(["few", "many"]))
 @settings(max_examples=150, deadline=None)
 def test_sizes_are_those_of_transformers(height: int, width: int, bounds: str) -> None:

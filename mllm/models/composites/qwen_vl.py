@@ -116,7 +116,7 @@ def _read(
         body=theirs.model.language_model,
         head=theirs.lm_head,
         connector={
-            f"{ours}.{name}": weight
+            f"merger.{ours}.{name}": weight
             for ours, own in kind.merger.items()
             for name, weight in theirs.model.visual.merger.get_submodule(own).state_dict().items()
         },
@@ -200,10 +200,10 @@ def _token_ids(kind: _Kind, processor: Processor) -> dict[str, int]:
 
 def _merger(kind: _Kind, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The connector's weights by their names."""
-    pairs = ((name.partition("."), weight) for name, weight in weights.items())
+    pairs = ((name.split(".", 2), weight) for name, weight in weights.items())
     return {
         f"model.visual.merger.{kind.merger[module]}.{rest}": weight
-        for (module, _, rest), weight in pairs
+        for (_, module, rest), weight in pairs
     }
 
 
@@ -232,8 +232,9 @@ def _check(kind: _Kind, model: MultimodalModel) -> None:
             raise ValueError(
                 f"{name} cannot hold the connector's {option} {found}: it is {fits} there"
             )
-    wide = connector.first.in_features
-    if connector.first.out_features != wide:
+    first = connector.merger.first
+    wide = first.in_features
+    if first.out_features != wide:
         raise ValueError(
             f"{name} cannot hold the connector's hidden {spec['hidden']}: it is {wide} there"
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from mllm.models.connectors.base import Connector
@@ -19,6 +20,31 @@ from mllm.models.connectors.options import check_whole, whole
 _EPSILON = 1e-6  # of all three
 
 
+class _Merger(nn.Module):
+    """Blocks of one level: [C, features] to [sum M, width]."""
+
+    def __init__(
+        self, features: int, width: int, factor: int, hidden: int, rms: bool, norm_after: bool
+    ) -> None:
+        super().__init__()
+        self.factor, self.norm_after = factor, norm_after
+        wide = features * factor**2
+        kind = nn.RMSNorm if rms else nn.LayerNorm
+        self.norm = kind(wide if norm_after else features, eps=_EPSILON)
+        self.first = nn.Linear(wide, hidden)
+        self.act = nn.GELU()
+        self.second = nn.Linear(hidden, width)
+
+    def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Return [sum M, width]."""
+        if self.norm_after:
+            wide = self.norm(space_to_depth(features, grids, self.factor))
+        else:
+            wide = space_to_depth(self.norm(features), grids, self.factor)
+        tokens: Tensor = self.second(self.act(self.first(wide)))
+        return tokens
+
+
 class PatchMerger(Connector):
     """One visual token per block of factor x factor cells.
 
@@ -26,28 +52,36 @@ class PatchMerger(Connector):
         factor: side of a block (default 2); grids that it does not divide as in PixelShuffle.
         norm: `layer` (default) or `rms`.
         norm_after: whether the norm is over a whole block (default false: over a cell).
-        hidden: width between the two layers (default: a block's, factor x factor x Dv).
+        hidden: width between the two layers (default: a block's).
+        levels: how many layers of the encoder stand side by side in its features (default 1). Each
+            has a merger of its own, and their tokens stand side by side again, for the fusion
+            `deepstack`. The norms of all but the first come after space to depth.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ("factor", "norm", "norm_after", "hidden")
+    OPTIONS: ClassVar[tuple[str, ...]] = ("factor", "norm", "norm_after", "hidden", "levels")
 
     def __init__(self, spec: Mapping[str, Any], features: int, width: int) -> None:
         super().__init__(spec, features, width)
-        self.factor = whole(spec, "factor", 2)
+        self.factor, self.levels = whole(spec, "factor", 2), whole(spec, "levels", 1)
+        if features % self.levels or width % self.levels:
+            raise ValueError(
+                f"connector patch_merger: levels {self.levels} divides neither or only one of "
+                f"{features}, the encoder's width, and {width}, what is made of it: fusion "
+                "deepstack asks for one level more than it has layers, and the encoder makes them "
+                "with deepstack: true"
+            )
         self.norm_after = bool(spec.get("norm_after"))
-        wide = features * self.factor**2
-        kind = nn.RMSNorm if spec.get("norm") == "rms" else nn.LayerNorm
-        self.norm = kind(wide if self.norm_after else features, eps=_EPSILON)
-        hidden = whole(spec, "hidden", wide)
-        self.first = nn.Linear(wide, hidden)
-        self.act = nn.GELU()
-        self.second = nn.Linear(hidden, width)
+        features, width = features // self.levels, width // self.levels
+        hidden = whole(spec, "hidden", features * self.factor**2)
+        shape = (features, width, self.factor, hidden, spec.get("norm") == "rms")
+        self.merger = _Merger(*shape, self.norm_after)
+        self.inner = nn.ModuleList(_Merger(*shape, True) for _ in range(1, self.levels))
 
     @classmethod
     def check(cls, spec: Mapping[str, Any]) -> None:
         """Refuse numbers that are none, and a norm that is unknown."""
         super().check(spec)
-        check_whole(spec, ("factor", "hidden"), "patch_merger")
+        check_whole(spec, ("factor", "hidden", "levels"), "patch_merger")
         if spec.get("norm") not in (None, "layer", "rms"):
             raise ValueError(
                 f"connector patch_merger: norm must be layer or rms, got {spec['norm']!r}"
@@ -66,17 +100,16 @@ class PatchMerger(Connector):
 
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """Map [C, Dv] to [sum M, D]."""
-        if self.norm_after:
-            wide = self.norm(space_to_depth(features, grids, self.factor))
-        else:
-            wide = space_to_depth(self.norm(features), grids, self.factor)
-        tokens: Tensor = self.second(self.act(self.first(wide)))
-        return tokens
+        levels = features.chunk(self.levels, dim=-1)
+        mergers = (self.merger, *self.inner)
+        made = [merger(level, grids) for merger, level in zip(mergers, levels, strict=True)]
+        return torch.cat(made, dim=-1)
 
     def last_linear(self) -> nn.Linear:
-        """Return the second layer."""
-        return self.second
+        """Return the second layer, of the first level."""
+        return self.merger.second
 
     def input_norm(self) -> nn.LayerNorm | None:
-        """Return the norm if it is a LayerNorm, whose bias can be set."""
-        return self.norm if isinstance(self.norm, nn.LayerNorm) else None
+        """Return the first level's norm if it is a LayerNorm, whose bias can be set."""
+        norm = self.merger.norm
+        return norm if isinstance(norm, nn.LayerNorm) else None

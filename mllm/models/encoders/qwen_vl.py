@@ -9,6 +9,7 @@ do as well as one of the vision transformer alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -57,7 +58,7 @@ class Qwen2VLEncoder(NativeTransformer):
     Its patches reach through two frames of a video: an image counts as two frames that are alike.
     """
 
-    OPTIONS = ("layer", "min_pixels", "max_pixels")
+    OPTIONS: ClassVar[tuple[str, ...]] = ("layer", "min_pixels", "max_pixels")
     MODEL: ClassVar[type[PreTrainedModel]] = Qwen2VisionTransformerPretrainedModel
     CONFIG: ClassVar[type[PreTrainedConfig]] = Qwen2VLVisionConfig
     FINAL_NORM = "merger"
@@ -96,8 +97,13 @@ class Qwen2VLEncoder(NativeTransformer):
             name: tensor if name.startswith("cu_") else tensor.to(film.device)
             for name, tensor in self._known(shapes).items()
         }
-        blocks: Tensor = self.vision(film, grid_thw=shapes, **known).pooler_output
-        return in_rows(blocks.unflatten(1, (merge**2, -1)).flatten(0, 1), grids, merge)
+        levels = self._levels(self.vision(film, grid_thw=shapes, **known))
+        cells = [level.unflatten(1, (merge**2, -1)).flatten(0, 1) for level in levels]
+        return in_rows(torch.cat(cells, dim=-1), grids, merge)
+
+    def _levels(self, output: Any) -> list[Tensor]:
+        """What the tower made, in blocks; each layer that is asked for."""
+        return [output.pooler_output]
 
     def _known(self, shapes: Tensor) -> dict[str, Tensor]:
         """What follows from the shapes [V, 3] alone; on a GPU a tower would wait for it.
@@ -127,15 +133,49 @@ class Qwen2_5VLEncoder(Qwen2VLEncoder):
 
 
 class Qwen3VLEncoder(Qwen2VLEncoder):
-    """Patch features of the last layer, before the merger and its norm; learned positions too."""
+    """Patch features of the last layer, before the merger and its norm; learned positions too.
 
+    With `deepstack: true` the features of the inner layers that config.json names stand beside
+    them (the Qwen3-VL report, section 2: DeepStack).
+
+    Spec: as `VisionTransformer`, and `deepstack`.
+    """
+
+    OPTIONS = ("layer", "min_pixels", "max_pixels", "deepstack")
     MODEL = Qwen3VLVisionModel
     CONFIG = Qwen3VLVisionConfig
-    UNUSED: ClassVar[Mapping[str, Any]] = {"deepstack_visual_indexes": ()}
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        super().__init__(spec)
+        self.levels = 1 + len(self.vision.deepstack_visual_indexes)
+        self.width *= self.levels
+
+    @classmethod
+    def spec_from_folder(cls, path: str | Path, **options: Any) -> dict[str, Any]:
+        """Read config.json and preprocessor_config.json."""
+        deepstack = options.pop("deepstack", False)
+        if not isinstance(deepstack, bool):
+            raise ValueError(f"deepstack: expected true or false, got {deepstack!r}")
+        return {**super().spec_from_folder(path, **options), "deepstack": deepstack}
+
+    @classmethod
+    def _config(cls, spec: Mapping[str, Any]) -> PreTrainedConfig:
+        config: Any = super()._config(spec)
+        named = [layer for layer in config.deepstack_visual_indexes if layer < config.depth]
+        config.deepstack_visual_indexes = named if spec["deepstack"] else []
+        return config  # type: ignore[no-any-return]
 
     @classmethod
     def _width(cls, config: PreTrainedConfig) -> int:
         return int(config.hidden_size)
+
+    def _strip(self) -> None:
+        super()._strip()
+        blocks = [_Blocks(self.geometry.merge**2) for _ in self.vision.deepstack_visual_indexes]
+        self.vision.deepstack_merger_list = nn.ModuleList(blocks)
+
+    def _levels(self, output: Any) -> list[Tensor]:
+        return [output.pooler_output, *output.deepstack_features]
 
     def _known(self, shapes: Tensor) -> dict[str, Tensor]:
         vision: Any = self.vision
