@@ -48,22 +48,22 @@ class Sample:
         input_ids: int64 [L].
         labels: int64 [L], aligned with `input_ids` (not shifted); -100 where nothing is learned.
         slots: one per image, in order.
-        order, bags: int64 [J] and [K], what stands at its K image tokens; see `Pack`. Empty where
-            that is what the views make, as they make it.
         pixels: one uint8 [H, W, 3] per view, of any sizes, in order.
         targets: further targets by name, for objectives other than language modelling.
         source, key: where the document came from.
+        order, bags: int64 [J] and [K], what stands at its K image tokens; see `Pack`. Empty where
+            that is what the views make, as they make it.
     """
 
     input_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
     slots: list[ImageSlot] = field(default_factory=list)
     pixels: list[NDArray[np.uint8]] = field(default_factory=list)
-    order: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    bags: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     targets: dict[str, Any] = field(default_factory=dict)
     source: str = ""
     key: str = ""
+    order: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    bags: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @property
     def made(self) -> int:

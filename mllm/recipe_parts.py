@@ -33,6 +33,7 @@ _SQUARES = ("average_pool", "c_abstractor")  # connectors that pool to a square 
 
 ENCODER_OPTIONS: dict[str, tuple[str, ...]] = {
     "aimv2": ("resize", "layer"),
+    "blip2": ("resize", "layer", "class_cell"),
     "clip": ("resize", "layer"),
     "dinov2": ("resize", "layer", "class_token"),
     "dinov2_with_registers": ("resize", "layer", "class_token"),
@@ -53,10 +54,10 @@ BOUNDS = ("min_pixels", "max_pixels", "max_patches")
 """Options of encoders of native resolution that may change beside model.from."""
 
 CONNECTOR_OPTIONS: dict[str, tuple[str, ...]] = {
-    "average_pool": ("visual_tokens", "hidden"),
+    "average_pool": ("visual_tokens", "hidden", "norm", "bias"),
     "c_abstractor": ("visual_tokens", "hidden", "depth", "positions"),
     "linear": (),
-    "mlp": ("hidden",),
+    "mlp": ("hidden", "norm", "bias"),
     "patch_merger": ("factor", "norm", "norm_after", "hidden", "levels"),
     "pixel_shuffle": ("factor", "layers", "hidden"),
     "q_former": (

@@ -12,6 +12,8 @@ import torch
 from PIL import Image as PillowImage
 from torch import Tensor
 from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     InternVLConfig,
@@ -170,6 +172,70 @@ def save_idefics3(folder: Path, name: str = "idefics3", **changes: Any) -> Path:
     }
     _save_json(folder / "preprocessor_config.json", seen)
     whole = {"image_seq_len": 4, "processor_class": f"{kind}Processor"}
+    _save_json(folder / "processor_config.json", whole)
+    return folder
+
+
+def save_gemma3(folder: Path, **changes: Any) -> Path:
+    """4 x 4 patches of 8 pixels pooled to 4 tokens; the window ends before the text begins."""
+    torch.manual_seed(23)
+    names = {
+        "image_token": "<image_soft_token>",
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+    }
+    tokenizer = tokenizer_with(*names.values(), image="<start_of_image>", **names)
+    token = tokenizer.convert_tokens_to_ids
+    text = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "max_position_embeddings": 512,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "initializer_range": 0.2,
+        "eos_token_id": 2,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+        "vision_use_head": False,
+    }
+    values: dict[str, Any] = {
+        "vision_config": {"model_type": "siglip_vision_model", **vision},
+        "text_config": text,
+        "mm_tokens_per_image": 4,
+        "image_token_index": token(names["image_token"]),
+        "boi_token_index": token(names["boi_token"]),
+        "eoi_token_index": token(names["eoi_token"]),
+    }
+    config = Gemma3Config(**{**values, **changes})
+    randomize(Gemma3ForConditionalGeneration(config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    seen = {
+        "image_processor_type": "Gemma3ImageProcessor",
+        "do_convert_rgb": None,
+        "do_normalize": True,
+        "do_pan_and_scan": None,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "resample": 2,
+        "rescale_factor": 1 / 255,
+        "size": {"height": 32, "width": 32},
+    }
+    _save_json(folder / "preprocessor_config.json", seen)
+    whole = {"image_seq_length": 4, "processor_class": "Gemma3Processor"}
     _save_json(folder / "processor_config.json", whole)
     return folder
 

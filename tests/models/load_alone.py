@@ -1,7 +1,8 @@
-"""Loads folders in a process that cannot import us: python load_alone.py jobs.json result.safetensors
+"""Loads folders in a process that cannot import us: python load_alone.py JOBS RESULT
 
-The file holds `folders`, each with the name of its class, and `documents`: messages and paths of
-images. Written are, for each folder and document, ids, logits, and what is generated greedily.
+JOBS is a JSON file and holds `folders`, each with the name of its class, and `documents`: messages
+and paths of images. RESULT is a safetensors file with, for each folder and document, ids, logits,
+and what is generated greedily.
 """
 
 from __future__ import annotations

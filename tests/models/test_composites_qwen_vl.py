@@ -94,7 +94,8 @@ def test_a_round_trip_changes_nothing(whole: dict[str, Path], name: str, tmp_pat
 @pytest.mark.parametrize(
     ("file", "changes", "match"),
     [
-        ("config.json", {"image_token_id": 9999}, "image_token_id 9999, which the tokenizer"),
+        ("config.json", {"image_token_id": 9999}, "images are the token 9999, but the tokenizer"),
+        ("config.json", {"vision_end_token_id": 9999}, "vision_end_token_id 9999, but the tokeni"),
         ("preprocessor_config.json", {"patch_size": 8}, "patch_size 8, the encoder takes 4"),
     ],
 )

@@ -10,11 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3VisionConfig,
@@ -27,22 +29,27 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 
 from mllm.models.composites import writing
 from mllm.models.composites.base import Composite
-from mllm.models.composites.reading import (
-    Looks,
-    Whole,
-    join,
-    read_config,
-    read_model,
-    read_tokenizer,
+from mllm.models.composites.folder import (
+    Names,
+    body_and_head,
+    build,
+    check_language,
+    read_weights,
+    save,
+    tied,
 )
-from mllm.models.connectors import PixelShuffle
+from mllm.models.composites.text import check_token, read_tokenizer
+from mllm.models.config import MultimodalConfig
+from mllm.models.connectors.options import whole
 from mllm.models.encoders.idefics3 import Idefics3Encoder, shares_positions
 from mllm.models.encoders.preprocessor import read_preprocessor
+from mllm.models.errors import loading
+from mllm.models.geometry import ImageGeometry
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import IMAGE_TOKEN, Processor
-from mllm.models.template import ImageText
+from mllm.models.tiles import SplitTiles
 
-_PROJECTION, _TOWER = "model.connector.modality_projection.proj.weight", "model.vision_model."
+_BODY = "model.text_model."
 _LONGEST = 4096  # their processors scale no edge beyond
 
 
@@ -53,70 +60,70 @@ class _Kind:
     Attributes:
         name: its `model_type`.
         config, vision, model: its classes.
-        processor: the name of its processor's class, images: of its image processor's.
+        processor: the name of its processor's class, images: of its image processor's,
+            video: of its video processor's, if it has one.
     """
 
     name: str
-    config: type[PreTrainedConfig]
-    vision: type[PreTrainedConfig]
+    config: Callable[..., PreTrainedConfig]
+    vision: Callable[..., PreTrainedConfig]
     model: type[PreTrainedModel]
     processor: str
     images: str
+    video: str = ""
 
 
-def _reader(
-    kind: _Kind,
-) -> Callable[[str | Path, torch.dtype | str], tuple[MultimodalModel, Processor]]:
-    def read(path: str | Path, dtype: torch.dtype | str) -> tuple[MultimodalModel, Processor]:
-        config: Any = read_config(path, kind.config)
-        spec = Idefics3Encoder.spec_from_folder(path)
-        images = _images(read_preprocessor(path), path)
-        tokenizer = read_tokenizer(path)
-        looks = Looks(
-            encoder={"name": "idefics3", **spec},
-            connector={
-                "name": "pixel_shuffle",
-                "factor": config.scale_factor,
-                "layers": 1,
-                "bias": False,
-            },
-            images=images,
-            image_token=IMAGE_TOKEN,
-            image_text=ImageText(IMAGE_TOKEN, IMAGE_TOKEN),
-        )
-        theirs = read_model(path, kind.model, dtype)
-        whole = Whole(
-            origin=kind.name,
-            vision=theirs.model.vision_model,
-            body=theirs.model.text_model,
-            head=theirs.lm_head,
-            connector={"second.weight": theirs.model.connector.modality_projection.proj.weight},
-            generation=theirs.generation_config,
-            image_id=config.image_token_id,
-        )
-        return join(whole, tokenizer, looks)
-
-    return read
+def _read(
+    kind: _Kind, path: str | Path, dtype: torch.dtype | str
+) -> tuple[MultimodalModel, Processor]:
+    """From its folder to our model."""
+    with loading("model", path):
+        config: Any = AutoConfig.from_pretrained(path)
+    text = copy.deepcopy(config.text_config)
+    check_language(text, path)
+    spec = Idefics3Encoder.spec_from_folder(path)
+    images = _images(read_preprocessor(path), path)
+    tokenizer, token = read_tokenizer(path, config.image_token_id)
+    check_token(token, IMAGE_TOKEN, path)
+    connector = {"name": "pixel_shuffle", "factor": config.scale_factor, "layers": 1, "bias": False}
+    geometry = ImageGeometry.from_dict(spec["geometry"])
+    processor = Processor(tokenizer, geometry, connector, token, images)
+    weights, generation = read_weights(path, kind.model, dtype)
+    text.tie_word_embeddings = tied(weights, f"{_BODY}embed_tokens.weight")
+    ours = MultimodalConfig(
+        encoder={"name": "idefics3", **spec},
+        connector=connector,
+        images=images,
+        text_config=text,
+        image_token=token,
+        image_token_id=config.image_token_id,
+        origin=kind.name,
+    )
+    return build(ours, processor, weights, _names(kind, text), generation), processor
 
 
-def _writer(kind: _Kind) -> Callable[[MultimodalModel, Processor, Path], None]:
-    def write(model: MultimodalModel, processor: Processor, folder: Path) -> None:
-        _check(kind.name, model, processor)
-        tensors, tied = writing.text_tensors(model, "model.text_model.")
-        vision: Any = model.encoder.vision
-        tensors |= {_TOWER + name: weight for name, weight in vision.state_dict().items()}
-        tensors[_PROJECTION] = model.connector.last_linear().weight
-        config = kind.config(
-            vision_config=_vision_config(kind, model),
-            text_config=writing.text_config(model, tied),
-            image_token_id=processor.image_token_id,
-            scale_factor=model.connector.factor,
-            tie_word_embeddings=tied,
-        )
-        writing.write_model(kind.model, config, tensors, model, folder)
-        _write_processor(kind, processor, folder)
+def _write(kind: _Kind, model: MultimodalModel, processor: Processor, folder: Path) -> None:
+    """From our model to its folder."""
+    _check(kind.name, model, processor)
+    config = kind.config(
+        vision_config=_vision_config(kind, model),
+        text_config=writing.text_values(model),
+        image_token_id=processor.image_token_id,
+        scale_factor=whole(model.config.connector, "factor", 2),
+        tie_word_embeddings=writing.embedding_is_output(model),
+    )
+    weights = model.state_dict()
+    weights.pop("connector.second.bias", None)  # zero, as `_check` saw
+    save(kind.model, config, model, _names(kind, model.config.text_config), folder, weights)
+    _write_processor(kind, processor, folder)
 
-    return write
+
+def _names(kind: _Kind, text: Any) -> Names:
+    return [
+        ("encoder.vision.", "model.vision_model."),
+        ("connector.second.", "model.connector.modality_projection.proj."),
+        *body_and_head(text, kind.model, _BODY),
+    ]
 
 
 def _images(seen: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
@@ -151,23 +158,21 @@ def _check(name: str, model: MultimodalModel, processor: Processor) -> None:
             f"{name} cannot hold encoder layer {model.encoder.spec['layer']}: it normalises after "
             "the last layer, so layer: -1 is needed"
         )
-    cells = model.encoder.geometry.cells
+    cells = model.encoder.square.cells
     if model.config.encoder["name"] == "siglip" and shares_positions(cells):
         raise ValueError(
             f"{name} cannot hold siglip with {cells} cells a side: rounding gives some of them one "
             "position there"
         )
-    writing.check_connector(model, name, "pixel_shuffle")
-    connector = model.connector
-    assert isinstance(connector, PixelShuffle)
-    if connector.layers != 1:
-        raise ValueError(f"{name} cannot hold the connector's layers {connector.layers}: it has 1")
-    bias = connector.second.bias
+    spec = writing.check_connector(model, name, "pixel_shuffle")
+    if (layers := whole(spec, "layers", 2)) != 1:
+        raise ValueError(f"{name} cannot hold the connector's layers {layers}: it has 1")
+    bias = model.connector.last_linear().bias
     if bias is not None and bool(bias.any()):
         raise ValueError(
             f"{name} cannot hold the connector's bias, which is not zero: train with bias: false"
         )
-    writing.check_blocks(model, name, connector.factor)
+    writing.check_blocks(model, name, whole(spec, "factor", 2))
     writing.check_tiling(model, name, "split")
     if model.config.images.get("longest_edge", 0) > _LONGEST:
         raise ValueError(f"{name} cannot hold a longest_edge of more than {_LONGEST} pixels")
@@ -184,45 +189,34 @@ def _check(name: str, model: MultimodalModel, processor: Processor) -> None:
     writing.check_language_model(model, name)
 
 
-def _vision_config(kind: _Kind, model: MultimodalModel) -> PreTrainedConfig:
+def _vision_config(kind: _Kind, model: MultimodalModel) -> dict[str, Any]:
     """Return the tower's configuration under this name."""
-    vision: Any = model.encoder.vision
-    names = Idefics3VisionConfig().to_dict().keys() & vision.config.to_dict().keys()
-    names -= {"model_type", "transformers_version", "dtype"}
-    values = {name: getattr(vision.config, name) for name in names if not name.startswith("_")}
-    return kind.vision(**copy.deepcopy(values))
+    own = kind.vision().to_dict().keys() - {"model_type", "transformers_version", "dtype"}
+    return {name: value for name, value in writing.vision_values(model).items() if name in own}
 
 
 def _write_processor(kind: _Kind, processor: Processor, folder: Path) -> None:
-    tiles: Any = processor.geometry
+    tiles = processor.geometry
+    assert isinstance(tiles, SplitTiles)
+    pixels = writing.pixels_of(tiles.square, kind.name)
+    side, longest = {"longest_edge": tiles.side}, {"longest_edge": tiles.longest_edge}
     seen = {
-        **writing.pixels_of(tiles.square),
+        **pixels,
         "do_image_splitting": not tiles.spec.get("whole_only", False),
         "do_pad": True,
         "image_processor_type": kind.images,
-        "max_image_size": {"longest_edge": tiles.side},
-        "size": {"longest_edge": tiles.longest_edge},
+        "max_image_size": side,
+        "size": longest,
     }
-    writing.write_processor(
-        processor.tokenizer,
-        {},
-        kind.processor,
-        seen,
-        folder,
-        image_seq_len=writing.tokens_of_view(processor),
-    )
-    if kind.name == "smolvlm":
-        video = {
-            **writing.pixels_of(tiles.square),
-            "max_image_size": {"longest_edge": tiles.side},
-            "size": {"longest_edge": tiles.side},
-            "video_processor_type": "SmolVLMVideoProcessor",
-        }
-        writing.write_json(folder / "video_preprocessor_config.json", video)
+    tokens = writing.tokens_of_view(processor)
+    writing.write_processor(processor, {}, kind.processor, seen, folder, image_seq_len=tokens)
+    if kind.video:
+        video = {"video_processor_type": kind.video, "max_image_size": side, "size": side}
+        writing.write_json(folder / "video_preprocessor_config.json", {**pixels, **video})
 
 
 def _composite(kind: _Kind) -> Composite:
-    return Composite(kind.name, _reader(kind), _writer(kind))
+    return Composite(kind.name, partial(_read, kind), partial(_write, kind))
 
 
 IDEFICS3 = _composite(
@@ -243,5 +237,6 @@ SMOLVLM = _composite(
         model=SmolVLMForConditionalGeneration,
         processor="SmolVLMProcessor",
         images="SmolVLMImageProcessor",
+        video="SmolVLMVideoProcessor",
     )
 )

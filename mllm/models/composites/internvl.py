@@ -1,5 +1,5 @@
-"""InternVL as transformers holds it, `InternVLForConditionalGeneration` (InternVL 3, Zhu et al. 2025,
-arXiv 2504.10479; the same parts since 1.5, arXiv 2404.16821, section 3.1).
+"""InternVL as transformers holds it, `InternVLForConditionalGeneration` (InternVL 3, Zhu et al.
+2025, arXiv 2504.10479; the same parts since 1.5, arXiv 2404.16821, section 3.1).
 
 InternViT, blocks of cells joined to one wide cell, LayerNorm and a two-layer MLP, any causal
 language model. Images are cut into `dynamic` tiles, and stand in the text as `<img>`, their tokens
@@ -13,93 +13,85 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig
+from transformers import AutoConfig, InternVLConfig, InternVLForConditionalGeneration
 
 from mllm.models.composites import writing
 from mllm.models.composites.base import Composite
-from mllm.models.composites.reading import (
-    Looks,
-    Whole,
-    join,
-    read_config,
-    read_model,
-    read_tokenizer,
-    special_text,
+from mllm.models.composites.folder import (
+    Names,
+    body_and_head,
+    build,
+    check_language,
+    read_weights,
+    save,
+    tied,
 )
-from mllm.models.connectors import PixelShuffle
+from mllm.models.composites.text import check_token, named_token, read_tokenizer
+from mllm.models.config import MultimodalConfig
+from mllm.models.connectors.options import whole
 from mllm.models.encoders.internvl import InternVlEncoder
 from mllm.models.encoders.preprocessor import read_preprocessor
+from mllm.models.errors import loading
+from mllm.models.geometry import ImageGeometry
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
 from mllm.models.template import ImageText
 
-_CONNECTOR = {"norm": "layer_norm", "first": "linear_1", "second": "linear_2"}
-_PROJECTOR, _TOWER = "model.multi_modal_projector", "model.vision_tower."
+_EMBEDDING = "model.language_model.embed_tokens.weight"
 
 
 def read(path: str | Path, dtype: torch.dtype | str) -> tuple[MultimodalModel, Processor]:
-    """Read their folder; see `Composite`."""
-    config = read_config(path, InternVLConfig)
-    layer, factor = _checked(config, path)
+    """From its folder to our model."""
+    with loading("model", path):
+        config: Any = AutoConfig.from_pretrained(path)
+    layer, factor = _settings(config, path)
+    text = copy.deepcopy(config.text_config)
+    check_language(text, path)
     spec = InternVlEncoder.spec_from_folder(path, layer=layer)
-    tokenizer = read_tokenizer(path)
-    token, start, end = (
-        special_text(tokenizer, f"{name}_image_token", path) for name in ("context", "start", "end")
-    )
-    seen = read_preprocessor(path)  # what it says of crop_to_patches is overruled by the processor
+    tokenizer, token = read_tokenizer(path, config.image_token_id)
+    check_token(token, named_token(tokenizer, "context_image_token", path), path)
+    start, end = (named_token(tokenizer, f"{name}_image_token", path) for name in ("start", "end"))
+    seen = read_preprocessor(path)  # its processor always cuts, whatever crop_to_patches says
     images = {
         "tiling": "dynamic",
         "tiles": seen.get("max_patches", 12),
         "min_tiles": seen.get("min_patches", 1),
     }
-    looks = Looks(
+    connector = {"name": "pixel_shuffle", "factor": factor, "layers": 2}
+    geometry = ImageGeometry.from_dict(spec["geometry"])
+    image_text = ImageText(token, f"{start}{token}{end}")
+    processor = Processor(tokenizer, geometry, connector, token, images, image_text)
+    weights, generation = read_weights(path, InternVLForConditionalGeneration, dtype)
+    text.tie_word_embeddings = tied(weights, _EMBEDDING)
+    ours = MultimodalConfig(
         encoder={"name": "internvl", **spec},
-        connector={"name": "pixel_shuffle", "factor": factor, "layers": 2},
+        connector=connector,
         images=images,
+        text_config=text,
         image_token=token,
-        image_text=ImageText(token, f"{start}{token}{end}"),
+        image_token_id=config.image_token_id,
+        origin=INTERNVL.name,
     )
-    theirs = read_model(path, InternVLForConditionalGeneration, dtype)
-    projector = theirs.model.multi_modal_projector.state_dict()
-    whole = Whole(
-        origin="internvl",
-        vision=theirs.model.vision_tower,
-        body=theirs.model.language_model,
-        head=theirs.lm_head,
-        connector=_renamed(projector, {there: here for here, there in _CONNECTOR.items()}),
-        generation=theirs.generation_config,
-        image_id=config.image_token_id,
-    )
-    return join(whole, tokenizer, looks)
+    return build(ours, processor, weights, _names(text), generation), processor
 
 
 def write(model: MultimodalModel, processor: Processor, folder: Path) -> None:
-    """Write the folder of their class; see `Composite`."""
+    """From our model to its folder."""
     _check(model)
-    names = _named_tokens(processor)
-    tensors, tied = writing.text_tensors(model, "model.language_model.")
-    vision: Any = model.encoder.vision
-    tensors |= {_TOWER + name: weight for name, weight in vision.state_dict().items()}
-    tensors |= {
-        f"{_PROJECTOR}.{name}": weight
-        for name, weight in _renamed(model.connector.state_dict(), _CONNECTOR).items()
-    }
-    factor = model.connector.factor
+    named = _named_tokens(processor)
+    square, images = model.encoder.square, model.config.images
+    pixels = writing.pixels_of(square, "internvl")
+    tokens = writing.tokens_of_view(processor)
     config = InternVLConfig(
         vision_config=_vision_config(model),
-        text_config=writing.text_config(model, tied),
+        text_config=writing.text_values(model),
         image_token_id=processor.image_token_id,
-        image_seq_length=writing.tokens_of_view(processor),
-        downsample_ratio=1 / factor,
-        tie_word_embeddings=tied,
+        image_seq_length=tokens,
+        downsample_ratio=1 / whole(model.config.connector, "factor", 2),
+        tie_word_embeddings=writing.embedding_is_output(model),
     )
-    writing.write_model(InternVLForConditionalGeneration, config, tensors, model, folder)
-    square, images = model.encoder.geometry, model.config.images
-    seen = {
-        **writing.pixels_of(square),
-        "size": writing.squares_of(square.image_size),
-    }
+    names = _names(model.config.text_config)
+    save(InternVLForConditionalGeneration, config, model, names, folder)
     tiles = {
         "image_processor_type": "GotOcr2ImageProcessor",
         "crop_to_patches": bool(images),
@@ -107,29 +99,39 @@ def write(model: MultimodalModel, processor: Processor, folder: Path) -> None:
         "min_patches": images.get("min_tiles", 1) if images else 1,
     }
     writing.write_processor(
-        processor.tokenizer,
-        names,
+        processor,
+        named,
         "InternVLProcessor",
-        {**seen, **tiles},
+        {**pixels, **tiles},
         folder,
-        image_seq_length=writing.tokens_of_view(processor),
+        image_seq_length=tokens,
     )
-    video = {**seen, "video_processor_type": "InternVLVideoProcessor"}
+    video = {**pixels, "video_processor_type": "InternVLVideoProcessor"}
     writing.write_json(folder / "video_preprocessor_config.json", video)
 
 
-def _checked(config: InternVLConfig, path: str | Path) -> tuple[int, int]:
-    """Return the tower's layer and the side of a block.
+def _names(text: Any) -> Names:
+    projector = "model.multi_modal_projector."
+    return [
+        ("encoder.vision.", "model.vision_tower."),
+        ("connector.norm.", f"{projector}layer_norm."),
+        ("connector.first.", f"{projector}linear_1."),
+        ("connector.second.", f"{projector}linear_2."),
+        *body_and_head(text, InternVLForConditionalGeneration),
+    ]
+
+
+def _settings(config: Any, path: str | Path) -> tuple[int, int]:
+    """Return the tower's layer, counted back, and the side of a block.
 
     Raises:
         ValueError: a setting that cannot be built here.
     """
     layer, ratio = config.vision_feature_layer, config.downsample_ratio
-    depth = config.vision_config.num_hidden_layers
     if not isinstance(layer, int):
         raise ValueError(f"{path}: vision_feature_layer {layer}: features of one layer are needed")
     if layer >= 0:
-        layer -= depth + 1
+        layer -= config.vision_config.num_hidden_layers + 1
     if config.vision_feature_select_strategy != "default":
         raise ValueError(
             f"{path}: vision_feature_select_strategy {config.vision_feature_select_strategy!r} "
@@ -137,7 +139,8 @@ def _checked(config: InternVLConfig, path: str | Path) -> tuple[int, int]:
         )
     if config.projector_hidden_act != "gelu":
         raise ValueError(
-            f"{path}: projector_hidden_act {config.projector_hidden_act!r} is not gelu"
+            f"{path}: projector_hidden_act {config.projector_hidden_act!r} cannot be read, only "
+            "gelu"
         )
     factor = round(1 / ratio)
     if factor < 1 or int(1 / ratio) != factor or factor * ratio != 1:
@@ -153,39 +156,31 @@ def _check(model: MultimodalModel) -> None:
     """
     writing.check_encoder(model, "internvl", "internvl")
     spec = writing.check_connector(model, "internvl", "pixel_shuffle")
-    connector = model.connector
-    assert isinstance(connector, PixelShuffle)
-    if connector.layers != 2:
-        raise ValueError(
-            f"internvl cannot hold the connector's layers {connector.layers}: it has 2"
-        )
-    width = connector.second.out_features
-    if connector.first.out_features != width:
+    width = model.config.text_config.hidden_size
+    factor, layers = whole(spec, "factor", 2), whole(spec, "layers", 2)
+    if layers != 2:
+        raise ValueError(f"internvl cannot hold the connector's layers {layers}: it has 2")
+    if whole(spec, "hidden", width) != width:
         raise ValueError(
             f"internvl cannot hold the connector's hidden {spec['hidden']}: it is the language "
             f"model's width there, {width}"
         )
-    if connector.factor & (connector.factor - 1):
+    if factor & (factor - 1):
         raise ValueError(
-            f"internvl cannot hold the connector's factor {connector.factor}: its reciprocal is "
-            "stored, which is exact for powers of 2"
+            f"internvl cannot hold the connector's factor {factor}: its reciprocal is stored, "
+            "which is exact for powers of 2"
         )
-    writing.check_blocks(model, "internvl", connector.factor)
+    writing.check_blocks(model, "internvl", factor)
     writing.check_tiling(model, "internvl", "dynamic", "")
     if model.config.images.get("thumbnail", True) is False:
         raise ValueError("internvl cannot hold thumbnail: false: its processor always adds one")
     writing.check_language_model(model, "internvl")
 
 
-def _vision_config(model: MultimodalModel) -> InternVLVisionConfig:
+def _vision_config(model: MultimodalModel) -> dict[str, Any]:
     """Return the tower's configuration; a tower that was cut has no norm at its end."""
-    vision: Any = model.encoder.vision
-    config = copy.deepcopy(vision.config)
-    config._attn_implementation = None
-    config.dtype = model.dtype
-    if model.encoder.spec["layer"] != -1:
-        config.use_mean_pooling = True
-    return config  # type: ignore[no-any-return]
+    values = writing.vision_values(model)
+    return {**values, "use_mean_pooling": True} if model.encoder.spec["layer"] != -1 else values
 
 
 def _named_tokens(processor: Processor) -> dict[str, str]:
@@ -208,12 +203,6 @@ def _named_tokens(processor: Processor) -> dict[str, str]:
         "start_image_token": before,
         "video_token": getattr(tokenizer, "video_token", "<video>"),
     }
-
-
-def _renamed(tensors: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    """Replace the module's name that a weight's name begins with."""
-    pairs = ((name.partition("."), tensor) for name, tensor in tensors.items())
-    return {f"{names[module]}.{rest}": tensor for (module, _, rest), tensor in pairs}
 
 
 INTERNVL = Composite("internvl", read, write)

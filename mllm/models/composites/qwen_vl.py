@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
+    AutoConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2_5_VLConfig,
@@ -28,16 +28,21 @@ from transformers import (
 
 from mllm.models.composites import writing
 from mllm.models.composites.base import Composite
-from mllm.models.composites.reading import (
-    Looks,
-    Whole,
-    join,
-    read_config,
-    read_model,
-    read_tokenizer,
+from mllm.models.composites.folder import (
+    Names,
+    body_and_head,
+    build,
+    check_language,
+    read_weights,
+    save,
+    tied,
 )
-from mllm.models.connectors.patch_merger import PatchMerger
+from mllm.models.composites.text import read_tokenizer
+from mllm.models.config import MultimodalConfig
+from mllm.models.connectors.options import whole
 from mllm.models.encoders import ENCODERS
+from mllm.models.errors import loading
+from mllm.models.geometry import RESAMPLING_NAMES
 from mllm.models.modeling import MultimodalModel
 from mllm.models.native import NativeGeometry
 from mllm.models.processor import Processor
@@ -45,6 +50,7 @@ from mllm.models.template import ImageText
 
 _IMAGE, _VIDEO = "<|image_pad|>", "<|video_pad|>"
 _START, _END = "<|vision_start|>", "<|vision_end|>"
+_EMBEDDING = "model.language_model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +63,7 @@ class _Kind:
         processor: name of their processor's class.
         norm: of the merger.
         width: what the vision configuration calls the language model's width.
-        merger: names of the merger's modules, ours and theirs.
+        merger: modules of a merger, ours and theirs.
     """
 
     name: str
@@ -68,8 +74,17 @@ class _Kind:
     width: str
     merger: Mapping[str, str]
 
+    def names(self, text: Any) -> Names:
+        """Our names and theirs; `text` is the language model's configuration."""
+        mergers = [("connector.merger.", "model.visual.merger.")]
+        return [
+            *((a + ours, b + own) for a, b in mergers for ours, own in self.merger.items()),
+            ("encoder.vision.", "model.visual."),
+            *body_and_head(text, self.model),
+        ]
 
-_LINEAR = {"norm": "ln_q", "first": "mlp.0", "second": "mlp.2"}
+
+_LINEAR = {"norm.": "ln_q.", "first.": "mlp.0.", "second.": "mlp.2."}
 _QWEN2 = _Kind(
     "qwen2_vl",
     Qwen2VLConfig,
@@ -93,87 +108,83 @@ _QWEN2_5 = _Kind(
 def _read(
     kind: _Kind, path: str | Path, dtype: torch.dtype | str
 ) -> tuple[MultimodalModel, Processor]:
-    """Read their folder; see `Composite`."""
-    config: Any = read_config(path, kind.config)
+    """From its folder to our model."""
+    with loading("model", path):
+        config: Any = AutoConfig.from_pretrained(path)
+    text = copy.deepcopy(config.text_config)
+    check_language(text, path)
     spec = ENCODERS[kind.name].spec_from_folder(path)
-    tokenizer = read_tokenizer(path)
-    token, text = _image_text(config, tokenizer, path)
-    looks = Looks(
+    tokenizer, token = read_tokenizer(path, config.image_token_id)
+    start, end = (_token(tokenizer, config, name, path) for name in ("start", "end"))
+    written = f"{start}{token}{end}"
+    connector = {
+        "name": "patch_merger",
+        "factor": config.vision_config.spatial_merge_size,
+        "norm": kind.norm,
+    }
+    geometry = NativeGeometry.from_dict(spec["geometry"])
+    image_text = ImageText(written, written)
+    processor = Processor(tokenizer, geometry, connector, token, image_text=image_text)
+    weights, generation = read_weights(path, kind.model, dtype)
+    text.tie_word_embeddings = tied(weights, _EMBEDDING)
+    ours = MultimodalConfig(
         encoder={"name": kind.name, **spec},
-        connector={
-            "name": "patch_merger",
-            "factor": config.vision_config.spatial_merge_size,
-            "norm": kind.norm,
-        },
-        images={},
+        connector=connector,
+        text_config=text,
         image_token=token,
-        image_text=ImageText(text, text),
-    )
-    theirs: Any = read_model(path, kind.model, dtype)
-    whole = Whole(
+        image_token_id=config.image_token_id,
         origin=kind.name,
-        vision=theirs.model.visual,
-        body=theirs.model.language_model,
-        head=theirs.lm_head,
-        connector={
-            f"merger.{ours}.{name}": weight
-            for ours, own in kind.merger.items()
-            for name, weight in theirs.model.visual.merger.get_submodule(own).state_dict().items()
-        },
-        generation=theirs.generation_config,
-        image_id=config.image_token_id,
     )
-    return join(whole, tokenizer, looks)
+    return build(ours, processor, weights, kind.names(text), generation), processor
 
 
 def _write(kind: _Kind, model: MultimodalModel, processor: Processor, folder: Path) -> None:
-    """Write the folder of their class; see `Composite`."""
+    """From our model to its folder."""
     _check(kind, model)
     tokens = _token_ids(kind, processor)
-    tensors, tied = writing.text_tensors(model, "model.language_model.")
-    vision: Any = model.encoder.vision
-    tensors |= {f"model.visual.{name}": one for name, one in vision.state_dict().items()}
-    tensors |= _merger(kind, model.connector.state_dict())
-    towers = copy.deepcopy(vision.config)
-    towers._attn_implementation = None
-    setattr(towers, kind.width, model.connector.last_linear().out_features)
+    text = model.config.text_config
+    vision = writing.vision_values(model)
     config = kind.config(
-        vision_config=towers,
-        text_config=writing.text_config(model, tied),
-        tie_word_embeddings=tied,
+        vision_config={**vision, kind.width: text.hidden_size},
+        text_config=writing.text_values(model),
+        tie_word_embeddings=writing.embedding_is_output(model),
         **tokens,
     )
-    writing.write_model(kind.model, config, tensors, model, folder)
+    save(kind.model, config, model, kind.names(text), folder)
     geometry = model.encoder.geometry
     assert isinstance(geometry, NativeGeometry)
     seen = {
-        **writing.pixels_of(geometry),
         "image_processor_type": "Qwen2VLImageProcessor",
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(geometry.mean),
+        "image_std": list(geometry.std),
+        "resample": RESAMPLING_NAMES.index(geometry.resampling),
+        "rescale_factor": 1 / 255,
         "patch_size": geometry.patch,
         "merge_size": geometry.merge,
-        "temporal_patch_size": vision.config.temporal_patch_size,
+        "temporal_patch_size": vision["temporal_patch_size"],
         "size": {"shortest_edge": geometry.min_pixels, "longest_edge": geometry.max_pixels},
     }
-    writing.write_processor(processor.tokenizer, {}, kind.processor, seen, folder)
+    writing.write_processor(processor, {}, kind.processor, seen, folder)
 
 
-def _image_text(
-    config: Any, tokenizer: PreTrainedTokenizerBase, path: str | Path
-) -> tuple[str, str]:
-    """Return the image token and what is written for an image.
+def _token(tokenizer: PreTrainedTokenizerBase, config: Any, name: str, path: str | Path) -> str:
+    """Return the token that begins or ends an image.
 
     Raises:
-        ValueError: the tokenizer has no such tokens.
+        ValueError: the tokenizer has no such token.
     """
-    names = ("vision_start_token_id", "image_token_id", "vision_end_token_id")
-    texts: list[Any] = [tokenizer.convert_ids_to_tokens(getattr(config, name)) for name in names]
-    for name, text in zip(names, texts, strict=True):
-        if text is None:
-            raise ValueError(
-                f"{path}: config.json has {name} {getattr(config, name)}, which the tokenizer does "
-                "not have; take both files from one checkpoint"
-            )
-    return texts[1], "".join(texts)
+    number = getattr(config, f"vision_{name}_token_id")
+    text: Any = tokenizer.convert_ids_to_tokens(number) if number < len(tokenizer) else None
+    if text is None:
+        raise ValueError(
+            f"{path}: config.json has vision_{name}_token_id {number}, but the tokenizer has "
+            f"{len(tokenizer)} tokens; take both files from one checkpoint"
+        )
+    return str(text)
 
 
 def _token_ids(kind: _Kind, processor: Processor) -> dict[str, int]:
@@ -182,6 +193,7 @@ def _token_ids(kind: _Kind, processor: Processor) -> dict[str, int]:
     Raises:
         ValueError: an image is written in another way.
     """
+    writing.check_begin(processor, kind.name)
     written = processor.template.image_text.written
     if written != f"{_START}{_IMAGE}{_END}":
         raise ValueError(
@@ -198,15 +210,6 @@ def _token_ids(kind: _Kind, processor: Processor) -> dict[str, int]:
     return {name: known[text] for name, text in names.items() if text in known}
 
 
-def _merger(kind: _Kind, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The connector's weights by their names."""
-    pairs = ((name.split(".", 2), weight) for name, weight in weights.items())
-    return {
-        f"model.visual.merger.{kind.merger[module]}.{rest}": weight
-        for (_, module, rest), weight in pairs
-    }
-
-
 def _check(kind: _Kind, model: MultimodalModel) -> None:
     """Refuse what the class cannot hold.
 
@@ -215,35 +218,29 @@ def _check(kind: _Kind, model: MultimodalModel) -> None:
     """
     name = kind.name
     writing.check_encoder(model, name, name)
-    if model.encoder.spec["layer"] != -1:
-        raise ValueError(
-            f"{name} cannot hold the encoder's layer {model.encoder.spec['layer']}: it takes the "
-            "last"
-        )
+    if (layer := model.encoder.spec["layer"]) != -1:
+        raise ValueError(f"{name} cannot hold the encoder's layer {layer}: it takes the last")
     spec = writing.check_connector(model, name, "patch_merger")
-    connector, merge = model.connector, model.encoder.geometry.merge  # type: ignore[attr-defined]
-    assert isinstance(connector, PatchMerger)
+    vision = writing.vision_values(model)
+    merge = vision["spatial_merge_size"]
+    wide = model.encoder.width * merge**2
     for option, found, fits in (
-        ("factor", connector.factor, merge),
+        ("factor", whole(spec, "factor", 2), merge),
         ("norm", spec.get("norm") or "layer", kind.norm),
-        ("norm_after", connector.norm_after, False),
+        ("norm_after", bool(spec.get("norm_after")), False),
+        ("hidden", whole(spec, "hidden", wide), wide),
     ):
         if found != fits:
             raise ValueError(
                 f"{name} cannot hold the connector's {option} {found}: it is {fits} there"
             )
-    first = connector.merger.first
-    wide = first.in_features
-    if first.out_features != wide:
-        raise ValueError(
-            f"{name} cannot hold the connector's hidden {spec['hidden']}: it is {wide} there"
-        )
     text, fitting = model.config.text_config.model_type, kind.config.sub_configs["text_config"]
     if text != fitting.model_type:
         raise ValueError(
             f"{name} cannot hold the language model {text}: its own is {fitting.model_type}"
         )
-    writing.check_language_model(model, name)
+    if model.config.images.get("regions") == "feature":
+        raise ValueError(f"{name} cannot hold images.regions: feature: it has none in the text")
 
 
 def _composite(kind: _Kind) -> Composite:

@@ -3,25 +3,26 @@ and the files of a folder. Nothing is written before everything is known to fit.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.configuration_utils import PreTrainedConfig
+from torch import nn
 
+from mllm.models.composites.folder import text_config
+from mllm.models.composites.images import image_processor
+from mllm.models.composites.text import written_tokenizer
 from mllm.models.errors import read_json
 from mllm.models.families import LogitsRule, logits_rule
-from mllm.models.geometry import RESAMPLING_NAMES, ImageGeometry, Size
+from mllm.models.geometry import ImageGeometry, Size
 from mllm.models.modeling import MultimodalModel
-from mllm.models.native import NativeGeometry
 from mllm.models.processor import Processor
 from mllm.models.tiles import TiledGeometry
+
+_OF_CROPS = ("crop_size", "do_center_crop")
 
 
 def check_encoder(model: MultimodalModel, who: str, *names: str) -> None:
@@ -55,7 +56,7 @@ def check_blocks(model: MultimodalModel, who: str, factor: int) -> None:
     Raises:
         ValueError: the factor does not divide the grid's side.
     """
-    cells = model.encoder.geometry.cells
+    cells = model.encoder.square.cells
     if cells % factor:
         raise ValueError(
             f"{who} cannot hold the connector's factor {factor}: it does not divide the {cells} "
@@ -77,7 +78,7 @@ def check_tiling(model: MultimodalModel, who: str, *tilings: str) -> None:
         known = " or ".join(f"tiling {name}" if name else "no tiling" for name in tilings)
         found = f"tiling {tiling}" if tiling else "images that are not cut"
         raise ValueError(f"{who} cannot hold {found}: it has {known}")
-    geometry = model.encoder.geometry
+    geometry = model.encoder.square
     if not tiling and geometry.resize != "squash":
         raise ValueError(
             f"{who} cannot hold resize {geometry.resize}: its processor squashes images"
@@ -118,73 +119,53 @@ def around_image(processor: Processor, who: str) -> tuple[str, str]:
     Raises:
         ValueError: the chat template's image is not the image token alone.
     """
-    asked, written = processor.template.image_text
-    if asked != processor.image_token:
+    text = processor.template.image_text
+    check_begin(processor, who)
+    if text.asked != processor.image_token:
         raise ValueError(
-            f"{who} cannot hold a chat template that writes {asked!r} for an image: it looks for "
-            f"the image token {processor.image_token!r}"
+            f"{who} cannot hold a chat template that writes {text.asked!r} for an image: it looks "
+            f"for the image token {processor.image_token!r}"
         )
-    before, after = written.split(processor.image_token)
+    before, after = text.written.split(processor.image_token)
     return before, after
 
 
-def text_tensors(
-    model: MultimodalModel, body: str, head: str = "lm_head.weight"
-) -> tuple[dict[str, Tensor], bool]:
-    """Return the language model's weights, and whether the output layer is the embedding.
-
-    Args:
-        body: prefix of the body's names, head: name of the output layer's weight.
-    """
-    language_model: Any = model.language_model
-    tensors = {f"{body}{name}": t for name, t in language_model.base_model.state_dict().items()}
-    weight = language_model.get_output_embeddings().weight
-    tied = weight is model.get_input_embeddings().weight and f"{body}embed_tokens.weight" in tensors
-    return {**tensors, head: weight}, tied
-
-
-def text_config(model: MultimodalModel, tied: bool) -> PreTrainedConfig:
-    """Return the language model's configuration, free of what is ours."""
-    config: Any = copy.deepcopy(model.config.text_config)
-    config._attn_implementation = None
-    config._experts_implementation = None
-    config.tie_word_embeddings = tied
-    config.dtype = model.dtype
-    return config  # type: ignore[no-any-return]
-
-
-def write_model(
-    kind: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    tensors: Mapping[str, Tensor],
-    model: MultimodalModel,
-    folder: Path,
-) -> None:
-    """Write config.json, safetensors and generation_config.json of their class.
+def check_begin(processor: Processor, who: str) -> None:
+    """Refuse images that stand before the begin token of a raw document.
 
     Raises:
-        ValueError: the class wants other weights than these.
+        ValueError: they do.
     """
-    config.dtype = model.dtype
-    with torch.device("meta"):
-        theirs: Any = kind(config)
-    own = theirs.state_dict()
-    wrong = sorted(own.keys() ^ tensors.keys())
-    wrong += [
-        name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape
-    ]
-    if wrong:
-        raise ValueError(f"{kind.__name__} cannot hold these weights: {wrong[0]} does not fit")
-    theirs.load_state_dict(
-        {name: tensor.detach().cpu() for name, tensor in tensors.items()}, assign=True
-    )
-    theirs.tie_weights()
-    theirs.generation_config = copy.deepcopy(model.generation_config)
-    theirs.save_pretrained(folder)
+    if processor.template.image_text.before_begin:
+        raise ValueError(
+            f"{who} cannot hold images before the begin token: its processor keeps texts as written"
+        )
+
+
+def embedding_is_output(model: MultimodalModel) -> bool:
+    """Return whether the output layer is the embedding, and the classes here can say so.
+
+    They name the embedding `embed_tokens`; of a family that names it otherwise both are written.
+    """
+    language_model: Any = model.language_model
+    same = language_model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return same and "embed_tokens.weight" in language_model.base_model.state_dict()
+
+
+def text_values(model: MultimodalModel) -> dict[str, Any]:
+    """Return the language model's configuration for a class's config.json."""
+    return {**text_config(model), "tie_word_embeddings": embedding_is_output(model)}
+
+
+def vision_values(model: MultimodalModel) -> dict[str, Any]:
+    """Return the tower's configuration for a class's config.json."""
+    vision: Any = model.encoder.vision
+    values: dict[str, Any] = vision.config.to_dict()
+    return {name: value for name, value in values.items() if name != "dtype"}
 
 
 def write_processor(
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
     names: Mapping[str, str],
     kind: str,
     preprocessor: Mapping[str, Any],
@@ -199,6 +180,7 @@ def write_processor(
         preprocessor: of images.
         values: of the processor.
     """
+    tokenizer = written_tokenizer(processor.tokenizer)
     tokenizer.save_pretrained(str(folder))
     if any(getattr(tokenizer, name, None) != text for name, text in names.items()):
         file = folder / "tokenizer_config.json"
@@ -215,23 +197,10 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def pixels_of(geometry: ImageGeometry | NativeGeometry) -> dict[str, Any]:
-    """Return what a preprocessor file says about filter and colours."""
-    return {
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(geometry.mean),
-        "image_std": list(geometry.std),
-        "resample": RESAMPLING_NAMES.index(geometry.resampling),
-        "rescale_factor": 1 / 255,
-    }
-
-
-def squares_of(side: int) -> dict[str, int]:
-    """Return a size of a preprocessor file."""
-    return {"height": side, "width": side}
+def pixels_of(geometry: ImageGeometry, who: str) -> dict[str, Any]:
+    """Return what a preprocessor file says of a square that images, or tiles, are squashed to."""
+    values = image_processor(replace(geometry, resize="squash", short_edge=0), who)
+    return {name: value for name, value in values.items() if name not in _OF_CROPS}
 
 
 def tokens_of_view(processor: Processor) -> int:
@@ -239,4 +208,4 @@ def tokens_of_view(processor: Processor) -> int:
     geometry = processor.geometry
     square = geometry.square if isinstance(geometry, TiledGeometry) else geometry
     size: Size = square.smallest
-    return math.prod(processor._output_grid(square.grid(*size)))
+    return math.prod(processor.expander.output_grid(square.grid(*size)))

@@ -26,7 +26,7 @@ from mllm.models.connectors.options import check_whole, whole
 from mllm.models.connectors.pretrained import PretrainedConnector, read_weights
 from mllm.models.errors import check_folder, loading
 
-_SIZES = {
+SIZES = {
     "visual_tokens": 32,
     "hidden": 768,
     "depth": 12,
@@ -34,7 +34,9 @@ _SIZES = {
     "inner": 3072,
     "cross_every": 2,
 }
-_NAMES = {
+"""Option → its default, BLIP-2's."""
+
+NAMES = {
     "hidden": "hidden_size",
     "depth": "num_hidden_layers",
     "heads": "num_attention_heads",
@@ -58,12 +60,12 @@ class QFormer(PretrainedConnector):
         text: reserved, see above.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ("path", "text", *_SIZES)
+    OPTIONS: ClassVar[tuple[str, ...]] = ("path", "text", *SIZES)
 
     def __init__(self, spec: Mapping[str, Any], features: int, width: int) -> None:
         super().__init__(spec, features, width)
         sizes: dict[str, Any] = {
-            name: whole(spec, option, _SIZES[option]) for option, name in _NAMES.items()
+            name: whole(spec, option, SIZES[option]) for option, name in NAMES.items()
         }
         config = Blip2QFormerConfig(
             **sizes,
@@ -71,7 +73,7 @@ class QFormer(PretrainedConnector):
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
-        queries = whole(spec, "visual_tokens", _SIZES["visual_tokens"])
+        queries = whole(spec, "visual_tokens", SIZES["visual_tokens"])
         self.query_tokens = nn.Parameter(torch.empty(1, queries, config.hidden_size))
         nn.init.normal_(self.query_tokens, std=config.initializer_range)
         self.qformer = Blip2QFormerModel._from_config(config, attn_implementation="sdpa")
@@ -81,18 +83,18 @@ class QFormer(PretrainedConnector):
     def check(cls, spec: Mapping[str, Any]) -> None:
         """Refuse numbers that are none, sizes beside a path, and text."""
         super().check(spec)
-        check_whole(spec, tuple(_SIZES), "q_former")
+        check_whole(spec, tuple(SIZES), "q_former")
         if spec.get("text"):
             raise ValueError(
                 "connector q_former: text is not supported yet (InstructBLIP's queries read the "
                 "question, but a connector is given only the features of the images); leave it out"
             )
-        given = [name for name in _SIZES if spec.get(name) is not None]
+        given = [name for name in SIZES if spec.get(name) is not None]
         if spec.get("path") is not None and given:
             raise ValueError(
                 f"connector q_former: path brings its own {given[0]}; leave out {', '.join(given)}"
             )
-        hidden, heads = (whole(spec, name, _SIZES[name]) for name in ("hidden", "heads"))
+        hidden, heads = (whole(spec, name, SIZES[name]) for name in ("hidden", "heads"))
         if hidden % heads:
             raise ValueError(
                 f"connector q_former: hidden {hidden} cannot be divided among {heads} heads"
@@ -101,7 +103,7 @@ class QFormer(PretrainedConnector):
     @classmethod
     def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:
         """Return one row of all queries."""
-        return (1, whole(spec, "visual_tokens", _SIZES["visual_tokens"]))
+        return (1, whole(spec, "visual_tokens", SIZES["visual_tokens"]))
 
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """Map [C, Dv] to [V x Q, D]."""
@@ -137,7 +139,7 @@ class QFormer(PretrainedConnector):
                     f"{path}: a Q-Former with {name} {getattr(bert, name)} is not supported, only "
                     f"{getattr(plain, name)}"
                 )
-        sizes = {option: getattr(bert, name) for option, name in _NAMES.items()}
+        sizes = {option: getattr(bert, name) for option, name in NAMES.items()}
         kept = {name: value for name, value in spec.items() if name != "path"}
         return {**kept, "visual_tokens": config.num_query_tokens, **sizes}
 

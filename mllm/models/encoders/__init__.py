@@ -2,6 +2,7 @@
 
 from mllm.models.encoders.aimv2 import Aimv2Encoder
 from mllm.models.encoders.base import VisionEncoder
+from mllm.models.encoders.blip2 import Blip2Encoder
 from mllm.models.encoders.clip import ClipEncoder
 from mllm.models.encoders.dinov2 import Dinov2Encoder, Dinov2WithRegistersEncoder
 from mllm.models.encoders.dinov3 import Dinov3ConvNextEncoder, Dinov3VitEncoder
@@ -16,6 +17,7 @@ from mllm.models.encoders.timm_backbone import TimmEncoder
 
 ENCODERS: dict[str, type[VisionEncoder]] = {
     "aimv2": Aimv2Encoder,
+    "blip2": Blip2Encoder,
     "clip": ClipEncoder,
     "dinov2": Dinov2Encoder,
     "dinov2_with_registers": Dinov2WithRegistersEncoder,

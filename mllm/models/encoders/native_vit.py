@@ -37,9 +37,12 @@ class NativeTransformer(VisionTransformer):
 
     @classmethod
     def _read_geometry(
-        cls, config: PreTrainedConfig, path: str | Path, options: Mapping[str, Any]
+        cls,
+        config: PreTrainedConfig,
+        seen: Mapping[str, Any],
+        path: str | Path,
+        options: Mapping[str, Any],
     ) -> NativeGeometry:
-        seen = cls._preprocessor(path)
         patch, merge = int(config.patch_size), cls._merge(config)
         return read_native(seen, path, cls.PREPROCESSOR, patch, merge, options)
 

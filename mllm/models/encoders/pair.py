@@ -137,7 +137,7 @@ def _part_spec(section: Any, part: str, resize: Mapping[str, Any]) -> dict[str, 
         raise ValueError(
             f"{part}: {section['name']} takes images as they are, a pair takes squares"
         )
-    return {
-        "name": section["name"],
-        **family.spec_from_folder(section["path"], **options, **resize),
-    }
+    spec = family.spec_from_folder(section["path"], **options, **resize)
+    if spec["geometry"].get("class_cell"):
+        raise ValueError(f"{part}: the class token has no place on a grid; give class_cell: false")
+    return {"name": section["name"], **spec}

@@ -34,6 +34,7 @@ from transformers.vision_utils import (
 )
 
 from mllm.models.encoders.native_vit import NativeTransformer, in_blocks, in_rows
+from mllm.models.encoders.vit import yes_or_no
 from mllm.models.geometry import Size
 
 
@@ -151,12 +152,12 @@ class Qwen3VLEncoder(Qwen2VLEncoder):
         self.width *= self.levels
 
     @classmethod
-    def spec_from_folder(cls, path: str | Path, **options: Any) -> dict[str, Any]:
-        """Read config.json and preprocessor_config.json."""
-        deepstack = options.pop("deepstack", False)
-        if not isinstance(deepstack, bool):
-            raise ValueError(f"deepstack: expected true or false, got {deepstack!r}")
-        return {**super().spec_from_folder(path, **options), "deepstack": deepstack}
+    def spec_from(
+        cls, config: PreTrainedConfig, seen: Mapping[str, Any], path: str | Path, **options: Any
+    ) -> dict[str, Any]:
+        """Return the spec of what both files say."""
+        deepstack = yes_or_no(options.pop("deepstack", False), "deepstack")
+        return {**super().spec_from(config, seen, path, **options), "deepstack": deepstack}
 
     @classmethod
     def _config(cls, spec: Mapping[str, Any]) -> PreTrainedConfig:

@@ -127,7 +127,7 @@ class VisionTransformer(VisionEncoder):
             if hasattr(config, name):
                 side = square(getattr(config, name), f"{path}: {name} of config.json")
                 setattr(config, name, side)
-        channels = getattr(config, "num_channels", None) or getattr(config, "in_channels", None)
+        channels = getattr(config, "num_channels", getattr(config, "in_channels", 3))
         if channels != 3:
             raise ValueError(f"{path}: config.json has {channels} channels, not 3")
         return config
@@ -135,14 +135,20 @@ class VisionTransformer(VisionEncoder):
     @classmethod
     def spec_from_folder(cls, path: str | Path, **options: Any) -> dict[str, Any]:
         """Read config.json and preprocessor_config.json."""
-        config = cls._read_config(path)
+        return cls.spec_from(cls._read_config(path), cls._preprocessor(path), path, **options)
+
+    @classmethod
+    def spec_from(
+        cls, config: PreTrainedConfig, seen: Mapping[str, Any], path: str | Path, **options: Any
+    ) -> dict[str, Any]:
+        """Return the spec of what both files say, changing `config`; `path` is for messages."""
         layer, depth = options.get("layer", cls.DEFAULT_LAYER), cls._depth(config)
         if type(layer) is not int or not -depth <= layer <= -1:
             raise ValueError(
                 f"layer {layer!r}: the encoder has {depth} layers, counted back from -1"
             )
         cls._cut(config, depth + layer + 1)
-        geometry = cls._read_geometry(config, path, options)
+        geometry = cls._read_geometry(config, seen, path, options)
         values = config.to_diff_dict()
         values["num_hidden_layers"] = cls._depth(config)  # also where it is the class's default
         spec = {
@@ -151,16 +157,20 @@ class VisionTransformer(VisionEncoder):
             "geometry": geometry.to_dict(),
         }
         if "class_token" in cls.OPTIONS:
-            spec["class_token"] = _yes_or_no(options.get("class_token", False), "class_token")
+            spec["class_token"] = yes_or_no(options.get("class_token", False), "class_token")
         return spec
 
     @classmethod
     def _read_geometry(
-        cls, config: PreTrainedConfig, path: str | Path, options: Mapping[str, Any]
+        cls,
+        config: PreTrainedConfig,
+        seen: Mapping[str, Any],
+        path: str | Path,
+        options: Mapping[str, Any],
     ) -> Geometry:
         """What the folder's preprocessor file makes of an image."""
         return read_geometry(
-            cls._preprocessor(path),
+            seen,
             path,
             cells=lambda side: cls._cells(config, side),
             takes=cls._takes(config),
@@ -222,7 +232,8 @@ def drop_mask_token(model: Any) -> None:
         embeddings.register_buffer("mask_token", token.detach(), persistent=False)
 
 
-def _yes_or_no(value: Any, name: str) -> bool:
+def yes_or_no(value: Any, name: str) -> bool:
+    """Return an option that is true or false; a ValueError where it is neither."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}: expected true or false, got {value!r}")
     return value
