@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,26 @@ def test_reads_what_its_own_class_computes(whole: dict[str, Path], name: str) ->
     assert not model.training
     check_read(name, whole[name], model, processor)
     check_packed(model, processor)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_older_configuration_is_read(whole: dict[str, Path], name: str, tmp_path: Path) -> None:
+    """The language model's values beside the others, positions under `rope_scaling`."""
+    for source in whole[name].iterdir():
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    found = json.loads((tmp_path / "config.json").read_text())
+    text, vision = found.pop("text_config"), found["vision_config"]
+    rope = text.pop("rope_parameters")
+    kept = {key: value for key, value in text.items() if key not in ("model_type", "layer_types")}
+    kept |= {"rope_theta": rope["rope_theta"]}
+    kept["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    for key in ("model_type", "rope_parameters"):
+        del vision[key]
+    vision["in_chans"] = vision.pop("in_channels")
+    (tmp_path / "config.json").write_text(json.dumps({**kept, **found}))
+    model, processor = load(tmp_path, torch.float32)
+    check_read(name, tmp_path, model, processor)
+    assert same_weights(model, load(whole[name], torch.float32)[0])
 
 
 @pytest.mark.parametrize("name", NAMES)
