@@ -204,6 +204,34 @@ def test_generation_goes_on_after_the_images(
         assert torch.equal(found[row, length:], alone[0, one["input_ids"].shape[1] :])
 
 
+@torch.no_grad()
+def test_what_is_generated_is_what_reading_it_gives(
+    parts: tuple[MultimodalModel, Processor],
+) -> None:
+    """Logits while generating, in a left-padded batch, are those of the finished text."""
+    model, processor = parts
+    model.generation_config.eos_token_id = None
+    prompts = [
+        Document.conversation([("user", [picture(1, 90, 20), "What?", picture(2, 24, 40)])]),
+        Document((*Document.caption(picture(4, 50, 20), "a").parts[:1],)),
+    ]
+    inputs = processor.prompts(prompts)
+    steps = model.generate(
+        **inputs,
+        max_new_tokens=5,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    for row, prompt in enumerate(prompts):
+        one = processor.prompt(prompt)
+        length = one["input_ids"].shape[1]
+        whole = steps.sequences[row, -length - 5 :][None]
+        read = model(whole, one["pixels"], one["sizes"]).logits[0, length - 1 : -1]
+        found = torch.stack([logits[row] for logits in steps.logits])
+        torch.testing.assert_close(found, read, rtol=0, atol=1e-5)
+
+
 def test_a_cache_and_plain_positions_are_refused(parts: tuple[MultimodalModel, Processor]) -> None:
     model, _ = parts
     ids = torch.tensor([[4, 5, 6]])
