@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from mllm.recipe_parts import (
     MODULES,
+    fusion_problems,
     model_problems,
     objective_problems,
     ridge_problems,
@@ -93,6 +94,12 @@ class ImagesSection(PartSection):
     tiling: str | None = None
 
 
+class FusionSection(PartSection):
+    """How visual tokens reach the language model; in its sequence unless given."""
+
+    name: str
+
+
 class ModelSection(Section):
     """Either `from:` a folder that a stage saved, or the three parts of a new model."""
 
@@ -100,6 +107,7 @@ class ModelSection(Section):
     encoder: EncoderSection | None = None
     connector: ConnectorSection | None = None
     language_model: LanguageModelSection | None = None
+    fusion: FusionSection | None = None
     images: ImagesSection | None = None
 
 
@@ -322,6 +330,7 @@ def _impossible(recipe: Recipe) -> Iterable[tuple[Path_, str]]:
     """Combinations that the types allow and that cannot work."""
     yield from model_problems(recipe.model)
     yield from train_problems(recipe.train, recipe.optimizer.lr)
+    yield from fusion_problems(recipe.model, recipe.train)
     yield from ridge_problems(recipe.model, recipe.train)
     run, packing = recipe.run, recipe.data.packing
     if run.tokens is None and run.epochs is None:

@@ -20,12 +20,17 @@ if TYPE_CHECKING:
         TrainSection,
     )
 
-MODULES = ("encoder", "connector", "language_model")
+PARTS = ("encoder", "connector", "language_model")
+"""What a new model is made of."""
+
+MODULES = (*PARTS, "fusion")
+"""What `train:` may name."""
+
 OBJECTIVE_NAMES = ("language_modeling",)
 
 _COUNTS = (
     *("cross_every", "depth", "factor", "head_width", "heads", "hidden", "inner", "layers"),
-    *("positions", "tiles", "min_tiles", "longest_edge"),
+    *("positions", "tiles", "min_tiles", "longest_edge", "every"),
 )
 """Options that are whole numbers from 1 on, whichever part has them."""
 
@@ -79,6 +84,15 @@ CONNECTOR_LAST_LINEAR = {
 }
 """Connector → the layer inside it that `init: ridge` solves."""
 
+FUSION_OPTIONS: dict[str, tuple[str, ...]] = {
+    "cross_attention": ("every", "layers", "heads", "head_width", "inner", "only_immediate"),
+    "deepstack": ("layers",),
+    "in_sequence": (),
+}
+"""Fusion → the options it takes."""
+
+WITH_WEIGHTS = ("cross_attention",)
+"""Fusions that have something to learn; their gates start closed."""
 
 TILING_OPTIONS: dict[str, tuple[str, ...]] = {
     "any_resolution": ("grids", "tiles"),
@@ -94,7 +108,7 @@ def model_problems(model: ModelSection) -> Iterable[tuple[Path_, str]]:
     yield from _parts(model)
     yield from _images(model)
     if model.from_ is not None:
-        for part in ("encoder", "language_model"):
+        for part in ("encoder", "language_model", "fusion"):
             if getattr(model, part) is not None and not _bounds_alone(model, part):
                 yield (
                     ("model", part),
@@ -108,7 +122,7 @@ def model_problems(model: ModelSection) -> Iterable[tuple[Path_, str]]:
                 "visual_tokens and options can change",
             )
         return
-    for part in MODULES:
+    for part in PARTS:
         if getattr(model, part) is None:
             yield ("model",), f"give model.{part}, or model.from a folder that a stage saved"
     if model.connector is not None and model.connector.name is None:
@@ -144,6 +158,64 @@ def train_problems(
             yield path, f"train.{name} has no learning rate; give train.{name}.lr or optimizer.lr"
     if all(how.frozen for how in train.values()):
         yield ("train",), "nothing would be trained: give at least one module a learning rate"
+
+
+def fusion_problems(
+    model: ModelSection, train: Mapping[str, TrainSection]
+) -> Iterable[tuple[Path_, str]]:
+    """What is wrong with how visual tokens reach the language model: (path, message)."""
+    fusion, path = model.fusion, ("model", "fusion")
+    if model.from_ is not None:
+        return
+    name = "in_sequence" if fusion is None else fusion.name
+    trained = [key for key, how in train.items() if key.split(".")[0] == "fusion"]
+    if name not in FUSION_OPTIONS:
+        yield (*path, "name"), f"unknown fusion {name!r}{nearest(name, FUSION_OPTIONS)}"
+        return
+    learns = any(not train[key].frozen for key in trained)
+    if name in WITH_WEIGHTS and not learns:
+        yield (
+            path,
+            f"model.fusion: the gates of {name} start closed, so nothing would come of images; "
+            "give train.fusion a learning rate",
+        )
+    if name not in WITH_WEIGHTS and learns:
+        yield ("train", trained[0]), f"train.{trained[0]}: fusion {name} has nothing to learn"
+    if fusion is None:
+        return
+    given = dict(fusion.options)
+    layers = given.pop("layers", None) if "layers" in FUSION_OPTIONS[name] else None
+    yield from _options(path, f"fusion {name}", given, FUSION_OPTIONS[name])
+    if layers is not None:
+        yield from _layers((*path, "layers"), layers)
+        if given.get("every") is not None:
+            yield (*path, "every"), "model.fusion: give every or layers, not both"
+    images = model.images
+    cut = images is not None and images.tiling not in (None, "none")
+    featured = images is not None and images.options.get("regions") == "feature"
+    if name == "cross_attention" and (cut or featured):
+        yield (
+            ("model", "images"),
+            f"fusion {name} takes images whole; leave model.images.{'tiling' if cut else 'regions'}"
+            " out, or use fusion in_sequence",
+        )
+    connector = model.connector
+    if name != "in_sequence" and connector is not None and connector.init == "ridge":
+        yield (
+            ("model", "connector", "init"),
+            "model.connector.init: ridge makes visual tokens that are like words, for fusion "
+            f"in_sequence; with {name} use init: random",
+        )
+
+
+def _layers(path: Path_, layers: Any) -> Iterable[tuple[Path_, str]]:
+    whole = isinstance(layers, list) and all(type(n) is int and n >= 0 for n in layers)
+    if not whole or not layers or layers != sorted(set(layers)):
+        yield (
+            path,
+            f"{'.'.join(map(str, path))}: expected a list of different layer numbers from 0 on, in "
+            f"order, got {layers!r}",
+        )
 
 
 def ridge_problems(
@@ -317,7 +389,7 @@ def _options(
             continue
         elif name in (*_COUNTS, "layer") and type(value) is not int:
             yield place, f"{dotted}: expected a whole number, got {value!r}"
-        elif name in ("class_token", "thumbnail") and type(value) is not bool:
+        elif name in ("class_token", "thumbnail", "only_immediate") and type(value) is not bool:
             yield place, f"{dotted}: expected true or false, got {value!r}"
         elif name in _COUNTS and value < 1:
             yield place, f"{dotted}: expected greater than 0, got {value!r}"

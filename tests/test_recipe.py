@@ -9,18 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from data_packing.loss_weights import RULES
 from mllm import recipe_parts
 from mllm.models.connectors import CONNECTORS
 from mllm.models.encoders import ENCODERS
+from mllm.models.fusion import FUSIONS
 from mllm.objectives import OBJECTIVES
 from mllm.recipe import DataSection, RecipeError, load, load_all
 from mllm.recipe_parts import (
     CONNECTOR_LAST_LINEAR,
     CONNECTOR_OPTIONS,
     ENCODER_OPTIONS,
+    FUSION_OPTIONS,
     OBJECTIVE_NAMES,
+    WITH_WEIGHTS,
 )
 from mllm.training.run_folder import RunFolder
 
@@ -421,6 +425,68 @@ def test_a_refusal_names_the_line(
     assert expected in str(refusal.value)
 
 
+CROSS = GOOD.replace(", init: ridge", "").replace(
+    "train:\n",
+    "  fusion: {name: cross_attention, every: 2}\ntrain:\n  fusion: {lr: 1e-3}\n",
+)
+
+
+def test_a_fusion_is_a_part_with_its_own_learning_rate(recipe: Path) -> None:
+    recipe.write_text(CROSS)
+    read = load(recipe)
+    assert read.model.fusion is not None
+    assert (read.model.fusion.name, read.model.fusion.options) == ("cross_attention", {"every": 2})
+    assert read.train["fusion"].lr == 1e-3
+    layered = load(
+        recipe, ["model.fusion={name: deepstack, layers: [0, 2]}", "train.fusion=frozen"]
+    )
+    assert layered.model.fusion is not None
+    assert layered.model.fusion.options == {"layers": [0, 2]}
+    assert layered.hash() != read.hash()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "expected"),
+    [
+        ("name: cross_attention", "name: cros_attention", 5, "did you mean 'cross_attention'"),
+        ("every: 2", "evry: 2", 5, "unknown option 'evry' of the fusion cross_attention"),
+        ("every: 2", "every: 0", 5, "model.fusion.every: expected greater than 0"),
+        ("every: 2", "every: 2, layers: [1]", 5, "give every or layers, not both"),
+        ("every: 2", "layers: [3, 1]", 5, "expected a list of different layer numbers"),
+        ("every: 2", "only_immediate: 1", 5, "expected true or false"),
+        ("  fusion: {lr: 1e-3}\n", "", 5, "give train.fusion a learning rate"),
+        ("fusion: {lr: 1e-3}", "fusion: frozen", 5, "give train.fusion a learning rate"),
+        ("fusion: {lr: 1e-3}", "fusion: {lr: 1e-3, lora: {rank: 2}}", 7, "LoRA is for language_"),
+        ("cross_attention, every: 2", "in_sequence", 7, "in_sequence has nothing to learn"),
+        ("train:", "  images: {tiling: dynamic}\ntrain:", 6, "takes images whole"),
+        (
+            "visual_tokens: 16",
+            "visual_tokens: 16, init: ridge",
+            3,
+            "with cross_attention use init: random",
+        ),
+    ],
+)
+def test_a_fusion_that_cannot_be_is_refused(
+    recipe: Path, old: str, new: str, line: int, expected: str
+) -> None:
+    assert old in CROSS
+    recipe.write_text(CROSS.replace(old, new, 1))
+    with pytest.raises(RecipeError) as refusal:
+        load(recipe)
+    assert f"{recipe}:{line}: " in str(refusal.value)
+    assert expected in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_saved_model_brings_its_fusion(recipe: Path) -> None:
+    start = CROSS.index("  encoder: {")
+    parts = CROSS[start : CROSS.index("  fusion: {name")]
+    recipe.write_text(CROSS.replace(parts, "  from: out/1\n"))
+    with pytest.raises(RecipeError, match=r"model\.from already brings the fusion"):
+        load(recipe)
+
+
 @pytest.mark.parametrize("text", ["model: &a [*a]", "[" * 3000 + "]" * 3000])
 def test_a_recipe_without_end_is_refused(recipe: Path, text: str) -> None:
     recipe.write_text(text)
@@ -433,6 +499,12 @@ def test_the_tables_of_parts_are_those_of_the_registries() -> None:
     assert {name: set(options) for name, options in CONNECTOR_OPTIONS.items()} == connectors
     encoders = {name: set(kind.OPTIONS) for name, kind in ENCODERS.items()}
     assert {name: set(options) for name, options in ENCODER_OPTIONS.items()} == encoders
+    fusions = {name: set(kind.OPTIONS) for name, kind in FUSIONS.items()}
+    assert {name: set(options) for name, options in FUSION_OPTIONS.items()} == fusions
+    for name, kind in FUSIONS.items():
+        with torch.device("meta"):
+            fusion = kind({}, LlamaConfig(num_hidden_layers=4), LlamaConfig().hidden_size)
+        assert bool(list(fusion.parameters())) == (name in WITH_WEIGHTS)
     assert set(CONNECTOR_LAST_LINEAR) == set(CONNECTORS)
     for name, layer in CONNECTOR_LAST_LINEAR.items():
         spec = {"name": name, "visual_tokens": 4} if "pool" in name else {}

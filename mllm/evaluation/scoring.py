@@ -217,7 +217,8 @@ def read(model: Any, row: Row, device: torch.device) -> Tensor:
     pixels, sizes = join_views(row.pixels) if row.pixels else (None, None)
     order, bags = join_orders(row.shown)
     if row.branches:
-        sight = {"attention_mask": row.mask().to(device), "use_cache": False}
+        mask, documents = row.mask().to(device), row.bounds().to(device)
+        sight = {"attention_mask": mask, "documents": documents, "use_cache": False}
     else:
         sight = {"cu_seqlens": row.bounds().to(device)}
     hidden_BTD = model.hidden_states(

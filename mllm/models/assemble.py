@@ -16,6 +16,8 @@ from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, PretrainedConnector
 from mllm.models.encoders import ENCODERS, WITHOUT_PATH
 from mllm.models.errors import check_folder, check_options, choose, loading
+from mllm.models.fusion import DEFAULT, fusion_class
+from mllm.models.fusion import check_images as check_fusion
 from mllm.models.language import add_special_tokens, generation_config, load_language_model
 from mllm.models.modeling import MultimodalModel
 from mllm.models.native import LIMITS, NativeGeometry
@@ -31,7 +33,8 @@ def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[Multimod
     Args:
         section: the `model:` section, as a mapping or an object with `model_dump`: either `from`
             (a stage's folder; `connector` may change reloadable options) or `encoder` {name, path,
-            …}, `connector` {name, …} and `language_model` {path}; either way `images` {tiling, …}.
+            …}, `connector` {name, …}, `language_model` {path} and maybe `fusion` {name, …}; either
+            way `images` {tiling, …}.
         dtype: of all weights.
 
     Returns:
@@ -47,10 +50,9 @@ def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[Multimod
         if key not in _TRAINING_OPTIONS
     }
     if start := parts.get("from", parts.get("from_")):
-        if parts.get("language_model"):
-            raise ValueError(
-                f"model.from takes the language_model from {start}; leave language_model out"
-            )
+        for name in ("language_model", "fusion"):
+            if parts.get(name):
+                raise ValueError(f"model.from takes the {name} from {start}; leave {name} out")
         bounds = {key: value for key, value in (parts.get("encoder") or {}).items() if value}
         if set(bounds) - set(LIMITS):
             raise ValueError(f"model.from takes the encoder from {start}; leave encoder out")
@@ -68,6 +70,7 @@ def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[Multimod
         connector,
         dict(parts["language_model"]),
         dict(parts.get("images") or {}),
+        _fusion(parts.get("fusion") or {}),
         dtype,
     )
 
@@ -153,6 +156,7 @@ def _from_parts(
     connector: dict[str, Any],
     language_section: dict[str, Any],
     images: dict[str, Any],
+    fusion: dict[str, Any],
     dtype: torch.dtype,
 ) -> tuple[MultimodalModel, Processor]:
     name = encoder_section.pop("name")
@@ -161,6 +165,7 @@ def _from_parts(
     options = {key: value for key, value in encoder_section.items() if value is not None}
     connector = {key: value for key, value in connector.items() if value is not None}
     connector_class.check(connector)
+    check_fusion(fusion, images)
     start = connector.get("path")
     if start is not None and issubclass(connector_class, PretrainedConnector):
         connector = connector_class.spec_from_folder(connector)
@@ -171,10 +176,11 @@ def _from_parts(
     check_images(images)
     added = add_special_tokens(language_model, tokenizer, (IMAGE_TOKEN, *special_tokens(images)))
     with_images(tokenizer, IMAGE_TOKEN)
-    processor = Processor(tokenizer, encoder.geometry, connector, images=images)
+    processor = Processor(tokenizer, encoder.geometry, connector, images=images, fusion=fusion)
     config = MultimodalConfig(
         encoder={"name": name, **encoder.spec},
         connector=connector,
+        fusion=fusion,
         images=images,
         text_config=language_model.config,
         image_token=IMAGE_TOKEN,
@@ -183,10 +189,18 @@ def _from_parts(
     )
     model = MultimodalModel(config, encoder=encoder, language_model=language_model)
     model.connector.to(dtype)
+    model.fusion.to(dtype)
     if start is not None and isinstance(model.connector, PretrainedConnector):
         model.connector.load_weights(start)
     model.generation_config = generation_config(language_model, tokenizer, added)
     return model.eval(), processor
+
+
+def _fusion(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The fusion's spec, checked; empty for the default, as a folder saved before it has it."""
+    spec = {name: value for name, value in section.items() if value is not None}
+    fusion_class(spec).check(spec)
+    return {} if spec.get("name", DEFAULT) == DEFAULT else spec
 
 
 def _as_mapping(section: Any) -> Mapping[str, Any]:

@@ -16,6 +16,8 @@ class MultimodalConfig(PreTrainedConfig):
         encoder: what the encoder is rebuilt from: `name` (key of ENCODERS), `geometry`
             (ImageGeometry) and what the class adds.
         connector: what the connector is rebuilt from: `name` (key of CONNECTORS) and its options.
+        fusion: how visual tokens reach the language model: `name` (key of FUSIONS) and its options;
+            empty for in the sequence.
         images: the `images:` section: how images are cut into tiles, `tiling` (key of TILINGS) and
             its options; how regions are written, and what a clip may take.
         text_config: configuration of the language model (any causal LM of transformers).
@@ -33,6 +35,7 @@ class MultimodalConfig(PreTrainedConfig):
 
     encoder: dict[str, Any] = field(default_factory=dict)
     connector: dict[str, Any] = field(default_factory=dict)
+    fusion: dict[str, Any] = field(default_factory=dict)
     images: dict[str, Any] = field(default_factory=dict)
     text_config: Any = None
     image_token: str = "<image>"

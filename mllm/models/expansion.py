@@ -58,6 +58,7 @@ class Expander:
         image_id: the token of a visual token.
         region_id: the placeholder of a region's feature; None where there is none.
         ids_of: the ids of a mark.
+        standing: what stands in the text for an image of a layout; see `Fusion.layout`.
     """
 
     def __init__(
@@ -67,9 +68,11 @@ class Expander:
         image_id: int,
         region_id: int | None,
         ids_of: Callable[[str], list[int]],
+        standing: Callable[[Layout], Layout],
     ) -> None:
         self.geometry, self.output_grid = geometry, output_grid
         self.image_id, self.region_id, self.ids_of = image_id, region_id, ids_of
+        self.standing = standing
         self._layouts: dict[Size, Layout] = {}
         self._marks: dict[str, list[int]] = {}
 
@@ -78,7 +81,8 @@ class Expander:
         if (height, width) not in self._layouts:
             if len(self._layouts) == _REMEMBERED:
                 self._layouts.clear()
-            self._layouts[height, width] = self.geometry.layout(height, width, self.output_grid)
+            layout = self.geometry.layout(height, width, self.output_grid)
+            self._layouts[height, width] = self.standing(layout)
         return self._layouts[height, width]
 
     def tokens(self, height: int, width: int) -> int:

@@ -1,12 +1,14 @@
-"""The model: encoder → connector → language model.
+"""The model: encoder → connector → fusion → language model.
 
 Shapes: B rows, T tokens of a row, D hidden width, W vocabulary; V views of the call (a view is one
-thing that the encoder encodes), P bytes of all their pixels, M visual tokens of a view.
+thing that the encoder encodes), P bytes of all their pixels, M visual tokens of a view, E their
+width: D, or what the fusion asks for.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,14 @@ from mllm.models.connectors import CONNECTORS, Connector
 from mllm.models.encoders import ENCODERS, VisionEncoder
 from mllm.models.errors import check_folder, choose, loading
 from mllm.models.families import check_config, output_layer
+from mllm.models.fusion import Fused, Fusion, Visual, check_images, fusion_class, hooked
 from mllm.models.geometry import Size
 from mllm.models.positions import is_spatial, named, placed
 from mllm.models.standing import Newline, standing
 from mllm.models.tiles import TILINGS
 from mllm.models.views import repeat_rows
 
-_NEVER_QUANTISED = ("encoder", "connector", "lm_head")
+_NEVER_QUANTISED = ("encoder", "connector", "fusion", "lm_head")
 """What stays whole when a model is loaded in 4 or 8 bits, unless the user names other modules."""
 
 
@@ -46,7 +49,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         encoder, language_model: ready parts with weights; built without weights if left out.
 
     Attributes:
-        encoder, connector, language_model: the parts; `train:` keys of a recipe name them.
+        encoder, connector, fusion, language_model: the parts; `train:` keys of a recipe name them.
     """
 
     config_class = MultimodalConfig
@@ -72,8 +75,11 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             text, attn_implementation=attention.NAME
         )
         embedding: Any = language_model.get_input_embeddings()  # OPT's may be narrower than hidden
+        self.fusion: Fusion = fusion_class(config.fusion)(
+            config.fusion, text, embedding.embedding_dim
+        )
         self.connector: Connector = choose(CONNECTORS, config.connector["name"], "connector")(
-            config.connector, self.encoder.width, embedding.embedding_dim
+            config.connector, self.encoder.width, self.fusion.visual_width
         )
         self.language_model = language_model
         self.cut_images(config.images)
@@ -85,7 +91,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         self.post_init()
         # a block's parts never land on two devices: their sums would meet nowhere
         whole = {type(part).__name__ for part in (self.encoder, self.connector)}
-        self._no_split_modules = {*(self._no_split_modules or ()), *whole}
+        self._no_split_modules = {*(self._no_split_modules or ()), *whole, *self.fusion.WHOLE}
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave new modules as their constructors made them; the parts know best.
@@ -98,11 +104,11 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
     def cut_images(self, images: dict[str, Any]) -> None:
         """Take images as they are cut by this `images:` section; a new newline is random."""
+        check_images(self.config.fusion, images)
         self.config.images = images
         needed = "tiling" in images and TILINGS[images["tiling"]].NEWLINE
         if needed and not hasattr(self.connector, "newline"):
-            embedding: Any = self.get_input_embeddings()
-            self.connector.newline = Newline(embedding.embedding_dim).to(self.dtype)
+            self.connector.newline = Newline(self.fusion.visual_width).to(self.dtype)
         elif not needed and hasattr(self.connector, "newline"):
             del self.connector.newline
 
@@ -118,6 +124,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        documents: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Return hidden states [B, T, D] after the final norm; `lm_head` turns them into logits.
@@ -134,6 +141,8 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 A language model of three directions makes its own of them; [3, B, T] stay.
             cu_seqlens: int32 [n+1], document bounds of a pack. None: ordinary rows.
             attention_mask: [B, T], 1 where a row has a token. Not for packs.
+            documents: int32 [n+1], document bounds of one row with a mask of its own: images are
+                seen inside a document only.
 
         Raises:
             ValueError: image tokens and features differ in number, views that the encoder does not
@@ -148,6 +157,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             position_ids,
             cu_seqlens,
             attention_mask,
+            documents,
             **kwargs,
         ).last_hidden_state
         return states
@@ -161,7 +171,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         return output_layer(self.get_output_embeddings(), self.language_model.config)
 
     def image_features(self, pixels: Tensor, sizes: Tensor) -> Tensor:
-        """Return the visual tokens [sum M, D] that views make; arguments as `hidden_states`."""
+        """Return the visual tokens [sum M, E] that views make; arguments as `hidden_states`."""
         sizes = sizes.cpu()
         trains = self.encoder.trains
         if self.encoder.training != (self.training and trains):
@@ -191,43 +201,40 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None,
         cu_seqlens: Tensor | None,
         attention_mask: Tensor | None,
+        documents: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the language model without its output layer: a BaseModelOutputWithPast."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
-        if inputs_embeds is not None:
-            embeds = inputs_embeds
-        else:
-            assert input_ids is not None
-            input_ids = input_ids if input_ids.ndim == 2 else input_ids[None]
-            embeds = self._embed(input_ids, pixels, sizes, order, bags)
+        if cu_seqlens is not None and attention_mask is not None:
+            raise ValueError("a pack (cu_seqlens) is one row without an attention mask")
         if position_ids is not None and position_ids.ndim == 1:
             position_ids = position_ids[None]
-        body = self.language_model.base_model
-        if cu_seqlens is None:
-            cache = kwargs.get("past_key_values")
-            kwargs |= self._blocks(input_ids, None, cache)
+        if input_ids is not None and input_ids.ndim == 1:
+            input_ids = input_ids[None]
+        entered = input_ids if inputs_embeds is None else inputs_embeds
+        assert entered is not None
+        bounds = _bounds(documents if cu_seqlens is None else cu_seqlens, entered.shape[:2])
+        cache = kwargs.get("past_key_values")
+        fused = self._fuse(input_ids, pixels, sizes, order, bags, inputs_embeds, bounds, cache)
+        body, layers = self.language_model.base_model, self.config.text_config.num_hidden_layers
+        if position_ids is None and cu_seqlens is not None and bounds is not None:
+            position_ids = _restarting_positions(bounds, fused.embeds.device)[None]
+        kwargs |= self._blocks(input_ids, bounds, cache)
+        kwargs["position_ids"] = self._placed(
+            input_ids, sizes, order, bags, position_ids, attention_mask, bounds, cache
+        )
+        if cu_seqlens is None or bounds is None:
+            with hooked(body, layers, fused.hooks):
+                states = body(inputs_embeds=fused.embeds, attention_mask=attention_mask, **kwargs)
+            if fused.keep is not None and states.past_key_values is not None:
+                fused.keep(states.past_key_values)
+            return states
+        with attention.packed_call(body, layers), hooked(body, layers, fused.hooks):
             return body(
-                inputs_embeds=embeds,
-                position_ids=self._placed(
-                    input_ids, sizes, order, bags, position_ids, attention_mask, cache=cache
-                ),
-                attention_mask=attention_mask,
-                **kwargs,
-            )
-        if embeds.shape[0] != 1 or attention_mask is not None:
-            raise ValueError("a pack (cu_seqlens) is one row without an attention mask")
-        bounds = attention.document_bounds(cu_seqlens, embeds.shape[1])
-        if position_ids is None:
-            position_ids = _restarting_positions(bounds, embeds.device)[None]
-        position_ids = self._placed(input_ids, sizes, order, bags, position_ids, bounds=bounds)
-        kwargs |= self._blocks(input_ids, bounds)
-        with attention.packed_call(body, self.config.text_config.num_hidden_layers):
-            return body(
-                inputs_embeds=embeds,
-                position_ids=position_ids,
+                inputs_embeds=fused.embeds,
                 cu_seqlens=cu_seqlens,
                 bounds=bounds,
                 **{"use_cache": False, **kwargs},
@@ -250,7 +257,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         """
         if input_ids is None or not is_spatial(self.config.text_config):
             return position_ids
-        grids = [] if sizes is None else self._token_grids(sizes)
+        grids = self._token_grids(sizes) if sizes is not None and self.fusion.PARTS else []
         slots = input_ids == self.config.image_token_id
         seen = 0 if cache is None else cache.get_seq_length()
         return placed(slots, grids, named(order, bags), position_ids, mask, bounds, seen)
@@ -277,47 +284,55 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             )
         return {} if blocks is None else {"blocks": blocks}
 
-    def _embed(
+    def _fuse(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         pixels: Tensor | None,
         sizes: Tensor | None,
         order: Tensor | None = None,
         bags: Tensor | None = None,
-    ) -> Tensor:
-        """Embed ids [B, T] to [B, T, D], with the image tokens replaced by visual tokens."""
+        embeds: Tensor | None = None,
+        bounds: tuple[int, ...] | None = None,
+        cache: Cache | None = None,
+    ) -> Fused:
+        """Return what the language model starts from: ids [B, T], embedded, and their images."""
+        if embeds is not None:  # what stands at image tokens is in them
+            nowhere = embeds.new_zeros(embeds.shape[:2], dtype=torch.bool)
+            return self.fusion.fuse(embeds, nowhere, None, bounds, cache)
+        assert input_ids is not None
+        text = self.language_model.get_input_embeddings()(input_ids)
+        slots = input_ids == self.config.image_token_id
+        visual = self._visual(pixels, sizes, order, bags, input_ids.device)
+        return self.fusion.fuse(text, slots, visual, bounds, cache)
+
+    def _visual(
+        self,
+        pixels: Tensor | None,
+        sizes: Tensor | None,
+        order: Tensor | None,
+        bags: Tensor | None,
+        device: torch.device,
+    ) -> Visual | None:
+        """Return the visual tokens of a call; None where there are none and no rank waits."""
         if (pixels is None) != (sizes is None):
             raise ValueError("pixels and sizes go together: give both or neither")
-        embeds: Tensor = self.language_model.get_input_embeddings()(input_ids)
-        slots = input_ids == self.config.image_token_id
-        wanted = int(slots.sum())
         if pixels is None or sizes is None or not len(sizes):
-            self._check_counts(wanted, 0, 0)
             if pixels is None and not self.training:
-                return embeds
+                return None
             # every rank runs the vision path in every call, or sharded weights would wait for ever
-            blank = self.image_features(*self.encoder.blank(input_ids.device))
-            nothing = self._standing(blank, None, None)[:0].sum()
-            return embeds + nothing.to(embeds.dtype)
+            blank = self.image_features(*self.encoder.blank(device))
+            return Visual(self._standing(blank, None, None), ())
+        sizes = sizes.cpu()
         tokens = self._standing(self.image_features(pixels, sizes), order, bags)
-        self._check_counts(wanted, len(sizes), len(tokens))
-        return embeds.masked_scatter(slots[..., None], tokens.to(embeds.dtype))
+        return Visual(tokens, tuple(self.tokens_per_view(sizes)))
 
     def _standing(self, tokens: Tensor, order: Tensor | None, bags: Tensor | None) -> Tensor:
-        """Return what stands at the image tokens [K, D], of the visual tokens [sum M, D]."""
+        """Return what stands at the image tokens [K, E], of the visual tokens [sum M, E]."""
         newline: Newline | None = getattr(self.connector, "newline", None)
         rows = tokens if newline is None else newline(tokens)
         if order is None or not len(order):
             return rows[: len(tokens)]
         return standing(rows, order, bags)
-
-    def _check_counts(self, wanted: int, views: int, made: int) -> None:
-        if wanted != made:
-            raise ValueError(
-                f"the text has {wanted} image tokens, but {views} views of images make {made} "
-                "visual tokens: the processor and the model disagree, or a text was cut inside an "
-                "image"
-            )
 
     # -- what transformers expects ---------------------------------------------------------------
 
@@ -423,9 +438,9 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Repeat the images of every row so many times."""
         tokens = self.tokens_per_view(sizes)
-        wanted = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
-        kept = sum(tokens) if order is None else len(order if bags is None else bags)
-        self._check_counts(sum(wanted), len(sizes), kept)
+        slots = input_ids == self.config.image_token_id
+        made = sum(tokens) if order is None else len(order if bags is None else bags)
+        wanted = self.fusion.tokens_of_rows(slots, tokens, made)
         repeated = repeat_rows(pixels, sizes, order, bags, tokens, wanted, times)
         return dict(zip(_IMAGES, repeated, strict=True))
 
@@ -481,6 +496,16 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> nn.Module:
         """The language model without its output layer."""
         return self.language_model.base_model
+
+
+def _bounds(cu_seqlens: Tensor | None, shape: Sequence[int]) -> tuple[int, ...] | None:
+    """Document bounds of one row as plain numbers; None where every row is a document."""
+    if cu_seqlens is None:
+        return None
+    rows, tokens = shape
+    if rows != 1:
+        raise ValueError("a pack (cu_seqlens) is one row without an attention mask")
+    return attention.document_bounds(cu_seqlens, tokens)
 
 
 def _restarting_positions(bounds: tuple[int, ...], device: torch.device) -> Tensor:

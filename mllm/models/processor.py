@@ -26,6 +26,8 @@ from mllm.models.clips import thinned
 from mllm.models.connectors import CONNECTORS
 from mllm.models.errors import check_folder, choose, loading, read_json, unknown
 from mllm.models.expansion import Expander
+from mllm.models.fusion import check_images as check_fusion
+from mllm.models.fusion import fusion_class
 from mllm.models.geometry import Geometry, Layout, geometry_from_dict
 from mllm.models.messages import document_of, images_per_text, is_batch
 from mllm.models.regions import REGION_TOKEN, STYLES, has_places, with_boxes
@@ -46,6 +48,7 @@ class Processor(PushToHubMixin):
         image_token: the placeholder of one visual token.
         images: the `images:` section: how images are cut into tiles; empty for not at all.
         image_text: what is written for an image, around its token.
+        fusion: the fusion's `name` and options; empty for in the sequence.
 
     Raises:
         ValueError: parts that do not fit, or a tokenizer without a token that is needed.
@@ -59,9 +62,12 @@ class Processor(PushToHubMixin):
         image_token: str = IMAGE_TOKEN,
         images: Mapping[str, Any] | None = None,
         image_text: ImageText | None = None,
+        fusion: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.connector, self.images = dict(connector), dict(images or {})
+        self.fusion = dict(fusion or {})
+        check_fusion(self.fusion, self.images)
         self.geometry = tiled(geometry, self.images)
         self.template = Template(tokenizer, image_token, image_text)
         kind = choose(CONNECTORS, connector["name"], "connector")
@@ -75,6 +81,7 @@ class Processor(PushToHubMixin):
             self.template.image_id,
             known[REGION_TOKEN] if self._regions == "feature" else None,
             self.template.ids_of,
+            fusion_class(self.fusion).layout,
         )
         for size in self.geometry.extremes:
             self.layout(*size)
@@ -335,6 +342,7 @@ class Processor(PushToHubMixin):
             "geometry": self.geometry.to_dict(),
             "images": self.images,
             "connector": self.connector,
+            **({"fusion": self.fusion} if self.fusion else {}),
         }
         text = self.text_fingerprint + json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -342,7 +350,8 @@ class Processor(PushToHubMixin):
     def cutting(self, images: Mapping[str, Any]) -> Self:
         """Return the same processor with images cut by another `images:` section."""
         geometry, text = geometry_from_dict(self.geometry.to_dict()), self.template.image_text
-        return type(self)(self.tokenizer, geometry, self.connector, self.image_token, images, text)
+        token, fusion = self.image_token, self.fusion
+        return type(self)(self.tokenizer, geometry, self.connector, token, images, text, fusion)
 
     def seeing(self, geometry: Geometry) -> Self:
         """Return the same processor for an encoder that wants to see something else."""
@@ -358,6 +367,7 @@ class Processor(PushToHubMixin):
             "geometry": self.geometry.to_dict(),
             "images": self.images,
             "connector": self.connector,
+            "fusion": self.fusion,
             "image_token": self.image_token,
             "image_text": self.template.image_text._asdict(),
         }
@@ -393,6 +403,7 @@ class Processor(PushToHubMixin):
             values["image_token"],
             values.get("images"),
             ImageText(**values["image_text"]) if "image_text" in values else None,
+            values.get("fusion"),
         )
 
 

@@ -94,6 +94,8 @@ def parameter_table(model: nn.Module) -> Table:
         row[1] += parameter.numel() if parameter.requires_grad else 0
         row[2] += parameter.numel() if adapted else 0
     for name, row in counts.items():
+        if name == "fusion" and not any(row):
+            continue
         table.add_row(name, *(f"{value:,}" for value in row))
         totals = [a + b for a, b in zip(totals, row, strict=True)]
     table.add_section()

@@ -5,14 +5,17 @@ pass, W more where gradients pass through it and W more where it learns. Attenti
 of L tokens takes layers x width x L^2 in the forward pass (two products, half of each masked) and
 twice that in the backward pass. An image takes what the encoder's forward pass takes, three times
 where the encoder learns; torch counts it on tensors without data. The connector is left out: it is
-small beside either. Where a machine's own speeds matter more, a recipe gives other numbers.
+small beside either. Layers of a fusion count as if every token saw one image. Where a machine's own
+speeds matter more, a recipe gives other numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,6 +42,8 @@ def pack_cost(recipe: Recipe, model: Any) -> PackCost | None:
     tokens = token_cost(model.language_model)
     pairs = pair_cost(model.language_model.config)
     patches = patch_cost(model.encoder)
+    more_tokens, more_patches = fusion_cost(model)
+    tokens, patches = tokens + more_tokens, patches + more_patches
     return PackCost(1.0, _rounded(pairs / tokens), _rounded(patches / tokens))
 
 
@@ -46,12 +51,11 @@ def token_cost(language_model: Any) -> float:
     """Multiply-adds of one token, attention left out."""
     embedding = language_model.get_input_embeddings().weight
     head = language_model.get_output_embeddings().weight
-    total = 0
+    total = 0.0
     for weight in language_model.parameters():
         if weight.ndim > 1 and (weight is not embedding or embedding is head):
-            passes = FORWARD + THROUGH + (LEARNS if weight.requires_grad else 0)
-            total += passes * weight.numel()
-    return float(total)
+            total += _passes([weight])
+    return total
 
 
 def pair_cost(config: Any) -> float:
@@ -72,6 +76,21 @@ def patch_cost(encoder: VisionEncoder) -> float:
         functional_call(encoder, empty, (pixels, sizes))
     passes = FORWARD + (THROUGH + LEARNS if encoder.trains else 0)
     return float(passes * counter.get_total_flops() / 2 / encoder.patches(*sizes[0].tolist()))
+
+
+def fusion_cost(model: Any) -> tuple[float, float]:
+    """What a fusion's own weights and attention add: to a token, and to a patch of a view."""
+    work, size = model.fusion.work(), model.encoder.blank("cpu")[1]
+    seen = sum(model.tokens_per_view(size))
+    patches = model.encoder.patches(*size[0].tolist())
+    token = _passes(work.token) + (FORWARD + 2 * THROUGH) * work.pair * seen
+    return token, _passes(work.visual) * seen / patches
+
+
+def _passes(weights: Iterable[nn.Parameter]) -> float:
+    """Multiply-adds of all these weights, once each."""
+    always = FORWARD + THROUGH
+    return float(sum((always + LEARNS * w.requires_grad) * w.numel() for w in weights))
 
 
 def _rounded(value: float) -> float:

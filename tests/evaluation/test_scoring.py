@@ -17,9 +17,11 @@ from tests.evaluation.tiny import make_model
 ANSWERS = ("red", "red chair", "a small green parrot", "redder")
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    return make_model(tmp_path_factory.mktemp("parts"))
+@pytest.fixture(scope="module", params=["in_sequence", "cross_attention"])
+def parts(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[Any, Any]:
+    return make_model(tmp_path_factory.mktemp("parts"), request.param)
 
 
 def asked(colour: str, answer: str) -> Document:

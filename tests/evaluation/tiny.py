@@ -9,23 +9,25 @@ from typing import Any
 import torch
 
 from mllm.models.assemble import assemble
-from tests.models.conftest import save_clip, save_language_model
+from tests.models.conftest import SMALL_FUSION, open_gates, save_clip, save_language_model
 
 
-def make_model(root: Path, **changes: Any) -> tuple[Any, Any]:
-    """A CLIP tower, average pooling to four tokens, a Llama of two layers."""
+def make_model(root: Path, fusion: str = "in_sequence", **changes: Any) -> tuple[Any, Any]:
+    """A CLIP tower, average pooling to four tokens, a Llama of two layers; gates are open."""
     torch.set_num_threads(1)
     if not (root / "clip").exists():
         save_clip(root / "clip")
         save_language_model(root / "llama", **changes)
     torch.manual_seed(5)
-    return assemble(
+    model, processor = assemble(
         {
             "encoder": {"name": "clip", "path": root / "clip"},
             "connector": {"name": "average_pool", "visual_tokens": 4},
             "language_model": {"path": root / "llama"},
+            "fusion": SMALL_FUSION[fusion],
         }
     )
+    return open_gates(model), processor
 
 
 def save_stage(folder: Path, model: Any, processor: Any, llama: Path, steps: int = 6) -> Path:

@@ -44,10 +44,17 @@ WORDS = (
 SMALL: dict[str, dict[str, Any]] = {
     "average_pool": {"visual_tokens": 4},
     "c_abstractor": {"visual_tokens": 4, "hidden": 8, "depth": 1},
+    "gemma3": {"visual_tokens": 4},
     "q_former": {"visual_tokens": 3, "hidden": 8, "heads": 2, "depth": 2, "inner": 8},
     "resampler": {"visual_tokens": 5, "depth": 2, "heads": 2, "head_width": 4},
 }
 """Connector → the options of a tiny one, where a test gives none."""
+SMALL_FUSION: dict[str, dict[str, Any]] = {
+    "cross_attention": {"name": "cross_attention", "every": 1, "inner": 16},
+    "deepstack": {"name": "deepstack", "layers": [0, 1]},
+    "in_sequence": {"name": "in_sequence"},
+}
+"""Fusion → one for a language model of two layers."""
 
 Parts = tuple[MultimodalModel, Processor]
 
@@ -193,6 +200,7 @@ def build(folders: dict[str, Path]) -> Callable[..., Parts]:
         language_model: Path | None = None,
         dtype: torch.dtype = torch.float32,
         encoder_options: dict[str, Any] | None = None,
+        fusion: str | dict[str, Any] = "in_sequence",
         images: dict[str, Any] | None = None,
         **options: Any,
     ) -> Parts:
@@ -203,10 +211,20 @@ def build(folders: dict[str, Path]) -> Callable[..., Parts]:
             "encoder": {"name": encoder, "path": folders[encoder], **(encoder_options or {})},
             "connector": {"name": connector, **options},
             "language_model": {"path": language_model or folders["llama"]},
+            "fusion": SMALL_FUSION[fusion] if isinstance(fusion, str) else fusion,
         }
         return assemble(section, dtype=dtype)
 
     return made
+
+
+def open_gates(model: MultimodalModel) -> MultimodalModel:
+    """Move every gate of a fusion off zero, as training does."""
+    with torch.no_grad():
+        for name, gate in model.fusion.named_parameters():
+            if name.endswith("_gate"):
+                gate.fill_(0.7 if "attention" in name else -0.5)
+    return model
 
 
 def picture(seed: int, height: int = 40, width: int = 56) -> Image:

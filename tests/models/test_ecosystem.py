@@ -261,7 +261,7 @@ def test_peft(saved: Path, processor: Processor, tmp_path: Path) -> None:
 def test_embeddings_stand_in_for_ids(saved: Path, processor: Processor) -> None:
     model, given = load(saved), inputs(processor)
     with torch.no_grad():
-        embeds = model._embed(given["input_ids"], given["pixels"], given["sizes"])
+        embeds = model._fuse(given["input_ids"], given["pixels"], given["sizes"]).embeds
         found = model(inputs_embeds=embeds, attention_mask=given["attention_mask"]).logits
     torch.testing.assert_close(found, logits(model, given))
     with pytest.raises(ValueError, match="one of them"):

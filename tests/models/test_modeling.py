@@ -19,11 +19,13 @@ from data_packing.document import Document, Text
 from data_packing.pack import Pack, collate, join_views
 from mllm.models.assemble import load
 from mllm.models.config import MultimodalConfig
+from mllm.models.fusion import FUSIONS
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
-from tests.models.conftest import chat, documents, picture, save_language_model
+from tests.models.conftest import chat, documents, open_gates, picture, save_language_model
 
 ENCODERS = ("clip", "siglip", "efficientnet_lite")
+every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
 
 
 def packed(processor: Processor, chosen: list[Document] | None = None) -> Pack:
@@ -62,7 +64,7 @@ def test_visual_tokens_stand_where_the_image_was(build: Callable[..., Any]) -> N
     sample = processor.encode(documents()[1])
     ids = torch.from_numpy(sample.input_ids)[None]
     views = join_views(sample.pixels)
-    embeds = model._embed(ids, *views)[0]
+    embeds = model._fuse(ids, *views).embeds[0]
     tokens = model.image_features(*views).unflatten(0, (len(sample.slots), -1))
     for slot, wanted in zip(sample.slots, tokens, strict=True):
         torch.testing.assert_close(embeds[slot.start : slot.start + slot.length], wanted)
@@ -90,11 +92,13 @@ def test_bad_bounds_are_refused(build: Callable[..., Any]) -> None:
 # -- what every rank runs, and what nothing trains -------------------------------------------------
 
 
+@every_fusion
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_pack_without_images_runs_the_vision_path(
-    build: Callable[..., Any], frozen: bool
+    build: Callable[..., Any], frozen: bool, fusion: str
 ) -> None:
-    model, processor = build("clip", "average_pool")
+    model, processor = build("clip", "average_pool", fusion=fusion)
+    open_gates(model)
     model.encoder.requires_grad_(not frozen)
     model.train()
     ran: list[str] = []
@@ -109,10 +113,11 @@ def test_a_pack_without_images_runs_the_vision_path(
     (hidden.sum() + hidden.square().sum()).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for name in grads:
-        if name.startswith(("encoder", "connector")):
+        if name.startswith(("encoder", "connector", "fusion")):
             assert not grads[name].any(), name
     assert any(name.startswith("connector") for name in grads)
     assert any(name.startswith("encoder") for name in grads) != frozen
+    assert {f"fusion.{name}" for name, _ in model.fusion.named_parameters()} <= grads.keys()
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(run(model, pack), hidden.detach())
@@ -155,9 +160,11 @@ def test_batch_norm_statistics_stay_when_the_encoder_trains(build: Callable[...,
         assert norm.weight.grad is not None
 
 
-def test_no_weight_is_read_outside_its_own_forward(build: Callable[..., Any]) -> None:
+@every_fusion
+def test_no_weight_is_read_outside_its_own_forward(build: Callable[..., Any], fusion: str) -> None:
     """As under ZeRO-3: outside its module's forward a weight is an empty tensor."""
-    model, processor = build("clip", "average_pool")
+    model, processor = build("clip", "average_pool", fusion=fusion)
+    open_gates(model)
     pack = packed(processor)
     with torch.no_grad():
         expected = model.lm_head(run(model, pack))
@@ -197,8 +204,12 @@ def questions() -> list[Document]:
     ]
 
 
-def test_left_padded_batches_answer_like_single_prompts(build: Callable[..., Any]) -> None:
-    model, processor = build("clip", "average_pool")
+@every_fusion
+def test_left_padded_batches_answer_like_single_prompts(
+    build: Callable[..., Any], fusion: str
+) -> None:
+    model, processor = build("clip", "average_pool", fusion=fusion)
+    open_gates(model)
     model.generation_config.eos_token_id = None  # let every row run to the end
     alone = [answers(model, processor, [one])[0] for one in questions()]
     assert answers(model, processor, questions()) == alone
@@ -211,8 +222,10 @@ def test_left_padded_batches_answer_like_single_prompts(build: Callable[..., Any
         torch.testing.assert_close(row[mask == 1], single, rtol=0, atol=1e-5)
 
 
-def test_the_image_matters_and_is_encoded_once(build: Callable[..., Any]) -> None:
-    model, processor = build("clip", "average_pool")
+@every_fusion
+def test_the_image_matters_and_is_encoded_once(build: Callable[..., Any], fusion: str) -> None:
+    model, processor = build("clip", "average_pool", fusion=fusion)
+    open_gates(model)
     model.generation_config.eos_token_id = None
     calls: list[int] = []
     hook = model.encoder.register_forward_hook(lambda *_: calls.append(1))
@@ -241,8 +254,12 @@ def test_beams_and_several_answers_keep_their_images(build: Callable[..., Any]) 
     assert out.shape[0] == 6
 
 
-def test_beams_of_rows_with_different_numbers_of_images(build: Callable[..., Any]) -> None:
-    model, processor = build("clip", "average_pool")
+@every_fusion
+def test_beams_of_rows_with_different_numbers_of_images(
+    build: Callable[..., Any], fusion: str
+) -> None:
+    model, processor = build("clip", "average_pool", fusion=fusion)
+    open_gates(model)
     model.generation_config.eos_token_id = None
     asked = [questions()[2], questions()[0]]
     inputs = processor.prompts(asked)

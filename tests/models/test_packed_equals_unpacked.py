@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
     MistralConfig,
     OlmoConfig,
     PhiConfig,
@@ -21,21 +23,16 @@ from transformers import (
 
 from data_packing.pack import Pack, collate
 from data_packing.sample import IGNORED
+from mllm.models.connectors import CONNECTORS
+from mllm.models.fusion import FUSIONS
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
-from tests.models.conftest import documents, make_tokenizer
+from tests.models.conftest import documents, make_tokenizer, open_gates
 
 CASES = [
     ("clip", "mlp"),
-    ("clip", "average_pool"),
     ("siglip", "average_pool"),
     ("efficientnet_lite", "average_pool"),
-    ("clip", "linear"),
-    ("clip", "patch_merger"),
-    ("clip", "pixel_shuffle"),
-    ("clip", "c_abstractor"),
-    ("clip", "resampler"),
-    ("clip", "q_former"),
     ("aimv2", "mlp"),
     ("dinov2", "average_pool"),
     ("dinov2_with_registers", "mlp"),
@@ -142,6 +139,36 @@ def test_other_families_and_sliding_windows(
 ) -> None:
     model, processor = build("clip", "mlp", save_small(tmp_path, kind, **changes))
     model.train()
+    assert_packed_is_unpacked(model, processor)
+
+
+FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "gpt_neox": (GPTNeoXConfig, {"rotary_pct": 0.5}),
+    "llama": (LlamaConfig, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 16}),
+}
+
+
+@pytest.fixture(scope="module")
+def language_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {
+        name: save_small(root / name, kind, **changes) for name, (kind, changes) in FAMILIES.items()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_every_connector_with_every_fusion_and_three_families(
+    build: Callable[..., Any],
+    language_models: dict[str, Path],
+    connector: str,
+    fusion: str,
+    family: str,
+) -> None:
+    model, processor = build("clip", connector, language_models[family], fusion=fusion)
+    open_gates(model).train()
     assert_packed_is_unpacked(model, processor)
 
 

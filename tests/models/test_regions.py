@@ -73,7 +73,9 @@ def test_a_feature_is_the_mean_of_what_the_box_shows(build: Callable[..., Parts]
     assert len(places) == 16 + 1
     with torch.no_grad():
         tokens = model.image_features(pack.pixels, pack.sizes)
-        embeds = model._embed(pack.input_ids[None], pack.pixels, pack.sizes, pack.order, pack.bags)
+        embeds = model._fuse(
+            pack.input_ids[None], pack.pixels, pack.sizes, pack.order, pack.bags
+        ).embeds
     # 4 x 4 cells: the second row, its left half
     expected = tokens[[4, 5]].mean(dim=0)
     torch.testing.assert_close(embeds[0, places[-1]], expected)

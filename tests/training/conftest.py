@@ -25,6 +25,13 @@ LORA: dict[str, Any] = {
     "model__connector": {"name": "mlp", "init": "ridge"},
     "data__workers": 1,
 }
+CROSS: dict[str, Any] = {
+    "model__fusion": {"name": "cross_attention", "every": 1},
+    "train__fusion": {"lr": 3e-2},
+    "train__language_model": {"lr": 1e-2, "lora": {"rank": 4}},
+    "data__packing": {"tokens": 64, "documents": 1, "balance": False},
+    "run__epochs": 2,
+}
 BOTH = ("language_modeling", second.NAME)
 LONG: dict[str, Any] = {"run__epochs": 12, "run__checkpoint_every": 4, "run__zero": 3}
 
@@ -115,6 +122,12 @@ def writer(home: Path, runs: Runs) -> Writer:
     return write
 
 
+def crossed(home: Path) -> dict[str, Any]:
+    """Gated cross-attention; some documents have no image."""
+    paths = [str(home / "data" / f"{name}-*.tar") for name in ("captions", "texts")]
+    return {**CROSS, "data__sources": [{"path": path} for path in paths]}
+
+
 def weighted(home: Path) -> dict[str, Any]:
     """Two objectives, documents weighed; seed 9 puts the broken one into the first step."""
     return {
@@ -163,6 +176,7 @@ def two(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             data__packing={"tokens": 64, "documents": 1},
         )
     )
+    recipes.append(write("crossed", run__zero=3, **crossed(home)))
     recipes.append(
         write(
             "broken",
@@ -202,6 +216,7 @@ def one(home: Path, two: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs
             write("bf16-1", run__zero=1, run__precision="bf16"),
             write("lora", run__zero=0, **LORA),
             write("weighted", run__zero=0, **weighted(home)),
+            write("crossed", run__zero=0, **crossed(home)),
             write("hop", run__zero=3),
             write("windows", **windows(home)),
         ],

@@ -187,8 +187,9 @@ def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(one: Runs, two: R
         torch.testing.assert_close(state[name], tensor, atol=2e-4, rtol=2e-3)
 
 
-def test_a_rank_without_images_does_not_hang_zero_3(two: Runs) -> None:
-    recipe = load_recipe(two.path / "text.yaml")
+@pytest.mark.parametrize(("name", "epochs"), [("text", 1), ("crossed", 2)])
+def test_a_rank_without_images_does_not_hang_zero_3(two: Runs, name: str, epochs: int) -> None:
+    recipe = load_recipe(two.path / f"{name}.yaml")
     model, processor, _ = build.model(recipe.model, recipe, torch.float32)
     plan = build.plan(recipe, model, processor, 0)
     text_source = 1
@@ -201,7 +202,20 @@ def test_a_rank_without_images_does_not_hang_zero_3(two: Runs) -> None:
         pairs = zip(micro_packs(step, 0, 2), micro_packs(step, 1, 2), strict=True)
         alone += sum(images(a) != images(b) for a, b in pairs)
     assert alone > 5, "the data gives no rank a pack without images beside one with"
-    assert len(two.losses("text")) == plan.total_steps == 18
+    assert len(two.losses(name)) == plan.total_steps == 18 * epochs
+
+
+def test_gated_cross_attention_learns_alike_on_any_number_of_ranks(one: Runs, two: Runs) -> None:
+    assert two.losses("crossed") == pytest.approx(one.losses("crossed"), abs=CLOSE)
+    norms = one.gradient_norms("crossed")
+    assert two.gradient_norms("crossed") == pytest.approx(norms, rel=1e-3)
+    state, weights = two.state("crossed"), two.weights("crossed")
+    gates = [name for name in weights if name.endswith("_gate")]
+    assert len(gates) == 4
+    assert all(weights[name].abs().max() > 1e-3 for name in gates)
+    learned = {name.split(".")[1] for name in state if name.endswith("/master")}
+    assert learned == {"connector", "fusion", "language_model"}
+    assert type(load(two.path / "crossed")[0].fusion).__name__ == "CrossAttention"
 
 
 def test_a_document_that_fails_at_decode_is_left_out_and_named(two: Runs) -> None:

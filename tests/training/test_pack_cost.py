@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from data_packing.balance import PackCost
 from mllm.recipe import load
 from mllm.training import build
-from mllm.training.pack_cost import pack_cost, pair_cost, patch_cost, token_cost
+from mllm.training.pack_cost import fusion_cost, pack_cost, pair_cost, patch_cost, token_cost
 from tests.training import tiny
 
 # of tiny.py: one token through the language model's matrices, one patch through the encoder
@@ -64,6 +64,21 @@ def test_pairs_and_patches_cost_what_their_products_take(home: Path, tmp_path: P
     model.encoder.requires_grad_(True)
     assert patch_cost(model.encoder) == pytest.approx(3 * one_image / 4)
     assert next(model.encoder.parameters()).device.type == "cpu"
+
+
+def test_layers_of_a_fusion_cost_tokens_and_patches(home: Path, tmp_path: Path) -> None:
+    spec = {"name": "cross_attention", "layers": [1], "heads": 3, "head_width": 5, "inner": 40}
+    fused = {"model__fusion": spec, "train__fusion": {"lr": 1e-3}}
+    model, recipe = model_of(home, tmp_path, **fused)
+    plain, same = model_of(home, tmp_path)
+    assert fusion_cost(plain) == (0.0, 0.0)
+    matrices = 3 * (2 * 24 * 15 + 2 * 24 * 40)
+    products = 3 * 2 * 15 * 4  # an image has four visual tokens, of as many patches
+    assert fusion_cost(model) == (matrices + products, 3 * 2 * 24 * 15)
+    costs = [pack_cost(recipe, model), pack_cost(same, plain)]
+    assert costs[0] is not None
+    assert costs[1] is not None
+    assert costs[0].pairs < costs[1].pairs
 
 
 def test_the_recipe_decides(home: Path, tmp_path: Path) -> None:

@@ -1,0 +1,173 @@
+"""What every fusion is: visual tokens of the connector in, a language model that sees them out.
+
+Shapes: B rows, T tokens of a row, D width of token embeddings; K visual tokens of a call, I images
+of a call, E width that the connector makes of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedConfig
+
+from mllm.models.errors import check_options
+from mllm.models.fusion.hooks import Hook
+from mllm.models.geometry import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Visual:
+    """The visual tokens of a call.
+
+    Attributes:
+        tokens: [K, E], in the order in which they stand.
+        images: how many of them each image has (each view, where images are cut into tiles). Empty:
+            they are of a blank image that nobody sees, made so that every rank runs every weight.
+    """
+
+    tokens: Tensor
+    images: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """What a call of the language model starts from.
+
+    Attributes:
+        embeds: [B, T, D], what enters its first layer.
+        hooks: what else reaches it.
+        keep: given the cache that the call filled, leaves there what later calls need.
+    """
+
+    embeds: Tensor
+    hooks: tuple[Hook, ...] = ()
+    keep: Callable[[Cache], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a fusion adds to a step, for the cost of a pack.
+
+    Attributes:
+        token: weights that every token of the text passes; visual: that every visual token passes.
+        pair: multiply-adds of a forward pass for every text token and visual token that it sees.
+    """
+
+    token: tuple[nn.Parameter, ...] = ()
+    visual: tuple[nn.Parameter, ...] = ()
+    pair: float = 0.0
+
+
+class Fusion(nn.Module, ABC):
+    """From token embeddings and visual tokens to what the language model computes with.
+
+    Weights are touched inside their own modules' forward only, and every training call runs every
+    module, image or not: where weights are sharded, ranks would wait for each other otherwise.
+
+    Args:
+        spec: its options by name; stored in the model's config.json.
+        config: the language model's.
+        embedding: D.
+
+    Attributes:
+        OPTIONS: names that a recipe may set.
+        WHOLE: names of its classes whose parts must be on one device.
+        PARTS: whether parts of an image, tiles or regions, may have tokens of their own.
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ()
+    WHOLE: ClassVar[tuple[str, ...]] = ()
+    PARTS: ClassVar[bool] = True
+
+    def __init__(self, spec: Mapping[str, Any], config: PreTrainedConfig, embedding: int) -> None:
+        super().__init__()
+        self.check(spec)
+        self.spec = dict(spec)
+        self.embedding = embedding
+
+    @classmethod
+    def check(cls, spec: Mapping[str, Any]) -> None:
+        """Refuse options that make no sense.
+
+        Raises:
+            ValueError: an unknown option or a bad value.
+        """
+        options = {name: value for name, value in spec.items() if name != "name"}
+        check_options(options, cls.OPTIONS, f"the fusion {spec.get('name', cls.__name__)}")
+
+    @classmethod
+    def layout(cls, layout: Layout) -> Layout:
+        """Return what stands in the text for an image of this layout."""
+        return layout
+
+    @property
+    def visual_width(self) -> int:
+        """E, which the connector is built for."""
+        return self.embedding
+
+    @abstractmethod
+    def fuse(
+        self,
+        text: Tensor,
+        slots: Tensor,
+        visual: Visual | None,
+        bounds: Sequence[int] | None,
+        cache: Cache | None,
+    ) -> Fused:
+        """Return what the language model is to be called with.
+
+        Args:
+            text: embeddings of all tokens [B, T, D].
+            slots: bool [B, T], where image tokens are.
+            visual: None where there is no image and no rank waits for one.
+            bounds: where documents begin in the rows laid one after another, and B x T. None: every
+                row is one document.
+            cache: of earlier tokens of the rows.
+
+        Raises:
+            ValueError: image tokens and images do not agree.
+        """
+
+    def tokens_of_rows(self, slots: Tensor, images: Sequence[int], made: int) -> list[int]:
+        """Return how many of the `made` visual tokens belong to each row; see `fuse`, `Visual`.
+
+        Raises:
+            ValueError: image tokens and images do not agree.
+        """
+        counts: list[int] = slots.sum(dim=1).tolist()
+        check_counts(sum(counts), len(images), made)
+        return counts
+
+    def work(self) -> Work:
+        """Return what it adds to a step."""
+        return Work()
+
+
+def check_visual(slots: Tensor, visual: Visual | None) -> None:
+    """Refuse a text that does not have one image token for every visual token: `check_counts`."""
+    images = visual.images if visual is not None else ()
+    made = len(visual.tokens) if visual is not None and images else 0
+    check_counts(int(slots.sum()), len(images), made)
+
+
+def check_counts(wanted: int, views: int, made: int) -> None:
+    """Refuse a text that does not have one image token for every visual token.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if wanted != made:
+        raise ValueError(
+            f"the text has {wanted} image tokens, but {views} views of images make {made} "
+            "visual tokens: the processor and the model disagree, or a text was cut inside an "
+            "image"
+        )
+
+
+def untouched(text: Tensor, visual: Visual) -> Tensor:
+    """Return the same numbers with the blank image's path in their graph, gradients zero."""
+    return text + visual.tokens[:0].sum().to(text.dtype)

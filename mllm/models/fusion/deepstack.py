@@ -1,0 +1,79 @@
+"""Visual tokens in the sequence, and more of them added after early layers.
+
+DeepStack, Meng et al. 2024, arXiv 2406.04334, section 3; as in Qwen3-VL (arXiv 2511.21631, section
+2), each of the chosen layers gets a level of its own. The connector makes all levels of a visual
+token side by side: the first D numbers stand in the sequence, the next D are added after the first
+chosen layer, and so on. N is the number of chosen layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers import Cache, PreTrainedConfig
+
+from mllm.models.fusion.base import Fused, Fusion, Visual, check_visual, untouched
+from mllm.models.fusion.hooks import Hook
+from mllm.models.fusion.options import check_layers, chosen_layers
+
+
+class DeepStack(Fusion):
+    """Levels of visual features, added to hidden states where image tokens are.
+
+    Options: `layers`, the layers after which a level is added (default the first three).
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ("layers",)
+
+    def __init__(self, spec: Mapping[str, Any], config: PreTrainedConfig, embedding: int) -> None:
+        super().__init__(spec, config, embedding)
+        count = config.num_hidden_layers
+        self.places = chosen_layers(spec.get("layers") or range(min(3, count)), count, "deepstack")
+        if embedding != config.hidden_size:
+            raise ValueError(
+                f"fusion deepstack: {config.model_type} embeds tokens in {embedding} numbers and "
+                f"its layers have {config.hidden_size}; use fusion in_sequence"
+            )
+
+    @classmethod
+    def check(cls, spec: Mapping[str, Any]) -> None:
+        """Refuse layers that are none."""
+        super().check(spec)
+        check_layers(spec, "deepstack")
+
+    @property
+    def visual_width(self) -> int:
+        """(1 + N) x D."""
+        return (1 + len(self.places)) * self.embedding
+
+    def fuse(
+        self,
+        text: Tensor,
+        slots: Tensor,
+        visual: Visual | None,
+        bounds: Sequence[int] | None,
+        cache: Cache | None,
+    ) -> Fused:
+        """Put the first level into the sequence and hand the others to their layers."""
+        check_visual(slots, visual)
+        if visual is None:
+            return Fused(text)
+        if not visual.images:
+            return Fused(untouched(text, visual))
+        first, *levels = visual.tokens.to(text.dtype).chunk(1 + len(self.places), dim=-1)
+        where = slots.flatten().nonzero().flatten()
+        hooks = [
+            Hook(layer, partial(_add, where, level), after=True)
+            for layer, level in zip(self.places, levels, strict=True)
+        ]
+        return Fused(text.masked_scatter(slots[..., None], first), tuple(hooks))
+
+
+def _add(where: Tensor, level: Tensor, hidden: Tensor, _: Tensor) -> Tensor:
+    """Add rows [K, D] to hidden states [B, T, D] at these places [K] of all rows."""
+    flat = hidden.flatten(0, 1)
+    added = flat.index_add(0, where.to(flat.device), level.to(flat.device, flat.dtype))
+    return added.view_as(hidden)
