@@ -1,9 +1,11 @@
-"""Qwen2-VL (Wang et al. 2024, arXiv 2409.12191) and Qwen2.5-VL (Bai et al. 2025, arXiv 2502.13923)
-as transformers holds them.
+"""Qwen2-VL (Wang et al. 2024, arXiv 2409.12191), Qwen2.5-VL (Bai et al. 2025, arXiv 2502.13923) and
+Qwen3-VL (arXiv 2511.21631) as transformers holds them.
 
 A vision transformer of native resolution, a patch merger, a language model whose positions have
 three directions. An image stands in the text as `<|vision_start|>`, its tokens and
-`<|vision_end|>`. Videos are separate images here.
+`<|vision_end|>`. In Qwen3-VL inner layers of the vision transformer have mergers of their own,
+whose tokens are added after the first layers of the language model. Videos are separate images
+here.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from mllm.models.composites import writing
@@ -42,6 +46,8 @@ from mllm.models.config import MultimodalConfig
 from mllm.models.connectors.options import whole
 from mllm.models.encoders import ENCODERS
 from mllm.models.errors import loading
+from mllm.models.fusion.deepstack import DeepStack
+from mllm.models.fusion.in_sequence import InSequence
 from mllm.models.geometry import RESAMPLING_NAMES
 from mllm.models.modeling import MultimodalModel
 from mllm.models.native import NativeGeometry
@@ -74,9 +80,12 @@ class _Kind:
     width: str
     merger: Mapping[str, str]
 
-    def names(self, text: Any) -> Names:
+    def names(self, text: Any, levels: int) -> Names:
         """Our names and theirs; `text` is the language model's configuration."""
         mergers = [("connector.merger.", "model.visual.merger.")]
+        for number in range(levels):
+            there = f"model.visual.deepstack_merger_list.{number}."
+            mergers.append((f"connector.inner.{number}.", there))
         return [
             *((a + ours, b + own) for a, b in mergers for ours, own in self.merger.items()),
             ("encoder.vision.", "model.visual."),
@@ -103,6 +112,15 @@ _QWEN2_5 = _Kind(
     "out_hidden_size",
     _LINEAR,
 )
+_QWEN3 = _Kind(
+    "qwen3_vl",
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    "Qwen3VLProcessor",
+    "layer",
+    "out_hidden_size",
+    {"norm.": "norm.", "first.": "linear_fc1.", "second.": "linear_fc2."},
+)
 
 
 def _read(
@@ -113,7 +131,8 @@ def _read(
         config: Any = AutoConfig.from_pretrained(path)
     text = copy.deepcopy(config.text_config)
     check_language(text, path)
-    spec = ENCODERS[kind.name].spec_from_folder(path)
+    inner = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+    spec = ENCODERS[kind.name].spec_from_folder(path, **({"deepstack": True} if inner else {}))
     tokenizer, token = read_tokenizer(path, config.image_token_id)
     start, end = (_token(tokenizer, config, name, path) for name in ("start", "end"))
     written = f"{start}{token}{end}"
@@ -121,21 +140,26 @@ def _read(
         "name": "patch_merger",
         "factor": config.vision_config.spatial_merge_size,
         "norm": kind.norm,
+        **({"levels": 1 + inner} if inner else {}),
     }
+    fusion = {"name": "deepstack", "layers": list(range(inner))} if inner else {}
     geometry = NativeGeometry.from_dict(spec["geometry"])
     image_text = ImageText(written, written)
-    processor = Processor(tokenizer, geometry, connector, token, image_text=image_text)
+    processor = Processor(
+        tokenizer, geometry, connector, token, image_text=image_text, fusion=fusion
+    )
     weights, generation = read_weights(path, kind.model, dtype)
     text.tie_word_embeddings = tied(weights, _EMBEDDING)
     ours = MultimodalConfig(
         encoder={"name": kind.name, **spec},
         connector=connector,
+        fusion=fusion,
         text_config=text,
         image_token=token,
         image_token_id=config.image_token_id,
         origin=kind.name,
     )
-    return build(ours, processor, weights, kind.names(text), generation), processor
+    return build(ours, processor, weights, kind.names(text, inner), generation), processor
 
 
 def _write(kind: _Kind, model: MultimodalModel, processor: Processor, folder: Path) -> None:
@@ -150,7 +174,8 @@ def _write(kind: _Kind, model: MultimodalModel, processor: Processor, folder: Pa
         tie_word_embeddings=writing.embedding_is_output(model),
         **tokens,
     )
-    save(kind.model, config, model, kind.names(text), folder)
+    inner = whole(model.config.connector, "levels", 1) - 1
+    save(kind.model, config, model, kind.names(text, inner), folder)
     geometry = model.encoder.geometry
     assert isinstance(geometry, NativeGeometry)
     seen = {
@@ -223,12 +248,15 @@ def _check(kind: _Kind, model: MultimodalModel) -> None:
     spec = writing.check_connector(model, name, "patch_merger")
     vision = writing.vision_values(model)
     merge = vision["spatial_merge_size"]
-    wide = model.encoder.width * merge**2
+    levels = whole(spec, "levels", 1)
+    wide = model.encoder.width // levels * merge**2
+    inner = vision.get("deepstack_visual_indexes") or []
     for option, found, fits in (
         ("factor", whole(spec, "factor", 2), merge),
         ("norm", spec.get("norm") or "layer", kind.norm),
         ("norm_after", bool(spec.get("norm_after")), False),
         ("hidden", whole(spec, "hidden", wide), wide),
+        ("levels", levels, 1 + len(inner)),
     ):
         if found != fits:
             raise ValueError(
@@ -238,6 +266,12 @@ def _check(kind: _Kind, model: MultimodalModel) -> None:
     if text != fitting.model_type:
         raise ValueError(
             f"{name} cannot hold the language model {text}: its own is {fitting.model_type}"
+        )
+    places = list(model.fusion.places) if isinstance(model.fusion, DeepStack) else []
+    if places != [*range(len(inner))] or not isinstance(model.fusion, DeepStack | InSequence):
+        raise ValueError(
+            f"{name} cannot hold the fusion {model.config.fusion or 'in_sequence'}: it adds the "
+            f"{len(inner)} inner layers of its encoder after its first {len(inner)} layers"
         )
     if model.config.images.get("regions") == "feature":
         raise ValueError(f"{name} cannot hold images.regions: feature: it has none in the text")
@@ -249,3 +283,4 @@ def _composite(kind: _Kind) -> Composite:
 
 QWEN2_VL = _composite(_QWEN2)
 QWEN2_5_VL = _composite(_QWEN2_5)
+QWEN3_VL = _composite(_QWEN3)
