@@ -32,6 +32,7 @@ OBJECTIVE_NAMES = tuple(OBJECTIVES)
 CONNECTOR_LAST_LINEAR = {
     "average_pool": "second",
     "c_abstractor": "second",
+    "gemma3": "second",
     "linear": "only",
     "mlp": "second",
     "pixel_shuffle": "second",
@@ -126,6 +127,12 @@ def ridge_problems(
     connector = model.connector
     if connector is None or connector.init != "ridge":
         return
+    if connector.name == "gemma3" or connector.options.get("bias") is False:
+        yield (
+            ("model", "connector", "init"),
+            "model.connector.init: ridge sets a bias of the last layer, and this connector has "
+            "none there; use init: random",
+        )
     layer = f"connector.{CONNECTOR_LAST_LINEAR.get(connector.name or '', '')}".rstrip(".")
     weight = f"{layer}.weight"
     keys = [key for key in train if weight == key or weight.startswith(f"{key}.")]

@@ -10,17 +10,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig
 
 import mllm.models.auto  # noqa: F401  (the Auto classes know the model from here on)
 from mllm.models.chat_template import with_images
+from mllm.models.composites import COMPOSITES
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, PretrainedConnector
 from mllm.models.encoders import ENCODERS, WITHOUT_PATH
 from mllm.models.errors import check_folder, check_options, choose, loading
 from mllm.models.fusion import DEFAULT, fusion_class
 from mllm.models.fusion import check_images as check_fusion
-from mllm.models.language import add_special_tokens, load_language_model, own_dtype
+from mllm.models.language import (
+    add_special_tokens,
+    generation_config,
+    load_language_model,
+    own_dtype,
+)
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import IMAGE_TOKEN, Processor, changed_connector
 from mllm.models.tiles import changed_images, check_images, special_tokens
@@ -84,10 +90,10 @@ def load(
     images: Mapping[str, Any] | None = None,
     weights: bool = True,
 ) -> tuple[MultimodalModel, Processor]:
-    """Load a stage's folder.
+    """Load a stage's folder, or begin from one of a class of transformers (`COMPOSITES`).
 
     Args:
-        folder: what a stage saved.
+        folder: what a stage saved, or the folder or hub id of such a class.
         dtype: of all weights; "auto" keeps the saved one.
         connector: reloadable options to change, e.g. {"visual_tokens": 144}.
         images: options of the tiling to change, e.g. {"tiles": 6}.
@@ -102,12 +108,32 @@ def load(
     check_folder(folder, "model")
     with loading("model", folder):
         config = AutoConfig.from_pretrained(folder)
-    if not isinstance(config, MultimodalConfig):
-        raise ValueError(
-            f"{folder} holds a {config.model_type!r} model, not one that was assembled here: give "
-            "it as language_model or encoder"
-        )
     changes = dict(connector or {})
+    if isinstance(config, MultimodalConfig):
+        model, processor = _saved(folder, config, dtype, changes, weights)
+    elif config.model_type in COMPOSITES:
+        model, processor = COMPOSITES[config.model_type].read(folder, dtype)
+        changed_connector(model.config.connector, changes)  # theirs have no reloadable options
+        if not weights:
+            nn.Module.to(model, "meta")
+    else:
+        raise ValueError(
+            f"{folder} holds a {config.model_type!r} model, neither one that was assembled here "
+            f"nor one to begin from ({', '.join(COMPOSITES)}): give it as language_model or encoder"
+        )
+    if images:
+        processor = _cut_anew(model, processor, images)
+    return model, processor
+
+
+def _saved(
+    folder: str | Path,
+    config: MultimodalConfig,
+    dtype: torch.dtype | str,
+    changes: dict[str, Any],
+    weights: bool,
+) -> tuple[MultimodalModel, Processor]:
+    """Load what a stage saved; arguments as `load`."""
     config.connector = changed_connector(config.connector, changes)
     with loading("processor", folder):
         processor = Processor.from_pretrained(folder, connector=changes)
@@ -120,8 +146,6 @@ def load(
             model = MultimodalModel(config).eval()
         saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         nn.Module.to(model, dtype=dtype if isinstance(dtype, torch.dtype) else saved)
-    if images:
-        processor = _cut_anew(model, processor, images)
     return model, processor
 
 
@@ -205,7 +229,7 @@ def _from_parts(
     model.fusion.to(precision)
     if weights and start is not None and isinstance(model.connector, PretrainedConnector):
         model.connector.load_weights(start)
-    model.generation_config = _generation_config(language_model, tokenizer, added)
+    model.generation_config = generation_config(language_model, tokenizer, added)
     return model.eval(), processor
 
 
@@ -214,21 +238,6 @@ def _fusion(section: Mapping[str, Any]) -> dict[str, Any]:
     spec = {name: value for name, value in section.items() if value is not None}
     fusion_class(spec).check(spec)
     return {} if spec.get("name", DEFAULT) == DEFAULT else spec
-
-
-def _generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, never: list[int]
-) -> GenerationConfig:
-    """The language model's own, ending turns, never writing what stands for images."""
-    config = model.generation_config or GenerationConfig()
-    ends = config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    config.eos_token_id = sorted(ends)
-    if config.pad_token_id is None:
-        pad = tokenizer.pad_token_id
-        config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
-    config.suppress_tokens = sorted({*never, *(config.suppress_tokens or [])})
-    return config
 
 
 def _as_mapping(section: Any) -> Mapping[str, Any]:

@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from mllm.models.backends import attend_exactly, attend_in_documents
+from mllm.models.blocks import Blocks
 
 NAME = "packed"
 
@@ -122,6 +123,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    blocks: Blocks | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend: inside each document when `cu_seqlens` is given, ordinarily otherwise.
@@ -132,6 +134,7 @@ def packed_attention(
         bounds: the same as plain numbers.
         sliding_window: how many tokens, itself included, a token sees.
         softcap: of the scores, s_aux: [H], sinks; see `backends.attend_exactly`.
+        blocks: images that see themselves in both directions.
 
     Returns:
         [B, T, H, E] and None (no attention weights).
@@ -145,6 +148,8 @@ def packed_attention(
                 f"{type(module).__name__} does not receive cu_seqlens: this language model drops "
                 "keyword arguments on the way to its attention and cannot be trained packed"
             )
+        if blocks is not None:
+            attention_mask = blocks.opened(attention_mask, key.shape[2])
         if softcap is None and s_aux is None:
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout, scaling, **kwargs
@@ -158,9 +163,8 @@ def packed_attention(
         if sliding_window is not None:
             call.windows.add(sliding_window)
     bounds = bounds or document_bounds(cu_seqlens, query.shape[2])
-    return attend_in_documents(
-        query, key, value, cu_seqlens, bounds, scaling, sliding_window, dropout, softcap, s_aux
-    ), None
+    options = (scaling, sliding_window, dropout, softcap, s_aux, blocks)
+    return attend_in_documents(query, key, value, cu_seqlens, bounds, *options), None
 
 
 def _check_packed(

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mllm.models.blocks import Blocks
+
 Backend = Literal["flash_attn", "varlen_attn", "sdpa"]
 
 
@@ -51,6 +53,7 @@ def attend_in_documents(
     dropout: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    blocks: Blocks | None = None,
 ) -> Tensor:
     """Attend inside each document of a pack, in the best way that this device has.
 
@@ -58,10 +61,16 @@ def attend_in_documents(
         query: [1, H, T, D]; key: [1, K, T, D]; value: [1, K, T, E].
         cu_seqlens: int32 [n+1]; bounds: the same as plain numbers.
         window: how many tokens, itself included, a token sees. None: all before it.
+        blocks: images that see themselves in both directions. Documents that have some get a mask
+            of L x L; the others are computed as without.
 
     Returns:
         [1, T, H, E].
     """
+    if blocks is not None:
+        return _attend_with_images(
+            query, key, value, cu_seqlens, bounds, scaling, window, dropout, softcap, sinks, blocks
+        )
     if softcap is not None or sinks is not None:
         return attend_exactly_in_documents(
             query, key, value, bounds, scaling, window, dropout, softcap, sinks
@@ -72,6 +81,58 @@ def attend_in_documents(
         value = functional.pad(value, (0, missing))
     output = BACKENDS[backend](query, key, value, cu_seqlens, bounds, scaling, window, dropout)
     return output[..., :-missing] if missing else output
+
+
+def _attend_with_images(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    bounds: Sequence[int],
+    scaling: float | None,
+    window: int | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    blocks: Blocks,
+) -> Tensor:
+    """Documents with images one by one, neighbours without as one smaller pack."""
+    options = (scaling, window, dropout, softcap, sinks)
+    outputs = []
+    for first, last in _runs(blocks.documents):
+        low, high = bounds[first], bounds[last]
+        q, k, v = (tensor[:, :, low:high] for tensor in (query, key, value))
+        if not blocks.documents[first]:
+            smaller = cu_seqlens[first : last + 1] - cu_seqlens[first]
+            inside = [bound - low for bound in bounds[first : last + 1]]
+            outputs.append(attend_in_documents(q, k, v, smaller, inside, *options))
+            continue
+        seen = _past(high - low, window, query.device) | blocks.later(low, high)
+        if softcap is not None or sinks is not None:
+            outputs.append(attend_exactly(q, k, v, seen, scaling, softcap, sinks, dropout))
+            continue
+        attended = functional.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=seen,
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        outputs.append(attended.transpose(1, 2))
+    return torch.cat(outputs, dim=1).contiguous()
+
+
+def _runs(shown: Sequence[bool]) -> list[tuple[int, int]]:
+    """Return (first, last + 1) of documents: each that has images, neighbours that have none."""
+    runs: list[tuple[int, int]] = []
+    for number, has in enumerate(shown):
+        if runs and not has and not shown[runs[-1][0]]:
+            runs[-1] = (runs[-1][0], number + 1)
+        else:
+            runs.append((number, number + 1))
+    return runs
 
 
 def attend_exactly(

@@ -23,6 +23,9 @@ class MultimodalConfig(PreTrainedConfig):
         text_config: configuration of the language model (any causal LM of transformers).
         image_token: the placeholder in text.
         image_token_id: its id in the tokenizer; -1 in a configuration that is not filled in yet.
+        origin: the composite that it was read from (`name` in mllm.models.composites), "" if it
+            was assembled from parts.
+        bidirectional_images: whether the tokens of an image see each other in both directions.
     """
 
     model_type = "mllm"
@@ -37,3 +40,5 @@ class MultimodalConfig(PreTrainedConfig):
     text_config: Any = None
     image_token: str = "<image>"
     image_token_id: int = -1
+    origin: str = ""
+    bidirectional_images: bool = False

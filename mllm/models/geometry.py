@@ -137,6 +137,8 @@ class ImageGeometry(Geometry):
             "pad" scales the long side and fills with the mean colour.
         resampling: "nearest", "bilinear", "bicubic" or "lanczos".
         short_edge: for "crop", the short side before cutting (0: image_size).
+        class_cell: whether the class token is one more cell, before the others; then the features
+            are one row, without places.
 
     Raises:
         ValueError: an unknown rule or filter, or a short edge below the image size.
@@ -149,6 +151,7 @@ class ImageGeometry(Geometry):
     resize: str = "squash"
     resampling: str = "bicubic"
     short_edge: int = 0
+    class_cell: bool = False
 
     def __post_init__(self) -> None:
         if self.resize not in RESIZE_RULES:
@@ -169,8 +172,11 @@ class ImageGeometry(Geometry):
         return cls(**fixed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
+        """Return plain values for JSON; `class_cell` only where it is set."""
+        values = asdict(self)
+        if not self.class_cell:
+            del values["class_cell"]
+        return values
 
     @property
     def smallest(self) -> Size:
@@ -187,7 +193,7 @@ class ImageGeometry(Geometry):
 
     def grid(self, height: int, width: int) -> Size:
         """Return (rows, columns) of the features of a square."""
-        return (self.cells, self.cells)
+        return (1, self.cells**2 + 1) if self.class_cell else (self.cells, self.cells)
 
     def preprocess(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Resize uint8 [H, W, 3] to uint8 [S, S, 3]; normalisation is the device's work."""

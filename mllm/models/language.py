@@ -21,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -144,6 +145,21 @@ def add_special_tokens(
             # the mean's logit is far below any likely token's, a random row's need not be
             weight[before:] = weight[:before].float().mean(dim=0).to(weight.dtype)
     return sorted({*own, *range(before, _rows(model))})
+
+
+def generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, never: list[int]
+) -> GenerationConfig:
+    """The language model's own, ending turns, never writing what stands for images."""
+    config = model.generation_config or GenerationConfig()
+    ends = config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    config.eos_token_id = sorted(ends)
+    if config.pad_token_id is None:
+        pad = tokenizer.pad_token_id
+        config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+    config.suppress_tokens = sorted({*never, *(config.suppress_tokens or [])})
+    return config
 
 
 def _rows(model: PreTrainedModel) -> int:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTraine
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mllm.models import attention
+from mllm.models.blocks import Blocks, image_blocks
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, Connector
 from mllm.models.encoders import ENCODERS, VisionEncoder
@@ -210,6 +211,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         cache = kwargs.get("past_key_values")
         fused = self._fuse(input_ids, pixels, sizes, order, bags, inputs_embeds, bounds, cache)
         body, layers = self.language_model.base_model, self.config.text_config.num_hidden_layers
+        kwargs |= self._blocks(input_ids, None if cu_seqlens is None else bounds, cache)
         if cu_seqlens is None or bounds is None:
             call = {"position_ids": position_ids, "attention_mask": attention_mask, **kwargs}
             with hooked(body, layers, fused.hooks):
@@ -227,6 +229,28 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 bounds=bounds,
                 **{"use_cache": False, **kwargs},
             )
+
+    def _blocks(
+        self,
+        input_ids: Tensor | None,
+        bounds: tuple[int, ...] | None,
+        cache: Cache | None = None,
+    ) -> dict[str, Blocks]:
+        """What attention is told of images that see themselves in both directions."""
+        if not self.config.bidirectional_images:
+            return {}
+        if input_ids is None:
+            raise ValueError(
+                "inputs_embeds do not say which tokens are one image, and this model's images see "
+                "themselves in both directions: give input_ids"
+            )
+        blocks = image_blocks(input_ids == self.config.image_token_id, bounds)
+        if blocks is not None and cache is not None and cache.is_compileable:
+            raise ValueError(
+                "this model's images see themselves in both directions, which a cache of fixed "
+                "length does not allow: leave cache_implementation out"
+            )
+        return {} if blocks is None else {"blocks": blocks}
 
     def _fuse(
         self,
@@ -384,20 +408,23 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | Path | None, **kwargs: Any
     ) -> Any:
         """Load what `save_pretrained` wrote; arguments as in transformers, safetensors only.
+
+        None: no folder, but `config` and `state_dict`.
 
         Raises:
             ValueError: not a model of this kind, files missing or damaged, weights that do not fit.
         """
         path = pretrained_model_name_or_path
-        check_folder(path, "model")
+        if path is not None:
+            check_folder(path, "model")
         wants_report = kwargs.pop("output_loading_info", False)
         quantisation: Any = kwargs.get("quantization_config")
         if getattr(quantisation, "llm_int8_skip_modules", ()) is None:
             quantisation.llm_int8_skip_modules = list(_NEVER_QUANTISED)
-        with loading("model", path):
+        with loading("model", path or "memory"):
             loaded: Any = super().from_pretrained(
                 path, **{**kwargs, "output_loading_info": True, "use_safetensors": True}
             )
@@ -405,7 +432,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if names := sorted(map(str, report.get(kind) or ())):
                 raise ValueError(
-                    f"{path}: the weights do not fit the configuration "
+                    f"{path or 'the model'}: the weights do not fit the configuration "
                     f"({len(names)} {kind.replace('_', ' ')}, {names[0]} first)"
                 )
         return (model, report) if wants_report else model

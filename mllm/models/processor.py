@@ -318,7 +318,7 @@ class Processor(PushToHubMixin):
         parts = (
             self.tokenizer.backend_tokenizer.to_str(),
             str(self.tokenizer.chat_template),
-            *self.template.image_text,
+            *map(str, filter(None, self.template.image_text)),
             self._regions,
             *self._budget,
             str(template.VERSION),

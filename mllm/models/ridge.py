@@ -85,8 +85,14 @@ def fit(
         batch: images that are encoded at a time.
 
     Raises:
-        ValueError: fewer than 8 samples.
+        ValueError: fewer than 8 samples, or a last layer without bias.
     """
+    last = model.connector.last_linear()
+    if last.bias is None:
+        raise ValueError(
+            "init: ridge needs a bias in the connector's last layer, and this one has none: set "
+            "connector.init: random"
+        )
     if len(samples) < _FEWEST:
         raise ValueError(
             f"init: ridge found {counted(len(samples), 'document')} of one image and a short text; "
@@ -104,7 +110,6 @@ def fit(
     spread = targets.double() - targets.double().mean(dim=0)
     centre, mean = inputs.double().mean(dim=0), targets.double().mean(dim=0)
     weight *= _scale(model, second - torch.outer(centre, centre), weight, mean)
-    last = model.connector.last_linear()
     last.weight.copy_(weight)
     last.bias.copy_(mean - weight @ centre)
     model.train(was_training)

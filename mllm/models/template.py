@@ -46,10 +46,13 @@ class ImageText(NamedTuple):
         asked: what the chat template writes for a part `{"type": "image"}`.
         written: what is tokenised in its place, and in a raw document; it holds the image token
             once.
+        before_begin: whether images that open a raw document stand before its begin token, as
+            BLIP-2 has them.
     """
 
     asked: str
     written: str
+    before_begin: bool = False
 
 
 @dataclass(slots=True)
@@ -179,8 +182,9 @@ class Template:
         """
         image, rows = self.image_text, []
         for ids in self._tokens([text.replace(image.asked, image.written) for text in texts]):
-            begin = self._begin if add_special_tokens and ids[:1] != self._begin else []
-            rows.append(np.array([*begin, *ids], dtype=np.int64))
+            at = self._begin_at(ids)
+            begin = self._begin if add_special_tokens and ids[at : at + 1] != self._begin else []
+            rows.append(np.array([*ids[:at], *begin, *ids[at:]], dtype=np.int64))
         return rows
 
     def ids_of(self, text: str) -> list[int]:
@@ -199,7 +203,9 @@ class Template:
     # -- raw documents ---------------------------------------------------------------------------
 
     def _write_raw(self, document: Document) -> Written:
-        ids, learned, last = list(self._begin), [False] * len(self._begin), True
+        ids: list[int] = []
+        learned: list[bool] = []
+        last = True
         for part, text in zip(document.parts, self._texts(document), strict=True):
             ids.extend(text)
             if isinstance(part, Image):
@@ -207,9 +213,18 @@ class Template:
             else:
                 learned.extend([part.learned] * len(text))
                 last = part.learned
+        begin = self._begin_at(ids)
+        ids[begin:begin], learned[begin:begin] = self._begin, [False] * len(self._begin)
         ids.append(self.tokenizer.eos_token_id)
         learned.append(last)
         return Written(np.array(ids, dtype=np.int64), np.array(learned, dtype=bool))
+
+    def _begin_at(self, ids: list[int]) -> int:
+        """Where the begin token goes: at the front, or after the images there."""
+        at, image = 0, self._image_ids
+        while self.image_text.before_begin and ids[at : at + len(image)] == image:
+            at += len(image)
+        return at
 
     def _texts(self, document: Document) -> list[list[int]]:
         """Ids of every part of a raw document."""

@@ -306,6 +306,8 @@ class SplitTiles(TiledGeometry):
 
     def tile_grid(self, height: int, width: int) -> Size:
         """Return (rows, columns) of the tiles, (0, 0) for an image that is one view."""
+        if self.spec.get("whole_only"):
+            return (0, 0)
         high, wide = self._on_tiles(*self._long_edge_scaled(height, width))
         if high <= self.side and wide <= self.side:
             return (0, 0)
@@ -320,6 +322,8 @@ class SplitTiles(TiledGeometry):
         image = Image.fromarray(pixels)
         high, wide = self._long_edge_scaled(image.height, image.width)
         image = self.square.scaled(image, wide, high)
+        if self.spec.get("whole_only"):
+            return [np.array(self._scaled(image, 1, 1))]
         high, wide = self._on_tiles(high, wide)
         image = self.square.scaled(image, wide, high)
         if high <= self.side and wide <= self.side:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from mllm.parts.option import FOLDER, NOTHING, SQUARE, WHOLE, Option, Part
+from mllm.parts.option import FLAG, FOLDER, NOTHING, POSITIVE, SQUARE, WHOLE, Option, Part
 
 _HIDDEN = Option(WHOLE, "width between the two layers", otherwise="the LLM's")
+_NORM = Option(FLAG, "a LayerNorm first; LLaVA has none", default=True)
+_BIAS = Option(FLAG, "of the two layers", default=True)
 
 CONNECTORS: dict[str, Part] = {
     "average_pool": Part(
@@ -14,6 +16,8 @@ CONNECTORS: dict[str, Part] = {
         {
             "visual_tokens": Option(SQUARE, "tokens of a view; may change later", reloadable=True),
             "hidden": _HIDDEN,
+            "norm": _NORM,
+            "bias": _BIAS,
         },
     ),
     "c_abstractor": Part(
@@ -36,6 +40,15 @@ CONNECTORS: dict[str, Part] = {
             ),
         },
     ),
+    "gemma3": Part(
+        "averaged cells, a norm and a matrix (Gemma 3)",
+        "models.connectors.gemma3:Gemma3Projector",
+        "{name: gemma3, visual_tokens: 256}",
+        {
+            "visual_tokens": Option(SQUARE, "tokens of a view", default=256),
+            "eps": Option(POSITIVE, "below the root of the norm", default=1e-6),
+        },
+    ),
     "linear": Part(
         "one linear layer per cell (LLaVA)",
         "models.connectors.linear:Linear",
@@ -45,7 +58,7 @@ CONNECTORS: dict[str, Part] = {
         "a norm and a two-layer GELU MLP per cell (LLaVA-1.5)",
         "models.connectors.mlp:Mlp",
         "{name: mlp}",
-        {"hidden": _HIDDEN},
+        {"hidden": _HIDDEN, "norm": _NORM, "bias": _BIAS},
     ),
     "pixel_shuffle": Part(
         "blocks of cells as one wide cell, then an MLP (InternVL)",
@@ -59,6 +72,7 @@ CONNECTORS: dict[str, Part] = {
             ),
             "layers": Option(WHOLE, "2: norm and MLP; 1: a linear layer", default=2),
             "hidden": _HIDDEN,
+            "bias": Option(FLAG, "of a single layer; Idefics3 has none", default=True),
         },
     ),
     "q_former": Part(

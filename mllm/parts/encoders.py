@@ -21,6 +21,16 @@ ENCODERS: dict[str, Part] = {
         "{name: aimv2, path: weights/aimv2-large-patch14-224}",
         {"resize": _RESIZE, "layer": _LAST},
     ),
+    "blip2": Part(
+        "the vision tower of a BLIP-2 folder",
+        "models.encoders.blip2:Blip2Encoder",
+        "{name: blip2, path: weights/blip2-opt-2.7b}",
+        {
+            "resize": _RESIZE,
+            "layer": _LAST,
+            "class_cell": Option(FLAG, "the class token as one more cell", default=True),
+        },
+    ),
     "clip": Part(
         "CLIP's vision transformer",
         "models.encoders.clip:ClipEncoder",
@@ -56,6 +66,18 @@ ENCODERS: dict[str, Part] = {
         "models.encoders.efficientnet_lite:EfficientNetLiteEncoder",
         "{name: efficientnet_lite, path: weights/efficientnet-lite0}",
         {"resize": _RESIZE},
+    ),
+    "idefics3": Part(
+        "the SigLIP of Idefics3 and SmolVLM, normalised",
+        "models.encoders.idefics3:Idefics3Encoder",
+        "{name: idefics3, path: weights/SmolVLM-Instruct}",
+        {"resize": _RESIZE, "layer": _LAST},
+    ),
+    "internvl": Part(
+        "InternViT of transformers' InternVL",
+        "models.encoders.internvl:InternVlEncoder",
+        "{name: internvl, path: weights/InternVL3-1B-hf}",
+        {"resize": _RESIZE, "layer": _LAST},
     ),
     "pair": Part(
         "two of the others side by side; it has no path",

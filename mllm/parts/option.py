@@ -70,6 +70,11 @@ SQUARE = Values(
     _near_squares,
 )
 LAYER = Values("a whole number below 0", "n < 0", lambda value: type(value) is int and value < 0)
+POSITIVE = Values(
+    "a number above 0",
+    "x > 0",
+    lambda value: isinstance(value, int | float) and type(value) is not bool and value > 0,
+)
 FLAG = Values("true or false", "yes/no", lambda value: type(value) is bool)
 FOLDER = Values(
     "a folder or hub id", "folder", lambda value: isinstance(value, str) and bool(value)

@@ -44,6 +44,7 @@ TILINGS: dict[str, Part] = {
             "longest_edge": Option(
                 WHOLE, "pixels of the long edge; at most 6 tiles", otherwise="4 tiles"
             ),
+            "whole_only": Option(FLAG, "scale so, but show the whole image alone", default=False),
         },
     ),
 }

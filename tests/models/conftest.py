@@ -44,6 +44,7 @@ WORDS = (
 SMALL: dict[str, dict[str, Any]] = {
     "average_pool": {"visual_tokens": 4},
     "c_abstractor": {"visual_tokens": 4, "hidden": 8, "depth": 1},
+    "gemma3": {"visual_tokens": 4},
     "q_former": {"visual_tokens": 3, "hidden": 8, "heads": 2, "depth": 2, "inner": 8},
     "resampler": {"visual_tokens": 5, "depth": 2, "heads": 2, "head_width": 4},
 }
@@ -179,9 +180,12 @@ def save_efficientnet(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of parts by name."""
+    from tests.models.llava_folders import save_blip2  # which is made of this module's parts
+
     root = tmp_path_factory.mktemp("parts")
     return {
         "llama": save_language_model(root / "llama"),
+        "blip2": save_blip2(root / "blip2"),
         "clip": save_clip(root / "clip"),
         "siglip": save_siglip(root / "siglip"),
         "efficientnet_lite": save_efficientnet(root / "efficientnet_lite"),

@@ -19,8 +19,12 @@ from transformers import (
     DINOv3ConvNextModel,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    Idefics3VisionConfig,
+    InternVLVisionConfig,
+    InternVLVisionModel,
     PreTrainedModel,
 )
+from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 SHARED: dict[str, Any] = {
@@ -120,10 +124,42 @@ def save_aimv2(folder: Path, **changes: Any) -> Path:
     return save(folder, Aimv2VisionModel(config), values)
 
 
+def save_internvl_tower(folder: Path) -> Path:
+    """With a last norm, and the mask token that only pre-training used."""
+    torch.manual_seed(16)
+    config = InternVLVisionConfig(
+        **SHARED,
+        intermediate_size=32,
+        attention_bias=True,
+        use_mean_pooling=False,
+        use_mask_token=True,
+        projection_dropout=0.5,
+    )
+    return save(folder, InternVLVisionModel(config), squash())
+
+
+def save_idefics3_tower(folder: Path) -> Path:
+    torch.manual_seed(17)
+    config = Idefics3VisionConfig(**SHARED, intermediate_size=32)
+    return save(folder, Idefics3VisionTransformer(config), squash())
+
+
+def squash() -> dict[str, Any]:
+    """A preprocessor that squashes, bicubic."""
+    return {
+        **dinov3(),
+        "image_processor_type": "SiglipImageProcessor",
+        "resample": 3,
+        "do_convert_rgb": True,
+    }
+
+
 SAVERS: dict[str, Callable[[Path], Path]] = {
     "aimv2": save_aimv2,
     "dinov2": save_dinov2,
     "dinov2_with_registers": save_dinov2_with_registers,
     "dinov3_convnext": save_dinov3_convnext,
     "dinov3_vit": save_dinov3_vit,
+    "idefics3": save_idefics3_tower,
+    "internvl": save_internvl_tower,
 }

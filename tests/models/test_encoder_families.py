@@ -26,6 +26,7 @@ from transformers import (
     Dinov2WithRegistersModel,
     DINOv3ConvNextModel,
     DINOv3ViTModel,
+    InternVLVisionModel,
     PreTrainedModel,
     Siglip2VisionConfig,
     Siglip2VisionModel,
@@ -33,6 +34,7 @@ from transformers import (
     SiglipModel,
     SiglipVisionModel,
 )
+from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 
 from data_packing.images import decode
 from data_packing.pack import collate, join_views
@@ -48,6 +50,8 @@ MODELS: dict[str, type[PreTrainedModel]] = {
     "dinov2_with_registers": Dinov2WithRegistersModel,
     "dinov3_convnext": DINOv3ConvNextModel,
     "dinov3_vit": DINOv3ViTModel,
+    "idefics3": Idefics3VisionTransformer,
+    "internvl": InternVLVisionModel,
     "siglip": SiglipVisionModel,
 }
 IMAGE = picture(1).data

@@ -3,6 +3,7 @@
 from mllm.models.connectors.average_pool import AveragePool
 from mllm.models.connectors.base import Connector
 from mllm.models.connectors.c_abstractor import CAbstractor
+from mllm.models.connectors.gemma3 import Gemma3Projector
 from mllm.models.connectors.linear import Linear
 from mllm.models.connectors.mlp import Mlp
 from mllm.models.connectors.pixel_shuffle import PixelShuffle
@@ -13,6 +14,7 @@ from mllm.models.connectors.resampler import Resampler
 CONNECTORS: dict[str, type[Connector]] = {
     "average_pool": AveragePool,
     "c_abstractor": CAbstractor,
+    "gemma3": Gemma3Projector,
     "linear": Linear,
     "mlp": Mlp,
     "pixel_shuffle": PixelShuffle,
@@ -20,4 +22,4 @@ CONNECTORS: dict[str, type[Connector]] = {
     "resampler": Resampler,
 }
 
-__all__ = ["CONNECTORS", "Connector", "PretrainedConnector"]
+__all__ = ["CONNECTORS", "Connector", "PixelShuffle", "PretrainedConnector"]

@@ -1,4 +1,4 @@
-"""LayerNorm and a two-layer GELU MLP per cell (LLaVA-1.5, arXiv 2310.03744)."""
+"""A two-layer GELU MLP per cell (LLaVA-1.5, arXiv 2310.03744, section 3.2), after a LayerNorm."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mllm.models.connectors.base import Connector
 from mllm.parts import CONNECTORS
+from mllm.parts.option import chosen
 
 
 class Mlp(Connector):
@@ -19,10 +20,12 @@ class Mlp(Connector):
     def __init__(self, spec: Mapping[str, Any], features: int, width: int) -> None:
         super().__init__(spec, features, width)
         hidden = self.number(spec, "hidden", width)
-        self.norm = nn.LayerNorm(features)
-        self.first = nn.Linear(features, hidden)
+        bias = chosen(self.OPTIONS, spec, "bias")
+        if chosen(self.OPTIONS, spec, "norm"):
+            self.norm = nn.LayerNorm(features)
+        self.first = nn.Linear(features, hidden, bias=bias)
         self.act = nn.GELU()
-        self.second = nn.Linear(hidden, width)
+        self.second = nn.Linear(hidden, width, bias=bias)
 
     @classmethod
     def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:
@@ -31,13 +34,15 @@ class Mlp(Connector):
 
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """Map [C, Dv] to [C, D]."""
-        tokens: Tensor = self.second(self.act(self.first(self.norm(features))))
+        norm = self.input_norm()
+        cells = features if norm is None else norm(features)
+        tokens: Tensor = self.second(self.act(self.first(cells)))
         return tokens
 
     def last_linear(self) -> nn.Linear:
         """Return the second layer."""
         return self.second
 
-    def input_norm(self) -> nn.LayerNorm:
-        """Return the LayerNorm."""
-        return self.norm
+    def input_norm(self) -> nn.LayerNorm | None:
+        """Return the LayerNorm, if there is one."""
+        return getattr(self, "norm", None)

@@ -22,8 +22,8 @@ class PixelShuffle(Connector):
 
     A side of the grid that the factor does not divide is padded with zero cells on the right and
     below, so a grid of r x c gives ceil(r/f) x ceil(c/f) tokens. Two layers are InternVL's
-    LayerNorm and two-layer GELU MLP; one is the single linear layer of Idefics3 and SmolVLM, here
-    with a bias that starts at zero.
+    LayerNorm and two-layer GELU MLP; one is the single linear layer of Idefics3 and SmolVLM, which
+    has no bias there and one that starts at zero here, unless `bias` is off.
     """
 
     OPTIONS = CONNECTORS["pixel_shuffle"].options
@@ -40,8 +40,9 @@ class PixelShuffle(Connector):
             self.act = nn.GELU()
             self.second = nn.Linear(hidden, width)
         else:
-            self.second = nn.Linear(wide, width)
-            nn.init.zeros_(self.second.bias)
+            self.second = nn.Linear(wide, width, bias=spec.get("bias") is not False)
+            if self.second.bias is not None:
+                nn.init.zeros_(self.second.bias)
 
     @classmethod
     def check(cls, spec: Mapping[str, Any]) -> None:
@@ -55,6 +56,8 @@ class PixelShuffle(Connector):
                 "connector pixel_shuffle: hidden is the width between two layers; with layers: 1 "
                 "leave it out"
             )
+        if layers == 2 and spec.get("bias") is False:
+            raise ValueError("connector pixel_shuffle: bias: false needs layers: 1")
 
     @classmethod
     def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:

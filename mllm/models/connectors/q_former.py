@@ -26,7 +26,7 @@ from mllm.models.connectors.pretrained import PretrainedConnector, read_weights
 from mllm.models.errors import check_folder, loading
 from mllm.parts import CONNECTORS
 
-_NAMES = {
+NAMES = {
     "hidden": "hidden_size",
     "depth": "num_hidden_layers",
     "heads": "num_attention_heads",
@@ -49,7 +49,7 @@ class QFormer(PretrainedConnector):
 
     def __init__(self, spec: Mapping[str, Any], features: int, width: int) -> None:
         super().__init__(spec, features, width)
-        sizes: dict[str, Any] = {name: self.number(spec, option) for option, name in _NAMES.items()}
+        sizes: dict[str, Any] = {name: self.number(spec, option) for option, name in NAMES.items()}
         config = Blip2QFormerConfig(
             **sizes,
             encoder_hidden_size=features,
@@ -66,7 +66,7 @@ class QFormer(PretrainedConnector):
     def check(cls, spec: Mapping[str, Any]) -> None:
         """Refuse sizes beside a path, and heads that do not divide the width."""
         super().check(spec)
-        given = [name for name in ("visual_tokens", *_NAMES) if spec.get(name) is not None]
+        given = [name for name in ("visual_tokens", *NAMES) if spec.get(name) is not None]
         if spec.get("path") is not None and given:
             raise ValueError(
                 f"connector q_former: path brings its own {given[0]}; leave out {', '.join(given)}"
@@ -116,7 +116,7 @@ class QFormer(PretrainedConnector):
                     f"{path}: a Q-Former with {name} {getattr(bert, name)} is not supported, only "
                     f"{getattr(plain, name)}"
                 )
-        sizes = {option: getattr(bert, name) for option, name in _NAMES.items()}
+        sizes = {option: getattr(bert, name) for option, name in NAMES.items()}
         kept = {name: value for name, value in spec.items() if name != "path"}
         return {**kept, "visual_tokens": config.num_query_tokens, **sizes}
 

@@ -133,7 +133,7 @@ def _part_spec(section: Any, part: str, resize: Mapping[str, Any]) -> dict[str, 
         if key not in ("name", "path") and value is not None
     }
     family.check(options, part)
-    return {
-        "name": section["name"],
-        **family.spec_from_folder(section["path"], **options, **resize),
-    }
+    spec = family.spec_from_folder(section["path"], **options, **resize)
+    if spec["geometry"].get("class_cell"):
+        raise ValueError(f"{part}: the class token has no place on a grid; give class_cell: false")
+    return {"name": section["name"], **spec}

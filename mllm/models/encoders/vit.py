@@ -23,11 +23,12 @@ _QUIET: dict[str, Any] = {
     "pos_embed_jitter": None,
     "pos_embed_rescale": None,
     "pos_embed_shift": None,
+    "projection_dropout": 0.0,
 }
 """Randomness that some models add while they train: with it a packed step would differ from an
 unpacked one, and a resumed run from an uninterrupted one."""
 
-_OF_BACKBONES = ("out_features", "out_indices", "_out_features", "_out_indices", "stage_names")
+_NOT_KEPT = ("dtype", "out_features", "out_indices", "_out_features", "_out_indices", "stage_names")
 
 
 class VisionTransformer(VisionEncoder):
@@ -101,12 +102,22 @@ class VisionTransformer(VisionEncoder):
         return config
 
     @classmethod
+    def _own(cls, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Turn a configuration of another name but the same meaning into the family's."""
+        return config
+
+    @classmethod
+    def _preprocessor(cls, path: str | Path) -> Mapping[str, Any]:
+        """Read what the folder says about images."""
+        return read_preprocessor(path)
+
+    @classmethod
     def _read_config(cls, path: str | Path) -> PreTrainedConfig:
         """Read config.json; of a model of images and texts, its vision part."""
         check_folder(path, "encoder")
         with loading("encoder", path):
             config = AutoConfig.from_pretrained(path)
-        config = getattr(config, "vision_config", config)
+        config = cls._own(getattr(config, "vision_config", config))
         if type(config) is not cls.CONFIG:
             raise ValueError(
                 f"{path} holds a {config.model_type!r} model, not {cls.__name__}{_meant(config)}"
@@ -115,14 +126,21 @@ class VisionTransformer(VisionEncoder):
             if hasattr(config, name):
                 side = square(getattr(config, name), f"{path}: {name} of config.json")
                 setattr(config, name, side)
-        if config.num_channels != 3:
-            raise ValueError(f"{path}: config.json has {config.num_channels} channels, not 3")
+        channels = getattr(config, "num_channels", 3)  # some classes can have no others
+        if channels != 3:
+            raise ValueError(f"{path}: config.json has {channels} channels, not 3")
         return config
 
     @classmethod
     def spec_from_folder(cls, path: str | Path, **options: Any) -> dict[str, Any]:
         """Read config.json and preprocessor_config.json."""
-        config = cls._read_config(path)
+        return cls.spec_from(cls._read_config(path), cls._preprocessor(path), path, **options)
+
+    @classmethod
+    def spec_from(
+        cls, config: PreTrainedConfig, seen: Mapping[str, Any], path: str | Path, **options: Any
+    ) -> dict[str, Any]:
+        """Return the spec of what both files say, changing `config`; `path` is for messages."""
         layer, depth = options.get("layer", cls.OPTIONS["layer"].default), cls._depth(config)
         if type(layer) is not int or not -depth <= layer <= -1:
             raise ValueError(
@@ -130,7 +148,7 @@ class VisionTransformer(VisionEncoder):
             )
         cls._cut(config, depth + layer + 1)
         geometry = read_geometry(
-            read_preprocessor(path),
+            seen,
             path,
             cells=lambda side: cls._cells(config, side),
             takes=cls._takes(config),
@@ -139,7 +157,7 @@ class VisionTransformer(VisionEncoder):
         values = config.to_diff_dict()
         values["num_hidden_layers"] = cls._depth(config)  # also where it is the class's default
         spec = {
-            "config": {key: value for key, value in values.items() if key not in _OF_BACKBONES},
+            "config": {key: value for key, value in values.items() if key not in _NOT_KEPT},
             "layer": layer,
             "geometry": geometry.to_dict(),
         }

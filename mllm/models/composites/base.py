@@ -1,0 +1,39 @@
+"""What it takes to begin from somebody's whole model and to give it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mllm.models.modeling import MultimodalModel
+from mllm.models.processor import Processor
+
+Read = Callable[[str | Path, torch.dtype | str], tuple[MultimodalModel, Processor]]
+"""(their folder or hub id, dtype or "auto") -> our model in eval mode and its processor.
+
+ValueError: something in it that cannot be built here.
+"""
+
+Write = Callable[[MultimodalModel, Processor, Path], None]
+"""(model, processor, folder to write) -> nothing; plain transformers loads the folder.
+
+ValueError: what the class cannot hold, before anything is written.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Composite:
+    """A class of transformers that holds an encoder, a connector and a language model.
+
+    Attributes:
+        name: what `mllm export --to` calls it; kept as `origin` of a model that was read from it.
+        read: from its folder to our model.
+        write: from our model to its folder.
+    """
+
+    name: str
+    read: Read
+    write: Write

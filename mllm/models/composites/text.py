@@ -1,0 +1,128 @@
+"""The tokenizers of transformers' classes: their image token, and a chat template that begins.
+
+A processor of transformers renders a conversation and hands the text to the tokenizer, which puts
+its begin token in front unless the text has it. Here the chat template is all there is. So a
+template that leaves the begin token to the tokenizer gets it on reading, and a tokenizer that would
+add one to a template without it is kept from that on writing. Token ids are the same either way.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from mllm.models.chat_template import with_images
+from mllm.models.errors import loading, read_json
+
+_QUESTION: Any = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
+
+
+def read_tokenizer(
+    path: str | Path, image_id: int, asked_id: int | None = None
+) -> tuple[PreTrainedTokenizerBase, str]:
+    """Load the tokenizer of a class's folder (or hub id), and say which string its image token is.
+
+    Args:
+        path: the folder.
+        image_id: the id of the image token by config.json.
+        asked_id: the id of the token that the chat template writes for an image, where it is not
+            the image token.
+
+    Raises:
+        ValueError: no tokenizer, or none that has the image token.
+    """
+    with loading("tokenizer", path):
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    token: Any = tokenizer.convert_ids_to_tokens(image_id) if image_id < len(tokenizer) else None
+    if not token:
+        raise ValueError(
+            f"{path}: config.json says that images are the token {image_id}, but the tokenizer has "
+            f"{len(tokenizer)}; take both files from one checkpoint"
+        )
+    # a plain word becomes special, so that no text may hold it
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _older_template(path)
+    template: Any = tokenizer.chat_template
+    if isinstance(template, str) and _adds_begin(tokenizer) and not _begins(tokenizer):
+        tokenizer.chat_template = "{{- bos_token }}" + template
+    asked = token if asked_id is None else tokenizer.convert_ids_to_tokens(asked_id)
+    with_images(tokenizer, str(asked))
+    return tokenizer, str(token)
+
+
+def check_token(token: str, named: str, path: str | Path) -> None:
+    """Refuse an image token that is not the one that a processor looks for.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if token != named:
+        raise ValueError(
+            f"{path}: images are {token!r} by config.json and {named!r} for the processor; take "
+            "both files from one checkpoint"
+        )
+
+
+def named_token(tokenizer: PreTrainedTokenizerBase, name: str, path: str | Path) -> str:
+    """Return a special token that a processor looks up in the tokenizer by this name.
+
+    Raises:
+        ValueError: the tokenizer does not have the name.
+    """
+    text = getattr(tokenizer, name, None)
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{path}: the tokenizer names no {name}; it stands in the checkpoint's own "
+            "tokenizer_config.json"
+        )
+    return text
+
+
+def written_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a copy for a processor of transformers: it adds nothing to what the template writes.
+
+    Raises:
+        ValueError: the tokenizer cannot be kept from adding its begin token.
+    """
+    result = copy.deepcopy(tokenizer)
+    template = result.chat_template
+    if not template or not _adds_begin(result) or _begins(result):
+        return result
+    switched: Any = result
+    if hasattr(switched, "add_bos_token"):
+        switched.add_bos_token = False
+    if _adds_begin(result):
+        switched.backend_tokenizer.post_processor = None
+    with tempfile.TemporaryDirectory() as folder:
+        result.save_pretrained(folder)
+        again = AutoTokenizer.from_pretrained(folder)
+    if _adds_begin(result) or _adds_begin(again):
+        raise ValueError(
+            "the chat template does not write the begin token, but the tokenizer adds it, and so "
+            "would transformers' processor: put {{ bos_token }} before the chat template"
+        )
+    return result
+
+
+def _adds_begin(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts its begin token before a text."""
+    ids: list[int] = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+
+
+def _begins(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes the begin token."""
+    text: Any = tokenizer.apply_chat_template(_QUESTION, tokenize=False)
+    return bool(text.startswith(tokenizer.bos_token))
+
+
+def _older_template(path: str | Path) -> str | None:
+    """The chat template of folders that keep it in a file of its own beside the processor."""
+    file = cached_file(str(path), "chat_template.json", _raise_exceptions_for_missing_entries=False)
+    return read_json(Path(file)).get("chat_template") if file else None

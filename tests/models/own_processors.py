@@ -1,0 +1,50 @@
+"""transformers' own processors where torchvision is not installed.
+
+The processors of InternVL and SmolVLM want a video processor, which needs torchvision. Here the
+same classes load without one: what they make of texts and images is their own code. This file
+imports nothing of ours: a process that cannot import us uses it too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoProcessor
+from transformers.models.internvl.processing_internvl import InternVLProcessor
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
+
+
+class _InternVl(InternVLProcessor):
+    """Without videos."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+
+class _SmolVlm(SmolVLMProcessor):
+    """Without videos, which alone need numbers as words."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        image_seq_len: int = 169,
+        chat_template: str | None = None,
+    ) -> None:
+        processing_smolvlm.num2words = processing_smolvlm.num2words or str
+        super().__init__(image_processor, tokenizer, None, image_seq_len, chat_template)
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+        return super(SmolVLMProcessor, self).apply_chat_template(*args, **kwargs)
+
+
+def own_processor(folder: str, name: str) -> Any:
+    """Load the processor of a folder."""
+    kinds = {"internvl": _InternVl, "smolvlm": _SmolVlm}
+    return kinds.get(name, AutoProcessor).from_pretrained(folder)
