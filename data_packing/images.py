@@ -85,7 +85,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         pixels = _decode_jpeg(data) if image.format in ("JPEG", "MPO") else None
         if pixels is None:
             try:
-                upright = _upright(_to_rgb(image), orientation)
+                upright = _upright(to_rgb(image), orientation)
             except (
                 OSError,
                 SyntaxError,
@@ -178,7 +178,12 @@ def _decode_jpeg(data: bytes) -> NDArray[np.uint8] | None:
     return pixels
 
 
-def _to_rgb(image: PillowImage.Image) -> PillowImage.Image:
+def to_rgb(image: PillowImage.Image) -> PillowImage.Image:
+    """Return an image of any mode as 8-bit RGB, transparency laid over white.
+
+    Raises:
+        ValueError: floating-point pixels.
+    """
     if image.mode.startswith("I"):
         grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
         return PillowImage.fromarray(grey.astype(np.uint8)).convert("RGB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -75,6 +76,74 @@ def chat(
     from mllm.inference.chat import chat as talk
 
     talk(folder, image or [], question, max_new_tokens, temperature, device)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="What a stage saved.")],
+    output: Annotated[Path, typer.Argument(help="A new folder.")],
+    to: Annotated[str, typer.Option(help="The format: see docs/export.md.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; left out, the saved one.")
+    ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Keep the LoRA adapter apart from the weights.")
+    ] = False,
+) -> None:
+    """Write a model for other programs, which load it without this package."""
+    quiet()
+    from mllm.export.command import summary, write
+
+    write(folder, to, output, dtype, adapter)
+    print(summary(to, output))
+
+
+@app.command()
+def assemble(
+    recipe: Annotated[Path, typer.Argument(help="A recipe; its model section is enough.")],
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The folder; default: outputs/FOLDER/RECIPE-assembled.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="fp32, bf16, fp16, or auto: the language model's.")
+    ] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read no weights, save none.")] = False,
+) -> None:
+    """Build the model of a recipe, save it, and say what it is: parameters, tokens of images."""
+    from mllm.recipe import load_parts
+    from mllm.recipe_yaml import nearest
+    from mllm.training.sources import check_model
+
+    if recipe.is_dir():
+        raise ValueError(f"{recipe} is a folder of stages: give the recipe of one")
+    dtypes = ("auto", "fp32", "bf16", "fp16")
+    if dtype not in dtypes:
+        raise ValueError(f"--dtype {dtype} is not known{nearest(dtype, dtypes)}")
+    parts = load_parts(recipe, overrides or [])
+    check_model(parts.model)
+    default = Path("outputs", recipe.resolve().parent.name, f"{recipe.stem}-assembled")
+    quiet()
+    from mllm.training.assembly import assemble as build
+
+    build(parts, None if dry_run else output or default, dtype)
+
+
+@app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="One part, shown in full.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """List what a recipe can name: encoders, connectors, tilings, language models, objectives."""
+    from rich.console import Console
+
+    from mllm.parts import listing
+
+    shown = listing.overview() if name is None else listing.in_full(name)
+    if as_json:
+        typer.echo(json.dumps(listing.as_json(name)))
+    else:
+        Console().print(shown)
 
 
 def quiet() -> None:

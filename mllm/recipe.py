@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from mllm.recipe_errors import validated
 from mllm.recipe_parts import (
     MODULES,
     fusion_problems,
@@ -25,9 +24,9 @@ from mllm.recipe_parts import (
     ridge_problems,
     train_problems,
 )
-from mllm.recipe_yaml import Path_, RecipeError, Source, closest, flatten, nearest, override, read
+from mllm.recipe_yaml import Path_, RecipeError, flatten, override, read
 
-__all__ = ["MODULES", "Recipe", "RecipeError", "load", "load_all", "stages"]
+__all__ = ["MODULES", "Parts", "Recipe", "RecipeError", "load", "load_all", "load_parts", "stages"]
 
 
 def _whole(value: Any) -> Any:
@@ -271,6 +270,14 @@ class Recipe(Section):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+class Parts(Section):
+    """What a recipe says of its model and of how it learns."""
+
+    model: ModelSection
+    train: dict[str, TrainValue] = {}
+    optimizer: OptimizerSection = OptimizerSection()
+
+
 def load(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, complete and check one recipe.
 
@@ -284,11 +291,7 @@ def load(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     file = Path(file)
     source = read(file)
     override(source, overrides)
-    try:
-        recipe = Recipe.model_validate(source.values)
-    except ValidationError as error:
-        lines = [_explain(source, detail) for detail in _causes(error.errors())]
-        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+    recipe = validated(Recipe, source)
     problems = list(_impossible(recipe))
     if problems:
         raise RecipeError("\n".join(f"{source.place(path)}: {text}" for path, text in problems))
@@ -297,6 +300,31 @@ def load(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         output = str(Path("outputs") / folder / file.stem)
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"output": output})})
     return recipe
+
+
+def load_parts(file: str | Path, overrides: Sequence[str] = ()) -> Parts:
+    """Read and check what a recipe says of its model; a file may say nothing else.
+
+    Args:
+        file: a whole recipe, or its `model:` section alone or with `train:`.
+        overrides: as for `load`.
+
+    Raises:
+        RecipeError: as `load`; of a whole recipe also for what is wrong elsewhere in it.
+    """
+    source = read(Path(file))
+    override(source, overrides)
+    if {"data", "run"} & source.values.keys():
+        recipe = load(file, overrides)
+        return Parts(model=recipe.model, train=recipe.train, optimizer=recipe.optimizer)
+    parts = validated(Parts, source)
+    problems = list(model_problems(parts.model))
+    if parts.train:
+        problems += train_problems(parts.train, parts.optimizer.lr)
+        problems += fusion_problems(parts.model, parts.train)
+    if problems:
+        raise RecipeError("\n".join(f"{source.place(path)}: {text}" for path, text in problems))
+    return parts
 
 
 def stages(path: str | Path) -> list[Path]:
@@ -361,65 +389,3 @@ def _impossible(recipe: Recipe) -> Iterable[tuple[Path_, str]]:
     if not recipe.data.sources:
         yield ("data", "sources"), "data.sources is empty: give at least one {path: …}"
     yield from objective_problems(recipe.objectives, recipe.data.sources)
-
-
-def _causes(details: list[ErrorDetails]) -> list[ErrorDetails]:
-    """The errors without the keys that are missing because they were misspelt."""
-    meant = {
-        (*detail["loc"][:-1], closest(str(detail["loc"][-1]), _fields(detail["loc"][:-1])))
-        for detail in details
-        if detail["type"] == "extra_forbidden"
-    }
-    return [item for item in details if item["type"] != "missing" or item["loc"] not in meant]
-
-
-def _explain(source: Source, detail: ErrorDetails) -> str:
-    """One pydantic error as: place: key: what is wrong and what is valid."""
-    path: Path_ = tuple(detail["loc"])
-    dotted = ".".join(map(str, path))
-    kind, value = detail["type"], detail.get("input")
-    if kind == "extra_forbidden":
-        valid = _fields(path[:-1])
-        return f"{source.place(path)}: unknown key {dotted!r}{nearest(str(path[-1]), valid)}"
-    if kind == "missing":
-        return f"{source.place(path[:-1])}: {dotted} is missing"
-    text = detail["msg"].removeprefix("Value error, ")
-    text = text.replace("Input should be", "expected")
-    if kind in ("model_type", "dict_type"):
-        valid = _fields(path)
-        keys = f" with the keys {', '.join(valid)}" if valid else ""
-        text = f"expected a mapping{keys}"
-    hint = ""
-    if kind == "literal_error" and isinstance(value, str):
-        expected = str(detail.get("ctx", {}).get("expected", ""))
-        hint = nearest(value, [w.strip("' ") for w in expected.replace(" or ", ",").split(",")])
-    return f"{source.place(path)}: {dotted}: {text}, got {value!r}{hint}"
-
-
-def _fields(path: Path_) -> list[str]:
-    """The valid keys at a place of the schema, [] where any key is allowed."""
-    here: Any = Recipe
-    for part in path:
-        if isinstance(here, type) and issubclass(here, BaseModel):
-            fields = here.model_fields.items()
-            here = next((f.annotation for n, f in fields if part in (n, f.alias)), None)
-        else:
-            here = _inner(here)
-    here = _inner(here)
-    if isinstance(here, type) and issubclass(here, Section):
-        return [
-            f.alias or name
-            for name, f in here.model_fields.items()
-            if name not in ("frozen", "off")
-        ]
-    return []
-
-
-def _inner(annotation: Any) -> Any:
-    """The section inside Optional[...], tuple[X, ...], dict[str, X] and Annotated[X, ...]."""
-    if typing.get_origin(annotation) is dict:
-        annotation = typing.get_args(annotation)[1]
-    for argument in typing.get_args(annotation):
-        if isinstance(argument, type) and issubclass(argument, Section):
-            return argument
-    return annotation

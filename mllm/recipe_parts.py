@@ -1,15 +1,16 @@
 """What a recipe may say about the parts of a model and its losses, checked without importing torch.
 
-The tables repeat the registries of mllm.models and mllm.objectives, because those import torch; a
-test compares them.
+What there is and which options it takes is declared in mllm.parts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import isqrt
 from typing import TYPE_CHECKING, Any
 
+from mllm.parts import CONNECTORS, ENCODERS, FUSIONS, IMAGES, OBJECTIVES, TILINGS, Option, Part
+from mllm.parts.fusions import DEFAULT, WITH_WEIGHTS
+from mllm.parts.option import SECTION, problems
 from mllm.recipe_yaml import Path_, closest, nearest
 
 if TYPE_CHECKING:
@@ -26,55 +27,20 @@ PARTS = ("encoder", "connector", "language_model")
 MODULES = (*PARTS, "fusion")
 """What `train:` may name."""
 
-OBJECTIVE_NAMES = ("language_modeling",)
+OBJECTIVE_NAMES = tuple(OBJECTIVES)
 
-_COUNTS = (
-    *("cross_every", "depth", "factor", "head_width", "heads", "hidden", "inner", "layers"),
-    *("positions", "tiles", "min_tiles", "longest_edge", "every"),
-)
-"""Options that are whole numbers from 1 on, whichever part has them."""
-
-_SQUARES = ("average_pool", "c_abstractor")  # connectors that pool to a square grid
-
-ENCODER_OPTIONS: dict[str, tuple[str, ...]] = {
-    "aimv2": ("resize", "layer"),
-    "blip2": ("resize", "layer", "class_cell"),
-    "clip": ("resize", "layer"),
-    "dinov2": ("resize", "layer", "class_token"),
-    "dinov2_with_registers": ("resize", "layer", "class_token"),
-    "dinov3_convnext": ("resize", "layer"),
-    "dinov3_vit": ("resize", "layer", "class_token"),
-    "efficientnet_lite": ("resize",),
-    "pair": ("resize", "first", "second"),
-    "qwen2_5_vl": ("layer", "min_pixels", "max_pixels"),
-    "qwen2_vl": ("layer", "min_pixels", "max_pixels"),
-    "qwen3_vl": ("layer", "min_pixels", "max_pixels", "deepstack"),
-    "siglip": ("resize", "layer"),
-    "siglip2_naflex": ("layer", "max_patches"),
-    "timm": ("resize", "layer"),
+BOUNDS = {
+    name: option
+    for part in ENCODERS.values()
+    for name, option in part.options.items()
+    if option.reloadable
 }
-"""Encoder → the options it takes beside name and path."""
-
-BOUNDS = ("min_pixels", "max_pixels", "max_patches")
-"""Options of encoders of native resolution that may change beside model.from."""
-
-CONNECTOR_OPTIONS: dict[str, tuple[str, ...]] = {
-    "average_pool": ("visual_tokens", "hidden", "norm", "bias"),
-    "c_abstractor": ("visual_tokens", "hidden", "depth", "positions"),
-    "linear": (),
-    "mlp": ("hidden", "norm", "bias"),
-    "patch_merger": ("factor", "norm", "norm_after", "hidden", "levels"),
-    "pixel_shuffle": ("factor", "layers", "hidden"),
-    "q_former": (
-        *("path", "text", "visual_tokens", "hidden", "depth", "heads", "inner", "cross_every"),
-    ),
-    "resampler": ("visual_tokens", "hidden", "depth", "heads", "head_width"),
-}
-"""Connector → the options it takes beside name and init."""
+"""Options of encoders that may change beside model.from."""
 
 CONNECTOR_LAST_LINEAR = {
     "average_pool": "second",
     "c_abstractor": "second",
+    "gemma3": "second",
     "linear": "only",
     "mlp": "second",
     "patch_merger": "merger.second",
@@ -84,29 +50,12 @@ CONNECTOR_LAST_LINEAR = {
 }
 """Connector → the layer inside it that `init: ridge` solves."""
 
-FUSION_OPTIONS: dict[str, tuple[str, ...]] = {
-    "cross_attention": ("every", "layers", "heads", "head_width", "inner", "only_immediate"),
-    "deepstack": ("layers",),
-    "in_sequence": (),
-}
-"""Fusion → the options it takes."""
-
-WITH_WEIGHTS = ("cross_attention",)
-"""Fusions that have something to learn; their gates start closed."""
-
-TILING_OPTIONS: dict[str, tuple[str, ...]] = {
-    "any_resolution": ("grids", "tiles"),
-    "dynamic": ("tiles", "min_tiles", "thumbnail"),
-    "none": (),
-    "split": ("longest_edge",),
-}
-"""Tiling → the options it takes."""
-
 
 def model_problems(model: ModelSection) -> Iterable[tuple[Path_, str]]:
     """What is wrong with the model section: (path, message)."""
     yield from _parts(model)
     yield from _images(model)
+    yield from _fusion(model)
     if model.from_ is not None:
         for part in ("encoder", "language_model", "fusion"):
             if getattr(model, part) is not None and not _bounds_alone(model, part):
@@ -163,59 +112,21 @@ def train_problems(
 def fusion_problems(
     model: ModelSection, train: Mapping[str, TrainSection]
 ) -> Iterable[tuple[Path_, str]]:
-    """What is wrong with how visual tokens reach the language model: (path, message)."""
-    fusion, path = model.fusion, ("model", "fusion")
-    if model.from_ is not None:
+    """A fusion that would never open its gates, or that has nothing to learn: (path, message)."""
+    name = DEFAULT if model.fusion is None else model.fusion.name
+    if model.from_ is not None or name not in FUSIONS:
         return
-    name = "in_sequence" if fusion is None else fusion.name
-    trained = [key for key, how in train.items() if key.split(".")[0] == "fusion"]
-    if name not in FUSION_OPTIONS:
-        yield (*path, "name"), f"unknown fusion {name!r}{nearest(name, FUSION_OPTIONS)}"
-        return
-    learns = any(not train[key].frozen for key in trained)
-    if name in WITH_WEIGHTS and not learns:
+    learning = [
+        key for key, how in train.items() if key.split(".")[0] == "fusion" and not how.frozen
+    ]
+    if name in WITH_WEIGHTS and not learning:
         yield (
-            path,
+            ("model", "fusion"),
             f"model.fusion: the gates of {name} start closed, so nothing would come of images; "
             "give train.fusion a learning rate",
         )
-    if name not in WITH_WEIGHTS and learns:
-        yield ("train", trained[0]), f"train.{trained[0]}: fusion {name} has nothing to learn"
-    if fusion is None:
-        return
-    given = dict(fusion.options)
-    layers = given.pop("layers", None) if "layers" in FUSION_OPTIONS[name] else None
-    yield from _options(path, f"fusion {name}", given, FUSION_OPTIONS[name])
-    if layers is not None:
-        yield from _layers((*path, "layers"), layers)
-        if given.get("every") is not None:
-            yield (*path, "every"), "model.fusion: give every or layers, not both"
-    images = model.images
-    cut = images is not None and images.tiling not in (None, "none")
-    featured = images is not None and images.options.get("regions") == "feature"
-    if name == "cross_attention" and (cut or featured):
-        yield (
-            ("model", "images"),
-            f"fusion {name} takes images whole; leave model.images.{'tiling' if cut else 'regions'}"
-            " out, or use fusion in_sequence",
-        )
-    connector = model.connector
-    if name != "in_sequence" and connector is not None and connector.init == "ridge":
-        yield (
-            ("model", "connector", "init"),
-            "model.connector.init: ridge makes visual tokens that are like words, for fusion "
-            f"in_sequence; with {name} use init: random",
-        )
-
-
-def _layers(path: Path_, layers: Any) -> Iterable[tuple[Path_, str]]:
-    whole = isinstance(layers, list) and all(type(n) is int and n >= 0 for n in layers)
-    if not whole or not layers or layers != sorted(set(layers)):
-        yield (
-            path,
-            f"{'.'.join(map(str, path))}: expected a list of different layer numbers from 0 on, in "
-            f"order, got {layers!r}",
-        )
+    if name not in WITH_WEIGHTS and learning:
+        yield ("train", learning[0]), f"train.{learning[0]}: fusion {name} has nothing to learn"
 
 
 def ridge_problems(
@@ -225,6 +136,12 @@ def ridge_problems(
     connector = model.connector
     if connector is None or connector.init != "ridge":
         return
+    if connector.name == "gemma3" or connector.options.get("bias") is False:
+        yield (
+            ("model", "connector", "init"),
+            "model.connector.init: ridge sets a bias of the last layer, and this connector has "
+            "none there; use init: random",
+        )
     layer = f"connector.{CONNECTOR_LAST_LINEAR.get(connector.name or '', '')}".rstrip(".")
     weight = f"{layer}.weight"
     keys = [key for key in train if weight == key or weight.startswith(f"{key}.")]
@@ -282,15 +199,44 @@ def _images(model: ModelSection) -> Iterable[tuple[Path_, str]]:
         return
     name = images.tiling
     if name is None and model.from_ is None:
-        yield path, f"give model.images.tiling; valid: {', '.join(TILING_OPTIONS)}"
-    elif name is not None and name not in TILING_OPTIONS:
-        hint = nearest(name, TILING_OPTIONS)
-        yield (*path, "tiling"), f"unknown tiling {name!r}{hint}"
-    elif name is not None:
-        yield from _options(path, f"tiling {name}", images.options, TILING_OPTIONS[name])
-    else:  # it comes with model.from, so its kind is not known here
-        every = {option for options in TILING_OPTIONS.values() for option in options}
-        yield from _options(path, "tiling", images.options, every)
+        if not images.options:
+            yield path, f"give model.images.tiling; valid: {', '.join(TILINGS)}"
+        yield from _options(path, "images without a tiling", images.options, IMAGES)
+    elif name is None:  # it comes with model.from, so its kind is not known here
+        yield from _options(path, "tiling", images.options, _every_option(TILINGS), whole=False)
+    elif name not in TILINGS:
+        yield (*path, "tiling"), f"unknown tiling {name!r}{nearest(name, TILINGS)}"
+    else:
+        yield from _options(path, f"tiling {name}", images.options, TILINGS[name].options)
+
+
+def _fusion(model: ModelSection) -> Iterable[tuple[Path_, str]]:
+    """What is wrong with how visual tokens reach the language model."""
+    path: Path_ = ("model", "fusion")
+    fusion, images, connector = model.fusion, model.images, model.connector
+    if fusion is None:
+        return
+    name, given = fusion.name, fusion.options
+    if name not in FUSIONS:
+        yield (*path, "name"), f"unknown fusion {name!r}{nearest(name, FUSIONS)}"
+        return
+    yield from _options(path, f"fusion {name}", given, FUSIONS[name].options)
+    if given.get("every") is not None and given.get("layers") is not None:
+        yield (*path, "every"), "model.fusion: give every or layers, not both"
+    cut = images is not None and images.tiling not in (None, "none")
+    featured = images is not None and images.options.get("regions") == "feature"
+    if name == "cross_attention" and (cut or featured):
+        yield (
+            ("model", "images"),
+            f"fusion {name} takes images whole; leave model.images.{'tiling' if cut else 'regions'}"
+            f" out, or use fusion {DEFAULT}",
+        )
+    if name != DEFAULT and connector is not None and connector.init == "ridge":
+        yield (
+            ("model", "connector", "init"),
+            "model.connector.init: ridge makes visual tokens that are like words, for fusion "
+            f"{DEFAULT}; with {name} use init: random",
+        )
 
 
 def _bounds_alone(model: ModelSection, part: str) -> bool:
@@ -305,6 +251,8 @@ def _parts(model: ModelSection) -> Iterable[tuple[Path_, str]]:
     encoder = model.encoder
     if encoder is not None and encoder.name is None and model.from_ is None:
         yield ("model", "encoder"), "give model.encoder.name"
+    elif encoder is not None and _bounds_alone(model, "encoder"):
+        yield from _options(("model", "encoder"), "encoder", encoder.options, BOUNDS, whole=False)
     elif encoder is not None and encoder.name is not None:
         yield from _encoder(("model", "encoder"), encoder.name, encoder.path, encoder.options)
     if model.connector is not None:
@@ -315,12 +263,10 @@ def _encoder(
     path: Path_, name: str, folder: Any, given: Mapping[str, Any]
 ) -> Iterable[tuple[Path_, str]]:
     dotted = ".".join(map(str, path))
-    options = ENCODER_OPTIONS.get(name)
-    if options is None:
-        hint = nearest(name, ENCODER_OPTIONS)
-        yield (*path, "name"), f"unknown encoder {name!r}{hint}"
+    if name not in ENCODERS:
+        yield (*path, "name"), f"unknown encoder {name!r}{nearest(name, ENCODERS)}"
     else:
-        yield from _options(path, f"encoder {name}", given, options)
+        yield from _options(path, f"encoder {name}", given, ENCODERS[name].options)
     if name == "pair":
         yield from _pair(path, folder, given)
     elif not folder:
@@ -356,44 +302,38 @@ def _connector(connector: ConnectorSection) -> Iterable[tuple[Path_, str]]:
         given["visual_tokens"] = connector.visual_tokens
     name = connector.name
     if name is None:  # it comes with model.from, so its kind is not known here
-        every = {option for options in CONNECTOR_OPTIONS.values() for option in options}
-        yield from _options(path, "connector", given, every)
-    elif name not in CONNECTOR_OPTIONS:
-        hint = nearest(name, CONNECTOR_OPTIONS)
-        yield (*path, "name"), f"unknown connector {name!r}{hint}"
-        return
+        yield from _options(path, "connector", given, _every_option(CONNECTORS), whole=False)
+    elif name not in CONNECTORS:
+        yield (*path, "name"), f"unknown connector {name!r}{nearest(name, CONNECTORS)}"
     else:
-        yield from _options(path, f"connector {name}", given, CONNECTOR_OPTIONS[name])
-    tokens = connector.visual_tokens
-    if tokens is None and name == "average_pool":
-        if "visual_tokens" in (closest(each, CONNECTOR_OPTIONS[name]) for each in given):
-            return  # it is misspelt, and the unknown option says so
-        yield path, "model.connector.visual_tokens is missing: average_pool needs a square number"
-    elif tokens is not None and name in (None, *_SQUARES) and isqrt(tokens) ** 2 != tokens:
-        low = max(1, isqrt(tokens))
-        yield (
-            (*path, "visual_tokens"),
-            f"model.connector.visual_tokens must be a square number, got {tokens}; the nearest are "
-            f"{low**2} and {(low + 1) ** 2}",
-        )
+        yield from _options(path, f"connector {name}", given, CONNECTORS[name].options)
+
+
+def _every_option(parts: Mapping[str, Part]) -> dict[str, Option]:
+    """The options of all parts; of one name, that which can change in a saved model."""
+    every: dict[str, Option] = {}
+    for part in parts.values():
+        every |= {n: o for n, o in part.options.items() if n not in every or o.reloadable}
+    return every
 
 
 def _options(
-    path: Path_, what: str, given: Mapping[str, Any], known: Iterable[str]
+    path: Path_,
+    what: str,
+    given: Mapping[str, Any],
+    known: Mapping[str, Option],
+    whole: bool = True,
 ) -> Iterable[tuple[Path_, str]]:
-    for name, value in given.items():
-        place, dotted = (*path, name), ".".join(map(str, (*path, name)))
-        if name not in known:
-            yield place, f"unknown option {name!r} of the {what}{nearest(name, known)}"
-        elif value is None:
-            continue
-        elif name in (*_COUNTS, "layer") and type(value) is not int:
-            yield place, f"{dotted}: expected a whole number, got {value!r}"
-        elif name in ("class_token", "thumbnail", "only_immediate") and type(value) is not bool:
-            yield place, f"{dotted}: expected true or false, got {value!r}"
-        elif name in _COUNTS and value < 1:
-            yield place, f"{dotted}: expected greater than 0, got {value!r}"
-        elif name == "path" and not (isinstance(value, str) and value):
-            yield place, f"{dotted}: expected a folder or hub id, got {value!r}"
-        elif name == "text" and value is not False:
-            yield place, f"{dotted}: a connector is not given the text yet; leave it out"
+    """What is wrong with a part's options; `whole`: those that are needed must be among them."""
+    misspelt = [name for name in given if name not in known]
+    for name in misspelt:
+        yield (*path, name), f"unknown option {name!r} of the {what}{nearest(name, known)}"
+    meant = {closest(name, known) for name in misspelt}
+    dotted = ".".join(map(str, path))
+    for name, problem in problems(known, given):
+        if known[name].values is SECTION:
+            continue  # `_pair` says more of it
+        if name in given:
+            yield (*path, name), f"{dotted}.{problem}"
+        elif whole and name not in meant:
+            yield path, f"{dotted}.{problem}"

@@ -33,7 +33,8 @@ def command_line(
 
 def test_every_command_explains_itself() -> None:
     below_data = [["data", name] for name in ("shard", "info", "lint", "preview")]
-    for arguments in ([], ["train"], ["plan"], ["chat"], ["data"], *below_data):
+    commands = [["train"], ["plan"], ["chat"], ["models"], ["assemble"], ["data"]]
+    for arguments in ([], *commands, *below_data):
         result = RUNNER.invoke(cli.app, [*arguments, "--help"])
         assert result.exit_code == 0, arguments
         assert "Usage" in result.output

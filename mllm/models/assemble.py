@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig
 
 import mllm.models.auto  # noqa: F401  (the Auto classes know the model from here on)
@@ -18,7 +21,12 @@ from mllm.models.encoders import ENCODERS, WITHOUT_PATH
 from mllm.models.errors import check_folder, check_options, choose, loading
 from mllm.models.fusion import DEFAULT, fusion_class
 from mllm.models.fusion import check_images as check_fusion
-from mllm.models.language import add_special_tokens, generation_config, load_language_model
+from mllm.models.language import (
+    add_special_tokens,
+    generation_config,
+    load_language_model,
+    own_dtype,
+)
 from mllm.models.modeling import MultimodalModel
 from mllm.models.native import LIMITS, NativeGeometry
 from mllm.models.processor import IMAGE_TOKEN, Processor, changed_connector
@@ -27,7 +35,9 @@ from mllm.models.tiles import changed_images, check_images, special_tokens
 _TRAINING_OPTIONS = ("init",)  # of a connector's section, but not the model's concern
 
 
-def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[MultimodalModel, Processor]:
+def assemble(
+    section: Any, dtype: torch.dtype | str = torch.float32, weights: bool = True
+) -> tuple[MultimodalModel, Processor]:
     """Build the model of a recipe and its processor, on the CPU.
 
     Args:
@@ -35,7 +45,8 @@ def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[Multimod
             (a stage's folder; `connector` may change reloadable options) or `encoder` {name, path,
             …}, `connector` {name, …}, `language_model` {path} and maybe `fusion` {name, …}; either
             way `images` {tiling, …}.
-        dtype: of all weights.
+        dtype: of all weights; "auto" keeps the saved one, of parts the language model's.
+        weights: False reads none and builds everything on the meta device, to be looked at.
 
     Returns:
         The model in eval mode and its processor.
@@ -50,13 +61,11 @@ def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[Multimod
         if key not in _TRAINING_OPTIONS
     }
     if start := parts.get("from", parts.get("from_")):
-        for name in ("language_model", "fusion"):
-            if parts.get(name):
-                raise ValueError(f"model.from takes the {name} from {start}; leave {name} out")
         bounds = {key: value for key, value in (parts.get("encoder") or {}).items() if value}
-        if set(bounds) - set(LIMITS):
-            raise ValueError(f"model.from takes the encoder from {start}; leave encoder out")
-        return load(start, dtype, connector, parts.get("images"), bounds)
+        for name in ("encoder", "language_model", "fusion"):
+            if set(bounds) - set(LIMITS) if name == "encoder" else parts.get(name):
+                raise ValueError(f"model.from takes the {name} from {start}; leave {name} out")
+        return load(start, dtype, connector, parts.get("images"), weights, bounds)
     for name in ("encoder", "connector", "language_model"):
         if not parts.get(name):
             raise ValueError(f"model.{name} is missing (or give model.from, a trained folder)")
@@ -72,6 +81,7 @@ def assemble(section: Any, dtype: torch.dtype = torch.float32) -> tuple[Multimod
         dict(parts.get("images") or {}),
         _fusion(parts.get("fusion") or {}),
         dtype,
+        weights,
     )
 
 
@@ -80,6 +90,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     connector: Mapping[str, Any] | None = None,
     images: Mapping[str, Any] | None = None,
+    weights: bool = True,
     encoder: Mapping[str, Any] | None = None,
 ) -> tuple[MultimodalModel, Processor]:
     """Load a stage's folder, or begin from one of a class of transformers (`COMPOSITES`).
@@ -89,6 +100,7 @@ def load(
         dtype: of all weights; "auto" keeps the saved one.
         connector: reloadable options to change, e.g. {"visual_tokens": 144}.
         images: options of the tiling to change, e.g. {"tiles": 6}.
+        weights: as for `assemble`.
         encoder: bounds of images of native resolution to change, e.g. {"max_pixels": 200704}.
 
     Returns:
@@ -102,12 +114,12 @@ def load(
         config = AutoConfig.from_pretrained(folder)
     changes = dict(connector or {})
     if isinstance(config, MultimodalConfig):
-        config.connector = changed_connector(config.connector, changes)
-        model: MultimodalModel = MultimodalModel.from_pretrained(folder, config=config, dtype=dtype)
-        processor = Processor.from_pretrained(folder, connector=changes)
+        model, processor = _saved(folder, config, dtype, changes, weights)
     elif config.model_type in COMPOSITES:
         model, processor = COMPOSITES[config.model_type].read(folder, dtype)
         changed_connector(model.config.connector, changes)  # theirs have no reloadable options
+        if not weights:
+            nn.Module.to(model, "meta")
     else:
         raise ValueError(
             f"{folder} holds a {config.model_type!r} model, neither one that was assembled here "
@@ -136,6 +148,47 @@ def _bounded_anew(
     return processor.seeing(geometry)
 
 
+def _saved(
+    folder: str | Path,
+    config: MultimodalConfig,
+    dtype: torch.dtype | str,
+    changes: dict[str, Any],
+    weights: bool,
+) -> tuple[MultimodalModel, Processor]:
+    """Load what a stage saved; arguments as `load`."""
+    config.connector = changed_connector(config.connector, changes)
+    with loading("processor", folder):
+        processor = Processor.from_pretrained(folder, connector=changes)
+    _check_agreement(config, processor, folder)
+    model: MultimodalModel
+    if weights:
+        model = MultimodalModel.from_pretrained(folder, config=config, dtype=dtype)
+    else:
+        with torch.device("meta"):
+            model = MultimodalModel(config).eval()
+        saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        nn.Module.to(model, dtype=dtype if isinstance(dtype, torch.dtype) else saved)
+    return model, processor
+
+
+def _check_agreement(config: MultimodalConfig, processor: Processor, folder: str | Path) -> None:
+    """Refuse a processor and a model that would count an image's tokens differently.
+
+    Raises:
+        ValueError: naming what they disagree on.
+    """
+    ours = (config.connector, config.encoder.get("geometry") or {}, config.images)
+    theirs = (processor.connector, processor.geometry.to_dict(), processor.images)
+    for name, one, other in zip(("connector", "geometry", "images"), ours, theirs, strict=True):
+        for key in sorted(one.keys() | other.keys()):
+            # as JSON, which knows no tuples
+            if json.dumps(one.get(key)) != json.dumps(other.get(key)):
+                raise ValueError(
+                    f"{folder}: config.json says {name}.{key} {one.get(key)!r}, but "
+                    f"processor_config.json {other.get(key)!r}; take both files from one stage"
+                )
+
+
 def _cut_anew(
     model: MultimodalModel, processor: Processor, changes: Mapping[str, Any]
 ) -> Processor:
@@ -157,7 +210,8 @@ def _from_parts(
     language_section: dict[str, Any],
     images: dict[str, Any],
     fusion: dict[str, Any],
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
+    weights: bool,
 ) -> tuple[MultimodalModel, Processor]:
     name = encoder_section.pop("name")
     encoder_class = choose(ENCODERS, name, "encoder")
@@ -169,11 +223,15 @@ def _from_parts(
     start = connector.get("path")
     if start is not None and issubclass(connector_class, PretrainedConnector):
         connector = connector_class.spec_from_folder(connector)
-    encoder = encoder_class.from_folder(**options).to(dtype)
     language_path = language_section.pop("path")
     check_options(language_section, (), "language_model")
-    language_model, tokenizer = load_language_model(language_path, dtype)
     check_images(images)
+    precision = dtype if isinstance(dtype, torch.dtype) else own_dtype(language_path)
+    place = contextlib.nullcontext() if weights else torch.device("meta")
+    with place:
+        build = encoder_class.from_folder if weights else encoder_class.described
+        encoder = build(**options).to(precision)
+    language_model, tokenizer = load_language_model(language_path, precision, weights)
     added = add_special_tokens(language_model, tokenizer, (IMAGE_TOKEN, *special_tokens(images)))
     with_images(tokenizer, IMAGE_TOKEN)
     processor = Processor(tokenizer, encoder.geometry, connector, images=images, fusion=fusion)
@@ -185,12 +243,13 @@ def _from_parts(
         text_config=language_model.config,
         image_token=IMAGE_TOKEN,
         image_token_id=processor.image_token_id,
-        dtype=dtype,
+        dtype=precision,
     )
-    model = MultimodalModel(config, encoder=encoder, language_model=language_model)
-    model.connector.to(dtype)
-    model.fusion.to(dtype)
-    if start is not None and isinstance(model.connector, PretrainedConnector):
+    with place:
+        model = MultimodalModel(config, encoder=encoder, language_model=language_model)
+    model.connector.to(precision)
+    model.fusion.to(precision)
+    if weights and start is not None and isinstance(model.connector, PretrainedConnector):
         model.connector.load_weights(start)
     model.generation_config = generation_config(language_model, tokenizer, added)
     return model.eval(), processor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 T = TypeVar("T")
@@ -75,7 +77,45 @@ def loading(what: str, path: str | Path) -> Iterator[None]:
             "copy or download it again"
         ) from error
     except (OSError, KeyError, json.JSONDecodeError, struct.error) as error:
-        raise ValueError(f"cannot load {what} from {path}: {_first_line(error)}") from error
+        said = _first_line(error) + (" is missing" if isinstance(error, KeyError) else "")
+        if isinstance(error, OSError) and not Path(path).parent.exists():
+            said += " (and there is no folder of this name)"
+        raise ValueError(f"cannot load {what} from {path}: {said}") from error
+    except StrictDataclassError as error:
+        raise ValueError(
+            f"{what} {path}: config.json makes no sense: {_last_line(error)}; copy the "
+            "checkpoint's own"
+        ) from error
+    except ValueError as error:
+        raise ValueError(_explained(str(error), what, path)) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"{what} {path}: weights have another shape than config.json says; take both files "
+            "from one checkpoint"
+        ) from error
+
+
+def _explained(text: str, what: str, path: str | Path) -> str:
+    """What transformers says in paragraphs, in one line; single lines stay as they are."""
+    if kind := re.search("has model type `(.*?)` but Transformers does not recognize", text):
+        return (
+            f"cannot load {what} from {path}: transformers does not know the model type "
+            f"{kind[1]!r} of its config.json; is it another part's folder, or misspelt?"
+        )
+    if "instantiate the backend tokenizer" in text:
+        return (
+            f"cannot load {what} from {path}: its tokenizer cannot be read; copy the checkpoint's "
+            "tokenizer.json and tokenizer_config.json beside the weights"
+        )
+    return text if "\n" not in text else f"cannot load {what} from {path}: {text.splitlines()[0]}"
+
+
+def _last_line(error: BaseException) -> str:
+    """The innermost cause, without its class."""
+    last = str(error).strip().splitlines()[-1].strip()
+    return (last.partition("Error: ")[2] or last).rstrip(".")
 
 
 def _first_line(error: BaseException) -> str:

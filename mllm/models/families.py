@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 _ATTENTION = {"full_attention", "sliding_attention"}
 _MIXERS = {
@@ -166,7 +166,10 @@ def check_config(config: PreTrainedConfig) -> None:
         raise ValueError(f"{name} is not causal; a causal language model is needed")
     known = type(config) in AutoModelForCausalLM._model_mapping
     if not known:
-        raise ValueError(f"{name}: transformers has no causal language model of this kind")
+        raise ValueError(
+            f"{name}: transformers has no causal language model of this kind; give a language "
+            "model here (encoders go to model.encoder)"
+        )
     model: Any = AutoModelForCausalLM._model_mapping[type(config)]
     if not model._supports_attention_backend:
         raise ValueError(
@@ -191,8 +194,10 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no output layer")
 
 
-def blueprint(config: PreTrainedConfig) -> nn.Module:
+def blueprint(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Build the language model without weights, to be looked at."""
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype
+        )
     return model

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateSyntaxError
 from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
@@ -33,8 +34,21 @@ from mllm.models.probe import probe
 _ROWS = 64  # the embedding is padded to a multiple: tensor cores want it
 
 
+def own_dtype(path: str | Path) -> torch.dtype:
+    """Return what a language model's weights are in, fp32 where its folder does not say.
+
+    Raises:
+        ValueError: the path cannot be used.
+    """
+    check_language_model(path, "language_model")
+    folder, options = _source(path)
+    with loading("language model", path):
+        dtype = AutoConfig.from_pretrained(folder, **options).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
 def load_language_model(
-    path: str | Path, dtype: torch.dtype = torch.float32
+    path: str | Path, dtype: torch.dtype = torch.float32, weights: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
@@ -42,6 +56,7 @@ def load_language_model(
         path: a folder with safetensors, a hub id, or a .gguf file (its blocks are dequantised, and
             its tokenizer and chat template are used; needs the package gguf).
         dtype: of the weights.
+        weights: False builds the model on the meta device and neither reads weights nor runs it.
 
     Raises:
         ValueError: the path cannot be used, or the model cannot be packed: for what its
@@ -52,21 +67,54 @@ def load_language_model(
     with loading("language model", path):
         config = AutoConfig.from_pretrained(folder, **options)
         check_config(config)
-        check_model(blueprint(config))
+        plan = blueprint(config, dtype)
+        check_model(plan)
+        if not weights:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            check_template(tokenizer, path)
+            return plan, tokenizer
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
             attn_implementation=attention.NAME,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in one line
             **(options or {"use_safetensors": True}),
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    check_template(tokenizer, path)
     model, report = loaded
+    if wrong := sorted(str(key[0]) for key in report["mismatched_keys"]):
+        raise ValueError(
+            f"{path}: {len(wrong)} weights of the language model have another shape than "
+            f"config.json says, {wrong[0]} first; take both files from one checkpoint"
+        )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{path}: {len(missing)} weights are missing, {missing[0]} first")
     probe(model)
     return model, tokenizer
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Refuse a chat template that is no template; having none is no mistake.
+
+    Raises:
+        ValueError: with the line.
+    """
+    turns = [{"role": "user", "content": "Hello"}]
+    templates = tokenizer.chat_template or {}
+    if isinstance(templates, str):
+        templates = {"": templates}
+    for template in templates.values():
+        try:
+            tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+        except TemplateSyntaxError as error:
+            raise ValueError(
+                f"{path}: line {error.lineno} of the chat template is no Jinja: {error.message}"
+            ) from error
+        except Exception:  # a template is somebody's program: what it refuses is its own affair
+            continue
 
 
 def _source(path: str | Path) -> tuple[str | Path, dict[str, Any]]:

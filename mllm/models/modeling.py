@@ -222,7 +222,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         body, layers = self.language_model.base_model, self.config.text_config.num_hidden_layers
         if position_ids is None and cu_seqlens is not None and bounds is not None:
             position_ids = _restarting_positions(bounds, fused.embeds.device)[None]
-        kwargs |= self._blocks(input_ids, bounds, cache)
+        kwargs |= self._blocks(input_ids, None if cu_seqlens is None else bounds, cache)
         kwargs["position_ids"] = self._placed(
             input_ids, sizes, order, bags, position_ids, attention_mask, bounds, cache
         )

@@ -355,8 +355,10 @@ class Processor(PushToHubMixin):
 
     def seeing(self, geometry: Geometry) -> Self:
         """Return the same processor for an encoder that wants to see something else."""
-        images, text = self.images, self.template.image_text
-        return type(self)(self.tokenizer, geometry, self.connector, self.image_token, images, text)
+        token, images, text = self.image_token, self.images, self.template.image_text
+        return type(self)(
+            self.tokenizer, geometry, self.connector, token, images, text, self.fusion
+        )
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """Write the tokenizer's files and processor_config.json (last, atomically)."""

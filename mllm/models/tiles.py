@@ -12,7 +12,7 @@ S is the side of the encoder's square, M the visual tokens of a view.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import ceil, prod
 from typing import Any, ClassVar
 
@@ -20,12 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mllm.models.errors import check_options, choose, unknown
+from mllm import parts
+from mllm.models.errors import check_options, choose
 from mllm.models.geometry import Geometry, ImageGeometry, Layout, OutputGrid, Size, Span
-from mllm.models.regions import REGION_TOKEN, STYLES
+from mllm.models.regions import REGION_TOKEN
+from mllm.parts.option import Option, chosen, problems
 
 Spec = Mapping[str, Any]
-ALWAYS = ("tiling", "regions", "clip_tokens")
+ALWAYS = ("tiling", *parts.IMAGES)
 """Options of an `images:` section whatever the tiling."""
 
 WHOLE: Span = (0.0, 0.0, 1.0, 1.0)
@@ -39,10 +41,10 @@ class TiledGeometry(Geometry):
         spec: the options by name.
 
     Attributes:
-        OPTIONS: names that a recipe may set beside `tiling`.
+        OPTIONS: what a recipe may set beside `tiling`; declared in mllm/parts/tilings.py.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ()
+    OPTIONS: ClassVar[Mapping[str, Option]] = {}
 
     def __init__(self, square: ImageGeometry, spec: Spec) -> None:
         self.square, self.spec = square, dict(spec)
@@ -56,8 +58,13 @@ class TiledGeometry(Geometry):
         Raises:
             ValueError: an unknown option or a bad value.
         """
-        options = {name: value for name, value in spec.items() if name not in ALWAYS}
+        options = {name: value for name, value in spec.items() if name != "tiling"}
         check_options(options, cls.OPTIONS, f"the tiling {spec['tiling']}")
+        for _, problem in problems(cls.OPTIONS, options):
+            raise ValueError(f"tiling {spec['tiling']}: {problem}")
+
+    def _option(self, name: str) -> Any:
+        return chosen(self.OPTIONS, self.spec, name)
 
     @classmethod
     def special_tokens(cls, spec: Spec) -> tuple[str, ...]:
@@ -119,27 +126,20 @@ class DynamicTiles(TiledGeometry):
 
     Of grids of one aspect the larger is taken while the image has more than half its pixels. An
     image of one tile has no thumbnail.
-
-    Options:
-        tiles: the most tiles (default 12).
-        min_tiles: the fewest (default 1).
-        thumbnail: whether the whole image follows as one more view (default true).
     """
 
-    OPTIONS = ("tiles", "min_tiles", "thumbnail")
+    OPTIONS = parts.TILINGS["dynamic"].options
 
     @classmethod
     def check(cls, spec: Spec) -> None:
-        """Refuse numbers that are none."""
+        """Refuse more tiles at least than at most."""
         super().check(spec)
-        _check_whole(spec, ("tiles", "min_tiles"))
-        _check_flag(spec, "thumbnail")
-        if spec.get("min_tiles", 1) > spec.get("tiles", 12):
+        if chosen(cls.OPTIONS, spec, "min_tiles") > chosen(cls.OPTIONS, spec, "tiles"):
             raise ValueError("tiling dynamic: min_tiles is more than tiles")
 
     def tile_grid(self, height: int, width: int) -> Size:
         """Return (rows, columns) of the tiles of an image of this size."""
-        most, fewest = self.spec.get("tiles", 12), self.spec.get("min_tiles", 1)
+        most, fewest = self._option("tiles"), self._option("min_tiles")
         grids = [
             (rows, columns)
             for columns in range(1, most + 1)
@@ -157,13 +157,13 @@ class DynamicTiles(TiledGeometry):
     def count(self, height: int, width: int) -> int:
         """Return the tiles and, if there are several, the thumbnail."""
         tiles = prod(self.tile_grid(height, width))
-        return tiles + (tiles > 1 and self.spec.get("thumbnail", True))
+        return tiles + (tiles > 1 and self._option("thumbnail"))
 
     def views(self, pixels: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
         """Cut the image, scaled to its grid; the thumbnail comes last."""
         image = Image.fromarray(pixels)
         tiles = self._cut(self._scaled(image, *self.tile_grid(*pixels.shape[:2])))
-        if len(tiles) > 1 and self.spec.get("thumbnail", True):
+        if len(tiles) > 1 and self._option("thumbnail"):
             tiles.append(np.array(self._scaled(image, 1, 1)))
         return tiles
 
@@ -176,13 +176,12 @@ class AnyResolution(TiledGeometry):
     are left out, and a newline, a learned row, ends every row of the map. So the connector must
     keep the views' grids.
 
-    Options:
-        grids: (rows, columns) to choose from (default LLaVA-NeXT's: 1x2, 2x1, 2x2, 3x1, 1x3).
-        tiles: instead of `grids`: all grids of up to so many tiles, as in LLaVA-OneVision (Li et
-            al. 2024, arXiv 2408.03326, section 3.2) but without its interpolation of larger ones.
+    Without `grids` and `tiles` the grids are LLaVA-NeXT's. With `tiles` they are all of up to so
+    many, as in LLaVA-OneVision (Li et al. 2024, arXiv 2408.03326, section 3.2) but without its
+    interpolation of larger ones.
     """
 
-    OPTIONS = ("grids", "tiles")
+    OPTIONS = parts.TILINGS["any_resolution"].options
     NEWLINE = True
 
     def __init__(self, square: ImageGeometry, spec: Spec) -> None:
@@ -196,18 +195,10 @@ class AnyResolution(TiledGeometry):
 
     @classmethod
     def check(cls, spec: Spec) -> None:
-        """Refuse grids that are none."""
+        """Refuse two ways to choose grids at once."""
         super().check(spec)
-        _check_whole(spec, ("tiles",))
-        grids = spec.get("grids")
-        if grids is None:
-            return
-        if spec.get("tiles") is not None:
+        if spec.get("grids") is not None and spec.get("tiles") is not None:
             raise ValueError("tiling any_resolution: give grids or tiles, not both")
-        if not grids or not all(_is_grid(grid) for grid in grids):
-            raise ValueError(
-                f"tiling any_resolution: grids are pairs [rows, columns] from 1 on, got {grids!r}"
-            )
 
     def tile_grid(self, height: int, width: int) -> Size:
         """Return (rows, columns) of the tiles of an image of this size."""
@@ -287,17 +278,12 @@ class AnyResolution(TiledGeometry):
 class SplitTiles(TiledGeometry):
     """The image at its aspect on whole tiles, each named by a mark, and the whole image last.
 
-    The long edge is scaled to `longest_edge`, then both edges to whole tiles. In the text a tile is
-    `<fake_token_around_image><row_1_col_2>` and its tokens, a line of tiles ends with a newline,
-    and the whole image is `<global-img>`.
-
-    Options:
-        longest_edge: in pixels (default 4 S, at most 6 S).
-        whole_only: leave the tiles out: the long edge is scaled, then the whole squashed to one
-            square (default false).
+    The long edge is scaled to `longest_edge` (4 S unless given), then both edges to whole tiles. In
+    the text a tile is `<fake_token_around_image><row_1_col_2>` and its tokens, a line of tiles ends
+    with a newline, and the whole image is `<global-img>`.
     """
 
-    OPTIONS = ("longest_edge", "whole_only")
+    OPTIONS = parts.TILINGS["split"].options
     MOST: ClassVar[int] = 6
     AROUND: ClassVar[str] = "<fake_token_around_image>"
     WHOLE: ClassVar[str] = "<global-img>"
@@ -310,13 +296,6 @@ class SplitTiles(TiledGeometry):
                 f"tiling split: longest_edge {self.longest_edge} is more than {self.MOST} tiles of "
                 f"{self.side} pixels; there are no marks for more"
             )
-
-    @classmethod
-    def check(cls, spec: Spec) -> None:
-        """Refuse numbers that are none."""
-        super().check(spec)
-        _check_whole(spec, ("longest_edge",))
-        _check_flag(spec, "whole_only")
 
     @classmethod
     def special_tokens(cls, spec: Spec) -> tuple[str, ...]:
@@ -410,11 +389,8 @@ def check_images(spec: Spec) -> None:
         choose(TILINGS, str(name), "tiling").check(spec)
     else:
         check_options(spec, ALWAYS, "images (give images.tiling for others)")
-    if (style := spec.get("regions")) is not None and style not in STYLES:
-        raise unknown("way to write regions", str(style), STYLES)
-    budget = spec.get("clip_tokens")
-    if budget is not None and (type(budget) is not int or budget < 1):
-        raise ValueError(f"images.clip_tokens must be a whole number from 1 on, got {budget!r}")
+        for _, problem in problems(parts.IMAGES, spec):
+            raise ValueError(f"images: {problem}")
 
 
 def special_tokens(spec: Spec) -> tuple[str, ...]:
@@ -471,23 +447,3 @@ def _without_padding(cells: NDArray[np.int64], height: int, width: int) -> NDArr
         return cells[pad : rows - pad]
     pad = (columns - int(round(width * (rows / height), 7))) // 2
     return cells[:, pad : columns - pad]
-
-
-def _is_grid(value: Any) -> bool:
-    pair = isinstance(value, Sequence) and len(value) == 2
-    return pair and all(type(side) is int and side > 0 for side in value)
-
-
-def _check_whole(spec: Spec, names: tuple[str, ...]) -> None:
-    for name in names:
-        value = spec.get(name)
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(
-                f"tiling {spec['tiling']}: {name} must be a whole number from 1 on, got {value!r}"
-            )
-
-
-def _check_flag(spec: Spec, name: str) -> None:
-    value = spec.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(f"tiling {spec['tiling']}: {name} must be true or false, got {value!r}")

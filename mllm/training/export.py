@@ -18,7 +18,7 @@ from data_packing.files import sync_folder
 from mllm.recipe import Recipe
 from mllm.training import lora, masters
 from mllm.training.build import LANGUAGE_MODEL
-from mllm.training.run_folder import RunFolder, full_disk_is_clear, write_atomically
+from mllm.training.run_folder import RunFolder, full_disk_is_clear, settle, write_atomically
 
 
 def finish(
@@ -97,11 +97,7 @@ def write_model(
         language = recipe.model.language_model
         base = recipe.model.from_ or (language.path if language else "")
         lora.save(weights, LANGUAGE_MODEL, adapter, base, folder / "lora")
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(0o644)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    settle(folder)
 
 
 def weights_id(folder: Path) -> str:

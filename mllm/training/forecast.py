@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from data_packing.account import Account, summary
 from data_packing.balance import straggler
 from data_packing.ledger import Ledger
 from data_packing.plan import STEPS, Plan
 from data_packing.wording import counted
-from mllm.recipe import MODULES, ConnectorSection, ModelSection, Recipe, load_all
+from mllm.recipe import ConnectorSection, ModelSection, Recipe, load_all
 from mllm.training import build, engine
+from mllm.training.parameters import parameter_table
 
 SHOWN_REASONS = 10
 UNREACHED = "  unreached: the run ends before them, or a weight below 1 leaves them out"
@@ -77,30 +77,6 @@ def origin(recipe: Recipe, stages: Sequence[Recipe]) -> ModelSection:
             connector = ConnectorSection(**(before | changes)) if before or changes else None
             return section.model_copy(update={"connector": connector})
     return recipe.model
-
-
-def parameter_table(model: nn.Module) -> Table:
-    """Parameters and trainable parameters by module."""
-    table = Table(title="Parameters")
-    table.add_column("module")
-    for name in ("all", "trainable", "in adapters"):
-        table.add_column(name, justify="right")
-    totals = [0, 0, 0]
-    counts = {name: [0, 0, 0] for name in MODULES}
-    for name, parameter in model.named_parameters():
-        row = counts[name.split(".")[0]]
-        adapted = ".lora_" in name
-        row[0] += 0 if adapted else parameter.numel()
-        row[1] += parameter.numel() if parameter.requires_grad else 0
-        row[2] += parameter.numel() if adapted else 0
-    for name, row in counts.items():
-        if name == "fusion" and not any(row):
-            continue
-        table.add_row(name, *(f"{value:,}" for value in row))
-        totals = [a + b for a, b in zip(totals, row, strict=True)]
-    table.add_section()
-    table.add_row("together", *(f"{value:,}" for value in totals))
-    return table
 
 
 def mixture_table(plan: Plan, found: Account) -> Table:

@@ -10,6 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from mllm.recipe import LoraSection
 from mllm.recipe_yaml import nearest
@@ -49,6 +50,10 @@ def inject(language_model: nn.Module, section: LoraSection) -> LoraConfig:
         target_modules=targets,
         bias="none",
         task_type="CAUSAL_LM",
+        fan_in_fan_out=any(
+            isinstance(module, Conv1D) and name.split(".")[-1] in targets
+            for name, module in language_model.named_modules()
+        ),
     )
     inject_adapter_in_model(config, language_model, ADAPTER)
     for name, parameter in language_model.named_parameters():
@@ -66,11 +71,14 @@ def inject(language_model: nn.Module, section: LoraSection) -> LoraConfig:
 
 
 def linear_names(language_model: nn.Module) -> list[str]:
-    """The last parts of the names of all linear layers but the head, in the model's order."""
+    """The last parts of the names of all linear layers but the head, in the model's order.
+
+    GPT-2's `Conv1D` is one too: a linear layer whose weight is stored as [in, out].
+    """
     names: dict[str, None] = {}
     for name, module in language_model.named_modules():
         last = name.split(".")[-1]
-        if isinstance(module, nn.Linear) and last != "lm_head" and not name.count("lora_"):
+        if isinstance(module, nn.Linear | Conv1D) and last != "lm_head" and not name.count("lora_"):
             names[last] = None
     return list(names)
 
@@ -101,9 +109,11 @@ def merged(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]
     for name, layer in adapters(model):
         a_RI = weights[f"{name}.lora_A.{ADAPTER}.weight"].float()
         b_OR = weights[f"{name}.lora_B.{ADAPTER}.weight"].float()
-        base_OI = result[f"{name}.weight"]
-        change_OI = (b_OR @ a_RI) * layer.scaling[ADAPTER]
-        result[f"{name}.weight"] = (base_OI.float() + change_OI).to(base_OI.dtype)
+        change = (b_OR @ a_RI) * layer.scaling[ADAPTER]
+        if isinstance(layer.get_base_layer(), Conv1D):  # [in, out], not [out, in]
+            change = change.T
+        base = result[f"{name}.weight"]
+        result[f"{name}.weight"] = (base.float() + change).to(base.dtype)
     return result
 
 

@@ -168,6 +168,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     sync_folder(path.parent)
 
 
+def settle(folder: Path) -> None:
+    """Make the files of a folder readable for all, and wait until they are on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
 @contextlib.contextmanager
 def full_disk_is_clear(path: Path) -> Iterator[None]:
     """Turn the many ways in which 'no space left' is reported into one clear error."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from data_packing.shards import expand
 from mllm.models.errors import check_folder, check_language_model
-from mllm.recipe import EncoderSection, Recipe
+from mllm.recipe import EncoderSection, ModelSection, Recipe
 from mllm.training.run_folder import RunFolder
 
 
@@ -78,16 +78,24 @@ def check_models(recipes: Sequence[Recipe]) -> None:
     """
     written: set[Path] = set()
     for recipe in recipes:
-        model = recipe.model
-        named = {
-            "model.from": model.from_,
-            **_encoder_paths(model.encoder),
-            "model.language_model.path": model.language_model.path
-            if model.language_model
-            else None,
-        }
-        for key, path in named.items():
-            if path is not None and Path(path).resolve() not in written:
-                check = check_language_model if "language_model" in key else check_folder
-                check(path, key)
+        check_model(recipe.model, written)
         written.add(recipe.output.resolve())
+
+
+def check_model(model: ModelSection, written: Collection[Path] = ()) -> None:
+    """Refuse a model section whose paths are no folders of models, or `written` before it is read.
+
+    Raises:
+        ValueError: as `check_models`.
+    """
+    language = model.language_model
+    named = {
+        "model.from": model.from_,
+        **_encoder_paths(model.encoder),
+        "model.connector.path": model.connector.options.get("path") if model.connector else None,
+        "model.language_model.path": language.path if language else None,
+    }
+    for key, path in named.items():
+        if path is not None and Path(path).resolve() not in written:
+            check = check_language_model if "language_model" in key else check_folder
+            check(path, key)

@@ -28,6 +28,7 @@ from mllm.models.assemble import assemble
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
 from tests.models.encoder_folders import SAVERS
+from tests.models.native_folders import NATIVE
 
 CHATML = (
     "{% for message in messages %}"
@@ -180,13 +181,16 @@ def save_efficientnet(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of parts by name."""
+    from tests.models.llava_folders import save_blip2  # which is made of this module's parts
+
     root = tmp_path_factory.mktemp("parts")
     return {
         "llama": save_language_model(root / "llama"),
+        "blip2": save_blip2(root / "blip2"),
         "clip": save_clip(root / "clip"),
         "siglip": save_siglip(root / "siglip"),
         "efficientnet_lite": save_efficientnet(root / "efficientnet_lite"),
-        **{name: save(root / name) for name, save in SAVERS.items()},
+        **{name: save(root / name) for name, save in (SAVERS | NATIVE).items()},
     }
 
 

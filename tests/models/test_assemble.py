@@ -16,7 +16,8 @@ import torch
 
 from data_packing.pack import collate
 from mllm.models.assemble import assemble
-from tests.models.conftest import chat, documents, save_language_model
+from mllm.models.encoders import ENCODERS
+from tests.models.conftest import SMALL, chat, documents, save_language_model
 
 
 def section(folders: dict[str, Path], **changes: Any) -> dict[str, Any]:
@@ -106,6 +107,26 @@ def test_bf16_throughout(folders: dict[str, Path]) -> None:
     )
     assert hidden.dtype == torch.bfloat16
     assert hidden.isfinite().all()
+
+
+@pytest.mark.parametrize("encoder", sorted(ENCODERS))
+def test_without_weights_everything_is_as_with_them(
+    folders: dict[str, Path], build: Callable[..., Any], encoder: str
+) -> None:
+    if encoder == "timm":
+        pytest.skip("it has its own folders, see test_timm_backbone.py")
+    encoders: dict[str, Any] = {"name": encoder, "path": folders.get(encoder)}
+    if encoder == "pair":
+        parts = {name: {"name": name, "path": folders[name]} for name in ("siglip", "dinov2")}
+        encoders = {"name": "pair", "first": parts["siglip"], "second": parts["dinov2"]}
+    for connector, options in SMALL.items():
+        values = section(folders, encoder=encoders, connector={"name": connector, **options})
+        model, processor = assemble(values)
+        plan, again = assemble(values, weights=False)
+        assert {parameter.device.type for parameter in plan.parameters()} == {"meta"}
+        shapes = {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
+        assert {name: (p.shape, p.dtype) for name, p in plan.named_parameters()} == shapes
+        assert again.fingerprint == processor.fingerprint
 
 
 def test_the_processor_travels_to_workers(build: Callable[..., Any]) -> None:

@@ -155,7 +155,7 @@ def test_refuses_a_folder(
         ({"connector": {"name": "pixel_shuffle"}}, "layers 2: it has 1"),
         ({"connector": {"name": "pixel_shuffle", "layers": 1, "factor": 3}}, "does not divide"),
         ({"images": {"tiling": "dynamic"}}, "tiling dynamic"),
-        ({"images": {}}, "images that are not cut"),
+        ({"images": {}}, "tiling none: it has split"),
     ],
 )
 @pytest.mark.parametrize("name", NAMES)

@@ -338,6 +338,17 @@ def test_onevision_s_own_preprocessing_of_one_image_is_ours(trained: dict[str, P
         torch.testing.assert_close(found["pixel_values"][0], expected, rtol=0, atol=1e-5)
 
 
+def test_the_outer_configuration_says_whether_embeddings_are_tied(tmp_path: Path) -> None:
+    folder = llava_folders.save_llava_next(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["tie_word_embeddings"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    model, _ = load(folder)
+    own: Any = AutoModelForImageTextToText.from_pretrained(folder)
+    assert torch.equal(model.get_output_embeddings().weight, own.lm_head.weight)  # type: ignore[arg-type]
+    assert not torch.equal(own.lm_head.weight, own.get_input_embeddings().weight)
+
+
 def test_onevision_leaves_out_grids_that_it_would_scale(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

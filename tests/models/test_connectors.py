@@ -23,6 +23,7 @@ SPECS: dict[str, list[dict[str, Any]]] = {
         {"visual_tokens": 4, "hidden": 10, "depth": 2, "positions": 4},
         {"visual_tokens": 1, "hidden": 6, "depth": 1, "positions": 3},
     ],
+    "gemma3": [{"visual_tokens": 1}, {"visual_tokens": 9, "eps": 1e-5}],
     "linear": [{}],
     "mlp": [{}, {"hidden": 5}],
     "patch_merger": [
@@ -30,7 +31,10 @@ SPECS: dict[str, list[dict[str, Any]]] = {
         {"factor": 3, "norm": "rms"},
         {"norm_after": True, "hidden": 5},
     ],
-    "pixel_shuffle": [{}, {"factor": 3, "layers": 1}, {"factor": 4, "hidden": 5}],
+    "pixel_shuffle": [
+        *({}, {"factor": 3, "layers": 1}, {"factor": 4, "hidden": 5}),
+        {"layers": 1, "bias": False},
+    ],
     "q_former": [
         {"visual_tokens": 3, "depth": 3, **BERT},
         {"visual_tokens": 5, "depth": 2, "cross_every": 1, **BERT},
@@ -232,11 +236,16 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"depth": 0}, "depth must be a whole number greater than 0, got 0"),
         ({"hidden": 2.0}, "hidden must be a whole number greater than 0, got 2.0"),
     ],
+    "gemma3": [
+        ({"visual_token": 4}, "did you mean 'visual_tokens'"),
+        ({"visual_tokens": 8}, "visual_tokens must be a square number"),
+        ({"eps": 0}, "eps must be a number above 0, got 0"),
+    ],
     "linear": [({"hidden": 3}, "unknown option of the connector Linear 'hidden'")],
     "mlp": [({"hiden": 3}, "did you mean 'hidden'")],
     "patch_merger": [
         ({"factor": 0}, "factor must be a whole number"),
-        ({"norm": "batch"}, "norm must be layer or rms, got 'batch'"),
+        ({"norm": "batch"}, r"norm must be layer \| rms, got 'batch'"),
         ({"norm_after": 1}, "norm_after must be true or false, got 1"),
     ],
     "pixel_shuffle": [
@@ -244,6 +253,8 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"factor": True}, "factor must be a whole number greater than 0, got True"),
         ({"layers": 3}, "layers must be 1 or 2, got 3"),
         ({"layers": 1, "hidden": 4}, "hidden is the width between two layers"),
+        ({"layers": 1, "bias": 0}, "bias must be true or false, got 0"),
+        ({"bias": False}, "bias: false needs layers: 1"),
     ],
     "q_former": [
         ({"head": 3}, "did you mean 'heads'"),

@@ -129,7 +129,7 @@ def test_the_class_token_stands_beside_every_cell(folders: dict[str, Path], name
     assert torch.equal(found[:, : plain.width], encode(plain, image))
     for row in found[:, plain.width :]:
         torch.testing.assert_close(row, states.pooler_output[0], rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="class_token: expected true or false, got 'yes'"):
+    with pytest.raises(ValueError, match="class_token must be true or false, got 'yes'"):
         ENCODERS[name].from_folder(folders[name], class_token="yes")
 
 

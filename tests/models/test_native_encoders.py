@@ -122,7 +122,7 @@ def test_inner_layers_stand_beside_the_last(native: dict[str, Path]) -> None:
     for level, layer in zip(levels[1:], (0, 1), strict=True):
         inner = ENCODERS["qwen3_vl"].from_folder(native["qwen3_vl"], layer=layer - 3).eval()
         torch.testing.assert_close(level, encode(inner, images()), rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="deepstack: expected true or false, got 1"):
+    with pytest.raises(ValueError, match="deepstack must be true or false, got 1"):
         ENCODERS["qwen3_vl"].from_folder(native["qwen3_vl"], deepstack=1)
 
 
@@ -187,7 +187,7 @@ def test_bounds_come_from_the_file_or_the_recipe(native: dict[str, Path], tmp_pa
     cases = {
         "min_pixels 256 is more than max_pixels 100": ("qwen2_vl", {"max_pixels": 100}),
         "is less than one block of 8 x 8": ("qwen2_vl", {"min_pixels": 1, "max_pixels": 40}),
-        "max_pixels is no whole number": ("qwen2_vl", {"max_pixels": 1e6}),
+        "max_pixels must be a whole number": ("qwen2_vl", {"max_pixels": 1e6}),
         "unknown option": ("qwen2_vl", {"max_patches": 4}),
     }
     for message, (name, options) in cases.items():

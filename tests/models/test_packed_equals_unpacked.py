@@ -38,6 +38,9 @@ CASES = [
     ("dinov2_with_registers", "mlp"),
     ("dinov3_convnext", "average_pool"),
     ("dinov3_vit", "average_pool"),
+    ("siglip", "gemma3"),
+    ("idefics3", "pixel_shuffle"),
+    ("internvl", "pixel_shuffle"),
 ]
 
 

@@ -199,8 +199,8 @@ def test_every_kind_of_image(folders: dict[str, Path]) -> None:
 def test_pairs_that_cannot_be(folders: dict[str, Path], tmp_path: Path) -> None:
     good = {"name": "clip", "path": folders["clip"]}
     for options, match in (
-        ({"first": good}, r"needs second: \{name: …, path: …\}"),
-        ({"first": "clip", "second": good}, "needs first"),
+        ({"first": good}, r"second is missing; give \{name: …, path: …\}"),
+        ({"first": "clip", "second": good}, "first must be .*, got 'clip'"),
         ({"first": {"name": "clip"}, "second": good}, "needs first"),
         ({"first": good, "second": {**good, "name": "clipp"}}, "encoder of second 'clipp'; did"),
         ({"first": good, "second": {**good, "name": "pair"}}, "second: a pair of pairs"),
@@ -211,7 +211,10 @@ def test_pairs_that_cannot_be(folders: dict[str, Path], tmp_path: Path) -> None:
         ({"first": {"name": "siglip", "path": folders["clip"]}, "second": good}, "holds a 'clip"),
         ({"first": good, "second": good, "third": good}, "unknown option of the encoder Pair"),
         ({"first": good, "second": good, "path": tmp_path}, "a pair has no path of its own"),
-        ({"first": good, "second": good, "resize": "stretch"}, "unknown resize rule"),
+        (
+            {"first": good, "second": good, "resize": "stretch"},
+            "resize must be .*, got 'stretch'",
+        ),
     ):
         with pytest.raises(ValueError, match=match) as refused:
             PairEncoder.from_folder(**options)

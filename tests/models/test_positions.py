@@ -29,7 +29,7 @@ from mllm.models.positions import is_spatial, named, placed, spatial_positions
 from mllm.models.processor import Processor
 from tests.models.conftest import documents, llama_config, picture
 from tests.models.families import FAMILIES, save_family
-from tests.models.native_folders import NATIVE, VISION
+from tests.models.native_folders import VISION
 
 IMAGE = 7
 Grid = tuple[int, int]
@@ -158,7 +158,6 @@ def parts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[MultimodalModel, Processor]:
     """Images of native resolution, so that views differ."""
-    monkeypatch.setitem(folders, "qwen2_5_vl", NATIVE["qwen2_5_vl"](tmp_path / "vision"))
     text = save_family(tmp_path / "text", FAMILIES[request.param])
     model, processor = build("qwen2_5_vl", "patch_merger", text)
     return model, processor

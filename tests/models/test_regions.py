@@ -168,7 +168,7 @@ def test_a_box_too_small_for_a_middle_takes_the_nearest() -> None:
 def test_what_cannot_be_a_region_is_refused(build: Callable[..., Parts]) -> None:
     with pytest.raises(ValueError, match="feature needs visual tokens that have places"):
         build(connector="resampler", images=FEATURE)
-    with pytest.raises(ValueError, match="unknown way to write regions 'features'; did you mean"):
+    with pytest.raises(ValueError, match="got 'features'; did you mean 'feature'"):
         build(images={"regions": "features"})
     with pytest.raises(DocumentError, match="left, top, right, bottom as fractions"):
         Text("", box=(0.5, 0.1, 0.2, 0.9))
@@ -240,5 +240,5 @@ def test_another_budget_is_another_count(build: Callable[..., Parts]) -> None:
         _, processor = build("clip", "mlp", images=images)
         prints.add(processor.text_fingerprint)
     assert len(prints) == 4
-    with pytest.raises(ValueError, match="clip_tokens must be a whole number from 1 on, got 0"):
+    with pytest.raises(ValueError, match="clip_tokens must be a whole number"):
         build(images={"clip_tokens": 0})

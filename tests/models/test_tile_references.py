@@ -22,10 +22,11 @@ RAW = {"do_normalize": False, "do_rescale": False, "return_tensors": "np"}
 
 
 def sizes(count: int = 60) -> list[tuple[int, int]]:
-    """Strips, squares, whole tiles, and random sizes."""
+    """Strips, whole tiles, sizes around which larger grids of one aspect begin, and random ones."""
     random = np.random.default_rng(0).integers(1, 300, (count, 2)).tolist()
     whole = [(SIDE * rows, SIDE * columns) for rows in (1, 2, 3) for columns in (1, 2, 7)]
-    return [*STRIPS, *whole, *((high, wide) for high, wide in random)]
+    growing = [size for side in range(20, 50, 3) for size in ((side, side), (side, 2 * side))]
+    return [*STRIPS, *whole, *growing, *((high, wide) for high, wide in random)]
 
 
 def picture_of(height: int, width: int) -> NDArray[np.uint8]:

@@ -120,7 +120,7 @@ def test_configurations_that_say_too_little(folders: dict[str, Path], tmp_path: 
         ({"crop_mode": "squash"}, "crop_mode squash with crop_pct 0.8"),
     ):
         refused(write(tmp_path, "resnet", **values), match)
-    refused(write(tmp_path, "resnet"), "counted back from -1", layer=0)
+    refused(write(tmp_path, "resnet"), "layer must be a whole number below 0", layer=0)
 
 
 @needs_timm

@@ -138,6 +138,17 @@ def weighted(home: Path) -> dict[str, Any]:
     }
 
 
+def experts(home: Path, name: str) -> dict[str, Any]:
+    """Six steps of a language model with experts; a pack is one caption or one text."""
+    return {
+        "model__language_model": {"path": str(home / name)},
+        "data__sources": sources(home, captions=BOTH[:1], texts=BOTH[:1]),
+        "data__packing": {"tokens": 64, "documents": 1},
+        "run__epochs": None,
+        "run__tokens": 6 * 256,
+    }
+
+
 def sources(home: Path, **objectives: tuple[str, ...]) -> list[dict[str, Any]]:
     """The sources of a recipe, each with its objectives."""
     return [
@@ -194,6 +205,7 @@ def two(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             run__tokens_per_step=64,
         )
     )
+    recipes += [write(name, run__zero=3, **experts(home, name)) for name in tiny.EXPERTS]
     recipes.append(write("hop", run__zero=2) + "@2")
     recipes.append(write("long", **LONG))
     recipes.append(write("changed", run__seed=5) + "@2")
@@ -217,6 +229,7 @@ def one(home: Path, two: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs
             write("lora", run__zero=0, **LORA),
             write("weighted", run__zero=0, **weighted(home)),
             write("crossed", run__zero=0, **crossed(home)),
+            *(write(name, run__zero=0, **experts(home, name)) for name in tiny.EXPERTS),
             write("hop", run__zero=3),
             write("windows", **windows(home)),
         ],

@@ -14,11 +14,18 @@ import yaml
 from PIL import Image as PillowImage
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
 )
 
 from data_packing.document import Document, Image, Text
@@ -84,6 +91,27 @@ def make_models(folder: Path, dropout: float = 0.0) -> None:
     (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(preprocessor))
 
 
+EXPERTS: dict[str, tuple[type[PreTrainedConfig], dict[str, int]]] = {
+    "mixtral": (MixtralConfig, {"intermediate_size": 20, "num_local_experts": 4}),
+    "qwen3_moe": (Qwen3MoeConfig, {"moe_intermediate_size": 20, "num_experts": 4, "head_dim": 12}),
+    "olmoe": (OlmoeConfig, {"intermediate_size": 20, "num_experts": 4}),
+}
+"""Language models with experts: configuration, and what they need beside the usual sizes."""
+
+
+def make_experts(folder: Path) -> None:
+    """Write a folder for each of EXPERTS, with the tokenizer of folder/llm."""
+    torch.manual_seed(1)
+    plain = AutoConfig.from_pretrained(folder / "llm")
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    more = ("num_key_value_heads", "max_position_embeddings", "bos_token_id", "eos_token_id")
+    shared = {name: getattr(plain, name) for name in (*sizes, *more, "pad_token_id")}
+    for name, (kind, own) in EXPERTS.items():
+        config = kind(**shared, **own, num_experts_per_tok=2, initializer_range=0.1)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(folder / "llm").save_pretrained(folder / name)
+
+
 def picture(colour: str, seed: int) -> bytes:
     """A PNG in one colour, with a little noise."""
     noise = np.random.default_rng(seed).integers(-20, 20, (SIDE, SIDE, 3))
@@ -138,6 +166,7 @@ def make_data(folder: Path, count: int = 48) -> None:
 def make_all(folder: Path, count: int = 48) -> Path:
     """Models and data. Returns the folder."""
     make_models(folder)
+    make_experts(folder)
     make_data(folder / "data", count)
     return folder
 

@@ -35,8 +35,7 @@ from mllm.models.composites.folder import (
 from mllm.models.composites.images import image_processor, tiling
 from mllm.models.composites.text import read_tokenizer, written_tokenizer
 from mllm.models.config import MultimodalConfig
-from mllm.models.connectors.options import whole
-from mllm.models.connectors.q_former import NAMES, SIZES, QFormer
+from mllm.models.connectors.q_former import NAMES, QFormer
 from mllm.models.encoders.blip2 import Blip2Encoder
 from mllm.models.encoders.preprocessor import read_file
 from mllm.models.errors import loading
@@ -100,14 +99,14 @@ def write(model: MultimodalModel, processor: Processor, folder: Path) -> None:
     ours = model.config
     _check(ours)
     connector, spec = ours.connector, ours.encoder
-    queries = whole(connector, "visual_tokens", SIZES["visual_tokens"])
+    queries = QFormer.number(connector, "visual_tokens")
     text = text_config(model)
     text["eos_token_id"] = model.generation_config.eos_token_id  # its generate asks only this one
     text["pad_token_id"] = model.generation_config.pad_token_id
     config = Blip2Config(
         vision_config={key: value for key, value in spec["config"].items() if key != "dtype"},
         qformer_config={
-            **{name: whole(connector, option, SIZES[option]) for option, name in NAMES.items()},
+            **{name: QFormer.number(connector, option) for option, name in NAMES.items()},
             "encoder_hidden_size": model.encoder.width,
         },
         text_config=text,

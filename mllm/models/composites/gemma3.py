@@ -30,7 +30,7 @@ from mllm.models.composites.folder import (
 )
 from mllm.models.composites.text import check_token, named_token, read_tokenizer
 from mllm.models.config import MultimodalConfig
-from mllm.models.connectors.options import whole
+from mllm.models.connectors.gemma3 import Gemma3Projector
 from mllm.models.encoders.siglip import SiglipEncoder
 from mllm.models.errors import loading
 from mllm.models.families import LogitsRule, logits_rule
@@ -38,6 +38,7 @@ from mllm.models.geometry import ImageGeometry
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
 from mllm.models.template import ImageText
+from mllm.parts.option import chosen
 
 _EMBEDDING = "model.language_model.embed_tokens.weight"
 _OURS, _THEIRS = "connector.second.weight", "model.multi_modal_projector.mm_input_projection_weight"
@@ -87,7 +88,7 @@ def write(model: MultimodalModel, processor: Processor, folder: Path) -> None:
     _check(model)
     named = _named_tokens(processor)
     tokenizer: Any = processor.tokenizer
-    square, tokens = model.encoder.square, writing.tokens_of_view(processor)
+    square, tokens = model.encoder.square, writing.tokens_of_view(model)
     config = Gemma3Config(
         vision_config=writing.vision_values(model),
         text_config=writing.text_values(model),
@@ -131,13 +132,18 @@ def _check(model: MultimodalModel) -> None:
             "the last layer, so layer: -1 is needed"
         )
     spec = writing.check_connector(model, "gemma3", "gemma3")
-    _check_pooling(model.encoder.square.cells, whole(spec, "visual_tokens", 256), "gemma3")
-    eps, own = spec.get("eps") or 1e-6, writing.vision_values(model)["layer_norm_eps"]
+    _check_pooling(
+        model.encoder.square.cells, Gemma3Projector.number(spec, "visual_tokens"), "gemma3"
+    )
+    eps, own = (
+        chosen(Gemma3Projector.OPTIONS, spec, "eps"),
+        writing.vision_values(model)["layer_norm_eps"],
+    )
     if eps != own:
         raise ValueError(
             f"gemma3 cannot hold the connector's eps {eps}: it is that of the tower there, {own}"
         )
-    writing.check_tiling(model, "gemma3", "")
+    writing.check_tiling(model, "gemma3", "none")
     if not isinstance(model.config.text_config, Gemma3TextConfig):
         raise ValueError(
             f"gemma3 cannot hold the language model {model.config.text_config.model_type}: its own "

@@ -40,7 +40,7 @@ from mllm.models.composites.folder import (
 )
 from mllm.models.composites.text import check_token, read_tokenizer
 from mllm.models.config import MultimodalConfig
-from mllm.models.connectors.options import whole
+from mllm.models.connectors.pixel_shuffle import PixelShuffle
 from mllm.models.encoders.idefics3 import Idefics3Encoder, shares_positions
 from mllm.models.encoders.preprocessor import read_preprocessor
 from mllm.models.errors import loading
@@ -109,13 +109,13 @@ def _write(kind: _Kind, model: MultimodalModel, processor: Processor, folder: Pa
         vision_config=_vision_config(kind, model),
         text_config=writing.text_values(model),
         image_token_id=processor.image_token_id,
-        scale_factor=whole(model.config.connector, "factor", 2),
+        scale_factor=PixelShuffle.number(model.config.connector, "factor"),
         tie_word_embeddings=writing.embedding_is_output(model),
     )
     weights = model.state_dict()
     weights.pop("connector.second.bias", None)  # zero, as `_check` saw
     save(kind.model, config, model, _names(kind, model.config.text_config), folder, weights)
-    _write_processor(kind, processor, folder)
+    _write_processor(kind, model, processor, folder)
 
 
 def _names(kind: _Kind, text: Any) -> Names:
@@ -165,14 +165,14 @@ def _check(name: str, model: MultimodalModel, processor: Processor) -> None:
             "position there"
         )
     spec = writing.check_connector(model, name, "pixel_shuffle")
-    if (layers := whole(spec, "layers", 2)) != 1:
+    if (layers := PixelShuffle.number(spec, "layers")) != 1:
         raise ValueError(f"{name} cannot hold the connector's layers {layers}: it has 1")
     bias = model.connector.last_linear().bias
     if bias is not None and bool(bias.any()):
         raise ValueError(
             f"{name} cannot hold the connector's bias, which is not zero: train with bias: false"
         )
-    writing.check_blocks(model, name, whole(spec, "factor", 2))
+    writing.check_blocks(model, name, PixelShuffle.number(spec, "factor"))
     writing.check_tiling(model, name, "split")
     if model.config.images.get("longest_edge", 0) > _LONGEST:
         raise ValueError(f"{name} cannot hold a longest_edge of more than {_LONGEST} pixels")
@@ -195,7 +195,9 @@ def _vision_config(kind: _Kind, model: MultimodalModel) -> dict[str, Any]:
     return {name: value for name, value in writing.vision_values(model).items() if name in own}
 
 
-def _write_processor(kind: _Kind, processor: Processor, folder: Path) -> None:
+def _write_processor(
+    kind: _Kind, model: MultimodalModel, processor: Processor, folder: Path
+) -> None:
     tiles = processor.geometry
     assert isinstance(tiles, SplitTiles)
     pixels = writing.pixels_of(tiles.square, kind.name)
@@ -208,7 +210,7 @@ def _write_processor(kind: _Kind, processor: Processor, folder: Path) -> None:
         "max_image_size": side,
         "size": longest,
     }
-    tokens = writing.tokens_of_view(processor)
+    tokens = writing.tokens_of_view(model)
     writing.write_processor(processor, {}, kind.processor, seen, folder, image_seq_len=tokens)
     if kind.video:
         video = {"video_processor_type": kind.video, "max_image_size": side, "size": side}

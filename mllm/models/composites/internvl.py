@@ -28,7 +28,7 @@ from mllm.models.composites.folder import (
 )
 from mllm.models.composites.text import check_token, named_token, read_tokenizer
 from mllm.models.config import MultimodalConfig
-from mllm.models.connectors.options import whole
+from mllm.models.connectors.pixel_shuffle import PixelShuffle
 from mllm.models.encoders.internvl import InternVlEncoder
 from mllm.models.encoders.preprocessor import read_preprocessor
 from mllm.models.errors import loading
@@ -81,22 +81,23 @@ def write(model: MultimodalModel, processor: Processor, folder: Path) -> None:
     named = _named_tokens(processor)
     square, images = model.encoder.square, model.config.images
     pixels = writing.pixels_of(square, "internvl")
-    tokens = writing.tokens_of_view(processor)
+    tokens = writing.tokens_of_view(model)
     config = InternVLConfig(
         vision_config=_vision_config(model),
         text_config=writing.text_values(model),
         image_token_id=processor.image_token_id,
         image_seq_length=tokens,
-        downsample_ratio=1 / whole(model.config.connector, "factor", 2),
+        downsample_ratio=1 / PixelShuffle.number(model.config.connector, "factor"),
         tie_word_embeddings=writing.embedding_is_output(model),
     )
     names = _names(model.config.text_config)
     save(InternVLForConditionalGeneration, config, model, names, folder)
+    cuts = "tiling" in images
     tiles = {
         "image_processor_type": "GotOcr2ImageProcessor",
-        "crop_to_patches": bool(images),
-        "max_patches": images.get("tiles", 12) if images else 1,
-        "min_patches": images.get("min_tiles", 1) if images else 1,
+        "crop_to_patches": cuts,
+        "max_patches": images.get("tiles", 12) if cuts else 1,
+        "min_patches": images.get("min_tiles", 1) if cuts else 1,
     }
     writing.write_processor(
         processor,
@@ -157,10 +158,10 @@ def _check(model: MultimodalModel) -> None:
     writing.check_encoder(model, "internvl", "internvl")
     spec = writing.check_connector(model, "internvl", "pixel_shuffle")
     width = model.config.text_config.hidden_size
-    factor, layers = whole(spec, "factor", 2), whole(spec, "layers", 2)
+    factor, layers = PixelShuffle.number(spec, "factor"), PixelShuffle.number(spec, "layers")
     if layers != 2:
         raise ValueError(f"internvl cannot hold the connector's layers {layers}: it has 2")
-    if whole(spec, "hidden", width) != width:
+    if PixelShuffle.number(spec, "hidden", width) != width:
         raise ValueError(
             f"internvl cannot hold the connector's hidden {spec['hidden']}: it is the language "
             f"model's width there, {width}"
@@ -171,7 +172,7 @@ def _check(model: MultimodalModel) -> None:
             "which is exact for powers of 2"
         )
     writing.check_blocks(model, "internvl", factor)
-    writing.check_tiling(model, "internvl", "dynamic", "")
+    writing.check_tiling(model, "internvl", "dynamic", "none")
     if model.config.images.get("thumbnail", True) is False:
         raise ValueError("internvl cannot hold thumbnail: false: its processor always adds one")
     writing.check_language_model(model, "internvl")

@@ -43,7 +43,7 @@ from mllm.models.composites.folder import (
 )
 from mllm.models.composites.text import read_tokenizer
 from mllm.models.config import MultimodalConfig
-from mllm.models.connectors.options import whole
+from mllm.models.connectors.patch_merger import PatchMerger
 from mllm.models.encoders import ENCODERS
 from mllm.models.errors import loading
 from mllm.models.fusion.deepstack import DeepStack
@@ -174,7 +174,7 @@ def _write(kind: _Kind, model: MultimodalModel, processor: Processor, folder: Pa
         tie_word_embeddings=writing.embedding_is_output(model),
         **tokens,
     )
-    inner = whole(model.config.connector, "levels", 1) - 1
+    inner = PatchMerger.number(model.config.connector, "levels") - 1
     save(kind.model, config, model, kind.names(text, inner), folder)
     geometry = model.encoder.geometry
     assert isinstance(geometry, NativeGeometry)
@@ -248,14 +248,14 @@ def _check(kind: _Kind, model: MultimodalModel) -> None:
     spec = writing.check_connector(model, name, "patch_merger")
     vision = writing.vision_values(model)
     merge = vision["spatial_merge_size"]
-    levels = whole(spec, "levels", 1)
+    levels = PatchMerger.number(spec, "levels")
     wide = model.encoder.width // levels * merge**2
     inner = vision.get("deepstack_visual_indexes") or []
     for option, found, fits in (
-        ("factor", whole(spec, "factor", 2), merge),
+        ("factor", PatchMerger.number(spec, "factor"), merge),
         ("norm", spec.get("norm") or "layer", kind.norm),
         ("norm_after", bool(spec.get("norm_after")), False),
-        ("hidden", whole(spec, "hidden", wide), wide),
+        ("hidden", PatchMerger.number(spec, "hidden", wide), wide),
         ("levels", levels, 1 + len(inner)),
     ):
         if found != fits:

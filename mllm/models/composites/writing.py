@@ -4,7 +4,6 @@ and the files of a folder. Nothing is written before everything is known to fit.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +12,13 @@ from typing import Any
 from torch import nn
 
 from mllm.models.composites.folder import text_config
-from mllm.models.composites.images import image_processor
+from mllm.models.composites.images import image_processor, tiling
 from mllm.models.composites.text import written_tokenizer
 from mllm.models.errors import read_json
 from mllm.models.families import LogitsRule, logits_rule
-from mllm.models.geometry import ImageGeometry, Size
+from mllm.models.geometry import ImageGeometry
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
-from mllm.models.tiles import TiledGeometry
 
 _OF_CROPS = ("crop_size", "do_center_crop")
 
@@ -68,18 +66,17 @@ def check_tiling(model: MultimodalModel, who: str, *tilings: str) -> None:
     """Refuse a way of cutting images that the class's processor does not know.
 
     Args:
-        tilings: those that it knows, "" for not cutting.
+        tilings: those that it knows, "none" for not cutting.
 
     Raises:
-        ValueError: another one, or a whole image that is not squashed to the square.
+        ValueError: another one, features of regions, or a whole image that is not squashed to the
+            square.
     """
-    tiling = str(model.config.images.get("tiling", ""))
-    if tiling not in tilings:
-        known = " or ".join(f"tiling {name}" if name else "no tiling" for name in tilings)
-        found = f"tiling {tiling}" if tiling else "images that are not cut"
-        raise ValueError(f"{who} cannot hold {found}: it has {known}")
+    found = tiling(model.config.images, who)
+    if found not in tilings:
+        raise ValueError(f"{who} cannot hold tiling {found}: it has {' or '.join(tilings)}")
     geometry = model.encoder.square
-    if not tiling and geometry.resize != "squash":
+    if found == "none" and geometry.resize != "squash":
         raise ValueError(
             f"{who} cannot hold resize {geometry.resize}: its processor squashes images"
         )
@@ -203,9 +200,8 @@ def pixels_of(geometry: ImageGeometry, who: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in _OF_CROPS}
 
 
-def tokens_of_view(processor: Processor) -> int:
-    """Return the visual tokens of one view."""
-    geometry = processor.geometry
-    square = geometry.square if isinstance(geometry, TiledGeometry) else geometry
-    size: Size = square.smallest
-    return math.prod(processor.expander.output_grid(square.grid(*size)))
+def tokens_of_view(model: MultimodalModel) -> int:
+    """Return the visual tokens of one square view."""
+    encoder, connector = model.encoder, model.connector
+    tokens: int = connector.tokens_per_image(encoder.grid(*encoder.geometry.smallest))
+    return tokens

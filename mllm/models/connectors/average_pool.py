@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import isqrt
 from typing import Any
 
 import torch
@@ -12,28 +11,16 @@ from torch.nn import functional
 
 from mllm.models.connectors.mlp import Mlp
 from mllm.models.connectors.options import square_side
+from mllm.parts import CONNECTORS
 
 
 class AveragePool(Mlp):
     """`visual_tokens` tokens per view, whatever its grid.
 
-    Pooling has no weights, so the same weights serve another number of tokens. Options:
-    `visual_tokens` (a square number) and those of Mlp.
+    Pooling has no weights, so the same weights serve another number of tokens.
     """
 
-    OPTIONS = ("visual_tokens", *Mlp.OPTIONS)
-    RELOADABLE = ("visual_tokens",)
-
-    @classmethod
-    def check(cls, spec: Mapping[str, Any]) -> None:
-        """Refuse a number of tokens that is not a square."""
-        super().check(spec)
-        tokens = spec.get("visual_tokens")
-        if not isinstance(tokens, int) or tokens < 1 or isqrt(tokens) ** 2 != tokens:
-            raise ValueError(
-                f"connector average_pool: visual_tokens must be a square number (16, 49, 144, …), "
-                f"got {tokens!r}"
-            )
+    OPTIONS = CONNECTORS["average_pool"].options
 
     @classmethod
     def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mllm.models.errors import check_options
+from mllm.parts.option import Option, chosen, problems
 
 
 class Connector(nn.Module, ABC):
@@ -28,12 +29,16 @@ class Connector(nn.Module, ABC):
         width: D, the language model's hidden size.
 
     Attributes:
-        OPTIONS: names that a recipe may set.
+        OPTIONS: what a recipe may set, by name; declared in mllm/parts/connectors.py.
         RELOADABLE: the options that may change when saved weights are loaded.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ()
+    OPTIONS: ClassVar[Mapping[str, Option]] = {}
     RELOADABLE: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.RELOADABLE = tuple(name for name, option in cls.OPTIONS.items() if option.reloadable)
 
     def __init__(self, spec: Mapping[str, Any], features: int, width: int) -> None:
         super().__init__()
@@ -45,10 +50,18 @@ class Connector(nn.Module, ABC):
         """Refuse options that make no sense.
 
         Raises:
-            ValueError: an unknown option or a bad value.
+            ValueError: an unknown option, a bad value or none where one is needed.
         """
         options = {name: value for name, value in spec.items() if name != "name"}
         check_options(options, cls.OPTIONS, f"the connector {cls.__name__}")
+        for _, problem in problems(cls.OPTIONS, options):
+            raise ValueError(f"connector {spec.get('name', cls.__name__)}: {problem}")
+
+    @classmethod
+    def number(cls, spec: Mapping[str, Any], name: str, otherwise: int = 0) -> int:
+        """Return a whole number of the options, its default (else `otherwise`) if not given."""
+        value = chosen(cls.OPTIONS, spec, name)
+        return otherwise if value is None else int(value)
 
     @classmethod
     @abstractmethod

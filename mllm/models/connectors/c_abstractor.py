@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import isqrt
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from torch.nn import functional
 
 from mllm.models.connectors.base import Connector
 from mllm.models.connectors.cells import Padding, pool
-from mllm.models.connectors.options import check_whole, square_side, whole
+from mllm.models.connectors.options import square_side
+from mllm.parts import CONNECTORS
 
-_TOKENS = 144
 _EPS = 1e-6
 
 
@@ -57,25 +57,17 @@ class Block(nn.Module):
 class CAbstractor(Connector):
     """`visual_tokens` tokens per view, whatever its grid, with the neighbourhood kept.
 
-    Options:
-        visual_tokens: a square number (default 144).
-        hidden: width of the blocks (default 1024).
-        depth: blocks before and after the pooling (default 3 and 3).
-        positions: side of the square table of learned positions (default 24); another grid reads
-            it interpolated.
-
     Weights start as Honeybee's do: positions at a truncated normal of 0.02, the rest as torch draws
     it.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ("visual_tokens", "hidden", "depth", "positions")
-    RELOADABLE: ClassVar[tuple[str, ...]] = ("visual_tokens",)
+    OPTIONS = CONNECTORS["c_abstractor"].options
 
     def __init__(self, spec: Mapping[str, Any], features: int, width: int) -> None:
         super().__init__(spec, features, width)
-        hidden, depth = whole(spec, "hidden", 1024), whole(spec, "depth", 3)
-        side = whole(spec, "positions", 24)
-        self.side = isqrt(whole(spec, "visual_tokens", _TOKENS))
+        hidden, depth = self.number(spec, "hidden"), self.number(spec, "depth")
+        side = self.number(spec, "positions")
+        self.side = isqrt(self.number(spec, "visual_tokens"))
         self.positions = nn.Parameter(torch.empty(features, side, side))
         nn.init.trunc_normal_(self.positions, std=0.02)
         widths = [features] + [hidden] * (depth - 1)
@@ -86,25 +78,13 @@ class CAbstractor(Connector):
         self.second = nn.Linear(width, width)
 
     @classmethod
-    def check(cls, spec: Mapping[str, Any]) -> None:
-        """Refuse numbers that are none, and a number of tokens that is not a square."""
-        super().check(spec)
-        check_whole(spec, cls.OPTIONS, "c_abstractor")
-        tokens = whole(spec, "visual_tokens", _TOKENS)
-        if isqrt(tokens) ** 2 != tokens:
-            raise ValueError(
-                "connector c_abstractor: visual_tokens must be a square number (16, 49, 144, …), "
-                f"got {tokens}"
-            )
-
-    @classmethod
     def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:
         """Return the pooled grid.
 
         Raises:
             ValueError: more tokens than cells along a side.
         """
-        side = square_side(whole(spec, "visual_tokens", _TOKENS), grid, "c_abstractor")
+        side = square_side(cls.number(spec, "visual_tokens"), grid, "c_abstractor")
         return (side, side)
 
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:

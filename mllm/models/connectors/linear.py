@@ -11,7 +11,7 @@ from mllm.models.connectors.base import Connector
 
 
 class Linear(Connector):
-    """One visual token per grid cell. No options."""
+    """One visual token per grid cell."""
 
     def __init__(self, spec: Mapping[str, Any], features: int, width: int) -> None:
         super().__init__(spec, features, width)

@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from mllm.models.connectors.base import Connector
-from mllm.models.connectors.options import check_flag
+from mllm.parts import CONNECTORS
+from mllm.parts.option import chosen
 
 
 class Mlp(Connector):
-    """One visual token per grid cell.
+    """One visual token per grid cell."""
 
-    Options:
-        hidden: the width between the two layers (default: the language model's).
-        norm: whether a LayerNorm comes first (default true; LLaVA has none).
-        bias: whether the two layers have one (default true).
-    """
-
-    OPTIONS: ClassVar[tuple[str, ...]] = ("hidden", "norm", "bias")
+    OPTIONS = CONNECTORS["mlp"].options
 
     def __init__(self, spec: Mapping[str, Any], features: int, width: int) -> None:
         super().__init__(spec, features, width)
-        hidden, bias = spec.get("hidden") or width, spec.get("bias") is not False
-        if spec.get("norm") is not False:
+        hidden = self.number(spec, "hidden", width)
+        bias = chosen(self.OPTIONS, spec, "bias")
+        if chosen(self.OPTIONS, spec, "norm"):
             self.norm = nn.LayerNorm(features)
         self.first = nn.Linear(features, hidden, bias=bias)
         self.act = nn.GELU()
         self.second = nn.Linear(hidden, width, bias=bias)
-
-    @classmethod
-    def check(cls, spec: Mapping[str, Any]) -> None:
-        """Refuse switches that are neither on nor off."""
-        super().check(spec)
-        for name in ("norm", "bias"):
-            check_flag(spec, name, "mlp")
 
     @classmethod
     def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:

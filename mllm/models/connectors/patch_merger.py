@@ -8,14 +8,14 @@ depth.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mllm.models.connectors.base import Connector
 from mllm.models.connectors.cells import space_to_depth
-from mllm.models.connectors.options import check_whole, whole
+from mllm.parts import CONNECTORS
 
 _EPSILON = 1e-6  # of all three
 
@@ -46,23 +46,18 @@ class _Merger(nn.Module):
 
 
 class PatchMerger(Connector):
-    """One visual token per block of factor x factor cells.
+    """One visual token per block of factor x factor cells; padded as in PixelShuffle.
 
-    Options:
-        factor: side of a block (default 2); grids that it does not divide as in PixelShuffle.
-        norm: `layer` (default) or `rms`.
-        norm_after: whether the norm is over a whole block (default false: over a cell).
-        hidden: width between the two layers (default: a block's).
-        levels: how many layers of the encoder stand side by side in its features (default 1). Each
-            has a merger of its own, and their tokens stand side by side again, for the fusion
-            `deepstack`. The norms of all but the first come after space to depth.
+    With several `levels` as many layers of the encoder stand side by side in its features. Each has
+    a merger of its own, and their tokens stand side by side again, for the fusion `deepstack`. The
+    norms of all but the first come after space to depth.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ("factor", "norm", "norm_after", "hidden", "levels")
+    OPTIONS = CONNECTORS["patch_merger"].options
 
     def __init__(self, spec: Mapping[str, Any], features: int, width: int) -> None:
         super().__init__(spec, features, width)
-        self.factor, self.levels = whole(spec, "factor", 2), whole(spec, "levels", 1)
+        self.factor, self.levels = self.number(spec, "factor"), self.number(spec, "levels")
         if features % self.levels or width % self.levels:
             raise ValueError(
                 f"connector patch_merger: levels {self.levels} divides neither or only one of "
@@ -72,30 +67,15 @@ class PatchMerger(Connector):
             )
         self.norm_after = bool(spec.get("norm_after"))
         features, width = features // self.levels, width // self.levels
-        hidden = whole(spec, "hidden", features * self.factor**2)
+        hidden = self.number(spec, "hidden", features * self.factor**2)
         shape = (features, width, self.factor, hidden, spec.get("norm") == "rms")
         self.merger = _Merger(*shape, self.norm_after)
         self.inner = nn.ModuleList(_Merger(*shape, True) for _ in range(1, self.levels))
 
     @classmethod
-    def check(cls, spec: Mapping[str, Any]) -> None:
-        """Refuse numbers that are none, and a norm that is unknown."""
-        super().check(spec)
-        check_whole(spec, ("factor", "hidden", "levels"), "patch_merger")
-        if spec.get("norm") not in (None, "layer", "rms"):
-            raise ValueError(
-                f"connector patch_merger: norm must be layer or rms, got {spec['norm']!r}"
-            )
-        if not isinstance(spec.get("norm_after", False), bool):
-            raise ValueError(
-                "connector patch_merger: norm_after must be true or false, "
-                f"got {spec['norm_after']!r}"
-            )
-
-    @classmethod
     def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:
         """Return the grid of blocks; the last ones may be padded."""
-        factor = whole(spec, "factor", 2)
+        factor = cls.number(spec, "factor")
         return -(-grid[0] // factor), -(-grid[1] // factor)
 
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:

@@ -8,36 +8,33 @@ ways; torch's `pixel_unshuffle` is another.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from mllm.models.connectors.base import Connector
 from mllm.models.connectors.cells import space_to_depth
-from mllm.models.connectors.options import check_flag, check_whole, whole
+from mllm.parts import CONNECTORS
 
 
 class PixelShuffle(Connector):
     """One visual token per block of factor x factor cells.
 
-    Options:
-        factor: side of a block (default 2). A side that it does not divide is padded with zero
-            cells on the right and below, so a grid of r x c gives ceil(r/f) x ceil(c/f) tokens.
-        layers: 2 (the default) is InternVL's LayerNorm and two-layer GELU MLP, 1 is the single
-            linear layer of Idefics3 and SmolVLM.
-        hidden: width between two layers (default: the language model's).
-        bias: of a single layer, starting at zero (default true); Idefics3 and SmolVLM have none.
+    A side of the grid that the factor does not divide is padded with zero cells on the right and
+    below, so a grid of r x c gives ceil(r/f) x ceil(c/f) tokens. Two layers are InternVL's
+    LayerNorm and two-layer GELU MLP; one is the single linear layer of Idefics3 and SmolVLM, which
+    has no bias there and one that starts at zero here, unless `bias` is off.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ("factor", "layers", "hidden", "bias")
+    OPTIONS = CONNECTORS["pixel_shuffle"].options
 
     def __init__(self, spec: Mapping[str, Any], features: int, width: int) -> None:
         super().__init__(spec, features, width)
-        self.factor = whole(spec, "factor", 2)
-        self.layers = whole(spec, "layers", 2)
+        self.factor = self.number(spec, "factor")
+        self.layers = self.number(spec, "layers")
         wide = features * self.factor**2
         if self.layers == 2:
-            hidden = whole(spec, "hidden", width)
+            hidden = self.number(spec, "hidden", width)
             self.norm = nn.LayerNorm(wide)
             self.first = nn.Linear(wide, hidden)
             self.act = nn.GELU()
@@ -49,11 +46,9 @@ class PixelShuffle(Connector):
 
     @classmethod
     def check(cls, spec: Mapping[str, Any]) -> None:
-        """Refuse numbers that are none, and a width between layers where there is one layer."""
+        """Refuse more than two layers, and a width between layers where there is one."""
         super().check(spec)
-        check_whole(spec, ("factor", "layers", "hidden"), "pixel_shuffle")
-        check_flag(spec, "bias", "pixel_shuffle")
-        layers = whole(spec, "layers", 2)
+        layers = cls.number(spec, "layers")
         if layers > 2:
             raise ValueError(f"connector pixel_shuffle: layers must be 1 or 2, got {layers}")
         if layers == 1 and spec.get("hidden") is not None:
@@ -67,7 +62,7 @@ class PixelShuffle(Connector):
     @classmethod
     def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:
         """Return the grid of blocks; the last ones may be padded."""
-        factor = whole(spec, "factor", 2)
+        factor = cls.number(spec, "factor")
         return -(-grid[0] // factor), -(-grid[1] // factor)
 
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:

@@ -15,26 +15,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, Blip2Config, Blip2QFormerConfig, Blip2QFormerModel
 
 from mllm.models.connectors.cells import sequences
-from mllm.models.connectors.options import check_whole, whole
 from mllm.models.connectors.pretrained import PretrainedConnector, read_weights
 from mllm.models.errors import check_folder, loading
-
-SIZES = {
-    "visual_tokens": 32,
-    "hidden": 768,
-    "depth": 12,
-    "heads": 12,
-    "inner": 3072,
-    "cross_every": 2,
-}
-"""Option → its default, BLIP-2's."""
+from mllm.parts import CONNECTORS
 
 NAMES = {
     "hidden": "hidden_size",
@@ -51,29 +41,22 @@ _KEPT = ("query_tokens", "qformer.", "language_projection.")
 class QFormer(PretrainedConnector):
     """`visual_tokens` tokens per view, whatever its grid.
 
-    Options:
-        path: a BLIP-2 folder or hub id to start from; it brings all sizes. Its projection is taken
-            over too if it leads to a language model of the same width, else it starts anew.
-        visual_tokens: number of queries (default 32).
-        hidden, depth, heads, inner: of the BERT (default 768, 12, 12, and 3072 in its MLPs).
-        cross_every: every how many layers read the cells (default 2).
-        text: reserved, see above.
+    With `path` it starts from a BLIP-2's weights. The projection is taken over too if it leads to a
+    language model of the same width, else it starts anew.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ("path", "text", *SIZES)
+    OPTIONS = CONNECTORS["q_former"].options
 
     def __init__(self, spec: Mapping[str, Any], features: int, width: int) -> None:
         super().__init__(spec, features, width)
-        sizes: dict[str, Any] = {
-            name: whole(spec, option, SIZES[option]) for option, name in NAMES.items()
-        }
+        sizes: dict[str, Any] = {name: self.number(spec, option) for option, name in NAMES.items()}
         config = Blip2QFormerConfig(
             **sizes,
             encoder_hidden_size=features,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
-        queries = whole(spec, "visual_tokens", SIZES["visual_tokens"])
+        queries = self.number(spec, "visual_tokens")
         self.query_tokens = nn.Parameter(torch.empty(1, queries, config.hidden_size))
         nn.init.normal_(self.query_tokens, std=config.initializer_range)
         self.qformer = Blip2QFormerModel._from_config(config, attn_implementation="sdpa")
@@ -81,20 +64,14 @@ class QFormer(PretrainedConnector):
 
     @classmethod
     def check(cls, spec: Mapping[str, Any]) -> None:
-        """Refuse numbers that are none, sizes beside a path, and text."""
+        """Refuse sizes beside a path, and heads that do not divide the width."""
         super().check(spec)
-        check_whole(spec, tuple(SIZES), "q_former")
-        if spec.get("text"):
-            raise ValueError(
-                "connector q_former: text is not supported yet (InstructBLIP's queries read the "
-                "question, but a connector is given only the features of the images); leave it out"
-            )
-        given = [name for name in SIZES if spec.get(name) is not None]
+        given = [name for name in ("visual_tokens", *NAMES) if spec.get(name) is not None]
         if spec.get("path") is not None and given:
             raise ValueError(
                 f"connector q_former: path brings its own {given[0]}; leave out {', '.join(given)}"
             )
-        hidden, heads = (whole(spec, name, SIZES[name]) for name in ("hidden", "heads"))
+        hidden, heads = cls.number(spec, "hidden"), cls.number(spec, "heads")
         if hidden % heads:
             raise ValueError(
                 f"connector q_former: hidden {hidden} cannot be divided among {heads} heads"
@@ -103,7 +80,7 @@ class QFormer(PretrainedConnector):
     @classmethod
     def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:
         """Return one row of all queries."""
-        return (1, whole(spec, "visual_tokens", SIZES["visual_tokens"]))
+        return (1, cls.number(spec, "visual_tokens"))
 
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """Map [C, Dv] to [V x Q, D]."""

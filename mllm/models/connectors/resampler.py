@@ -10,7 +10,7 @@ Legend: V views, L cells of the longest view, Q queries, H hidden width, A heads
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,8 @@ from torch.nn import functional
 
 from mllm.models.connectors.base import Connector
 from mllm.models.connectors.cells import sequences
-from mllm.models.connectors.options import check_whole, whole
+from mllm.parts import CONNECTORS
 
-_TOKENS = 64
 _EPS = 1e-6
 _STD = 0.02
 
@@ -69,33 +68,21 @@ class Layer(nn.Module):
 class Resampler(Connector):
     """`visual_tokens` tokens per view, whatever its grid; which cells they read is learned.
 
-    Options:
-        visual_tokens: number of queries (default 64).
-        hidden: width of the layers (default: the encoder's).
-        depth: layers (default 3).
-        heads, head_width: of the attention (default 16 of 96).
-
     A linear layer leads to the hidden width and another to the language model's. Linear weights
     start at a normal of 0.02, as Idefics2's; the queries at a truncated normal of 0.02 (Perceiver,
     arXiv 2103.03206): queries that start alike, like Idefics2's ones, would stay alike.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = (
-        "visual_tokens",
-        "hidden",
-        "depth",
-        "heads",
-        "head_width",
-    )
+    OPTIONS = CONNECTORS["resampler"].options
 
     def __init__(self, spec: Mapping[str, Any], features: int, width: int) -> None:
         super().__init__(spec, features, width)
-        hidden = whole(spec, "hidden", features)
-        heads, head_width = whole(spec, "heads", 16), whole(spec, "head_width", 96)
+        hidden = self.number(spec, "hidden", features)
+        heads, head_width = self.number(spec, "heads"), self.number(spec, "head_width")
         self.first = nn.Linear(features, hidden)
-        self.queries = nn.Parameter(torch.empty(whole(spec, "visual_tokens", _TOKENS), hidden))
+        self.queries = nn.Parameter(torch.empty(self.number(spec, "visual_tokens"), hidden))
         self.layers = nn.ModuleList(
-            Layer(hidden, heads, head_width) for _ in range(whole(spec, "depth", 3))
+            Layer(hidden, heads, head_width) for _ in range(self.number(spec, "depth"))
         )
         self.norm = nn.RMSNorm(hidden, eps=_EPS)
         self.last = nn.Linear(hidden, width)
@@ -107,15 +94,9 @@ class Resampler(Connector):
                     nn.init.zeros_(module.bias)
 
     @classmethod
-    def check(cls, spec: Mapping[str, Any]) -> None:
-        """Refuse numbers that are none."""
-        super().check(spec)
-        check_whole(spec, cls.OPTIONS, "resampler")
-
-    @classmethod
     def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:
         """Return one row of all queries."""
-        return (1, whole(spec, "visual_tokens", _TOKENS))
+        return (1, cls.number(spec, "visual_tokens"))
 
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """Map [C, Dv] to [V x Q, D]."""

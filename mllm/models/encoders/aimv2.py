@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from transformers import Aimv2VisionConfig, Aimv2VisionModel, PreTrainedConfig
 
 from mllm.models.encoders.vit import VisionTransformer
+from mllm.parts import ENCODERS
 
 
 class Aimv2Encoder(VisionTransformer):
@@ -17,10 +18,10 @@ class Aimv2Encoder(VisionTransformer):
     native resolution compute their positions, so the preprocessor's side counts.
     """
 
+    OPTIONS = ENCODERS["aimv2"].options
     MODEL = Aimv2VisionModel
     CONFIG = Aimv2VisionConfig
     FINAL_NORM = "rms_norm"
-    DEFAULT_LAYER = -1
     RENAMED: ClassVar[dict[str, str]] = {r"^vision_model\.": ""}  # `lit` folders hold both towers
     UNUSED: ClassVar[Mapping[str, Any]] = {"use_head": False}
 

@@ -7,7 +7,7 @@ of a square view, C cells of all views, Dv features of a cell.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mllm.models.errors import check_options
-from mllm.models.geometry import Geometry, ImageGeometry, geometry_from_dict
+from mllm.models.geometry import Geometry, ImageGeometry
+from mllm.parts.option import Option, problems
 
 
 class VisionEncoder(nn.Module, ABC):
@@ -33,18 +34,20 @@ class VisionEncoder(nn.Module, ABC):
 
     Attributes:
         width: Dv, features per cell.
-        geometry: what it wants to see, and its grid.
-        OPTIONS: names that `from_folder` takes from a recipe.
+        geometry: what it wants to see, and its grid; GEOMETRY is its class.
+        OPTIONS: what `from_folder` takes from a recipe, by name; declared in
+            mllm/parts/encoders.py.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ("resize",)
+    OPTIONS: ClassVar[Mapping[str, Option]] = {}
     width: int
     geometry: Geometry
+    GEOMETRY: ClassVar[Any] = ImageGeometry
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()
         self.spec = spec
-        self.geometry = geometry_from_dict(spec["geometry"])
+        self.geometry = self.GEOMETRY.from_dict(spec["geometry"])
 
     @classmethod
     @abstractmethod
@@ -68,16 +71,38 @@ class VisionEncoder(nn.Module, ABC):
         raise NotImplementedError(f"{type(self).__name__} has neither `features` nor `forward`")
 
     @classmethod
+    def check(cls, options: Mapping[str, Any], part: str = "") -> None:
+        """Refuse options that make no sense; `part` tells which of several encoders it is.
+
+        Raises:
+            ValueError: an unknown option, a bad value or none where one is needed.
+        """
+        what = f"the encoder {cls.__name__}" + (f" ({part})" if part else "")
+        check_options(options, cls.OPTIONS, what)
+        for _, problem in problems(cls.OPTIONS, options):
+            raise ValueError(f"{what}: {problem}")
+
+    @classmethod
     def from_folder(cls, path: str | Path, **options: Any) -> Self:
         """Build the encoder with its weights.
 
         Raises:
-            ValueError: an unknown option, or the folder cannot be used.
+            ValueError: a wrong option, or the folder cannot be used.
         """
-        check_options(options, cls.OPTIONS, f"the encoder {cls.__name__}")
-        encoder = cls(cls.spec_from_folder(path, **options))
+        encoder = cls.described(path=path, **options)
         encoder.load_weights(path)
         return encoder
+
+    @classmethod
+    def described(cls, **options: Any) -> Self:
+        """Build the encoder of a folder (`path`) as its configuration says; no weights are read.
+
+        Raises:
+            ValueError: as `from_folder`.
+        """
+        path = {"path": options.pop("path")} if "path" in options else {}
+        cls.check(options)
+        return cls(cls.spec_from_folder(**path, **options))
 
     @property
     def square(self) -> ImageGeometry:

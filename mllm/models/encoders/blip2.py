@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import Blip2VisionConfig, Blip2VisionModel, PreTrainedConfig
 
-from mllm.models.encoders.vit import VisionTransformer, yes_or_no
+from mllm.models.encoders.vit import VisionTransformer
+from mllm.parts import ENCODERS
+from mllm.parts.option import chosen
 
 
 class Blip2Encoder(VisionTransformer):
@@ -23,8 +25,7 @@ class Blip2Encoder(VisionTransformer):
     MODEL = Blip2VisionModel
     CONFIG = Blip2VisionConfig
     FINAL_NORM = "post_layernorm"
-    DEFAULT_LAYER = -1
-    OPTIONS: ClassVar[tuple[str, ...]] = (*VisionTransformer.OPTIONS, "class_cell")
+    OPTIONS = ENCODERS["blip2"].options
     RENAMED: ClassVar[dict[str, str]] = {r"^vision_model\.": ""}
 
     @classmethod
@@ -32,7 +33,7 @@ class Blip2Encoder(VisionTransformer):
         cls, config: PreTrainedConfig, seen: Mapping[str, Any], path: str | Path, **options: Any
     ) -> dict[str, Any]:
         """As every vision transformer's, and whether the class token is a cell."""
-        class_cell = yes_or_no(options.get("class_cell", True), "class_cell")
+        class_cell = chosen(cls.OPTIONS, options, "class_cell")
         spec = super().spec_from(config, seen, path, **options)
         if class_cell:
             spec["geometry"]["class_cell"] = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from mllm.models.encoders.vit import VisionTransformer, drop
+from mllm.parts import ENCODERS
 
 
 class ClipEncoder(VisionTransformer):
@@ -13,6 +14,7 @@ class ClipEncoder(VisionTransformer):
     No normalisation follows the chosen layer: CLIP's own only serves its class token.
     """
 
+    OPTIONS = ENCODERS["clip"].options
     MODEL = CLIPVisionModel
     CONFIG = CLIPVisionConfig
     FINAL_NORM = "post_layernorm"

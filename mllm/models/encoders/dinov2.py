@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from mllm.models.encoders.vit import VisionTransformer, drop_mask_token
+from mllm.parts import ENCODERS
 
 
 class Dinov2Encoder(VisionTransformer):
@@ -24,7 +25,7 @@ class Dinov2Encoder(VisionTransformer):
     (518): positions are interpolated to it, bicubically, as transformers does.
     """
 
-    OPTIONS = ("resize", "layer", "class_token")
+    OPTIONS = ENCODERS["dinov2"].options
     MODEL: ClassVar[type[PreTrainedModel]] = Dinov2Model
     CONFIG: ClassVar[type[PreTrainedConfig]] = Dinov2Config
     FINAL_NORM = "layernorm"
@@ -44,5 +45,6 @@ class Dinov2WithRegistersEncoder(Dinov2Encoder):
     They exist to hold what is not about a cell, so there is no option to keep them.
     """
 
+    OPTIONS = ENCODERS["dinov2_with_registers"].options
     MODEL = Dinov2WithRegistersModel
     CONFIG = Dinov2WithRegistersConfig

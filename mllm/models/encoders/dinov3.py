@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from mllm.models.encoders.vit import VisionTransformer, drop_mask_token
+from mllm.parts import ENCODERS
 
 
 class Dinov3VitEncoder(VisionTransformer):
@@ -25,7 +26,7 @@ class Dinov3VitEncoder(VisionTransformer):
     positions that DINOv3 was pre-trained with is switched off.
     """
 
-    OPTIONS = ("resize", "layer", "class_token")
+    OPTIONS = ENCODERS["dinov3_vit"].options
     MODEL = DINOv3ViTModel
     CONFIG = DINOv3ViTConfig
     FINAL_NORM = "norm"
@@ -55,10 +56,10 @@ class Dinov3ConvNextEncoder(VisionTransformer):
     class token: what transformers gives in its place is the mean of the cells.
     """
 
+    OPTIONS = ENCODERS["dinov3_convnext"].options
     MODEL = DINOv3ConvNextModel
     CONFIG = DINOv3ConvNextConfig
     FINAL_NORM = "layer_norm"
-    DEFAULT_LAYER = -1
     ATTENTION = "eager"  # it has none
 
     @classmethod

@@ -12,8 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mllm.models.encoders.base import VisionEncoder
+from mllm.models.encoders.preprocessor import (
+    normalisation,
+    read_preprocessor,
+    resampling,
+    square,
+)
 from mllm.models.errors import check_folder, loading, read_json, unknown
 from mllm.models.geometry import RESAMPLING_NAMES, ImageGeometry
+from mllm.parts import ENCODERS
 
 IMAGE_SIZES = {
     "efficientnet-lite0": 224,
@@ -32,6 +39,7 @@ class EfficientNetLiteEncoder(VisionEncoder):
     Spec: `variant` (a key of IMAGE_SIZES) and `geometry`.
     """
 
+    OPTIONS = ENCODERS["efficientnet_lite"].options
     width = 1280
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -55,14 +63,17 @@ class EfficientNetLiteEncoder(VisionEncoder):
         variant = config.get("variant", "")
         if variant not in IMAGE_SIZES:
             raise unknown("EfficientNet-Lite variant", variant, IMAGE_SIZES)
-        seen = read_json(folder / "preprocessor_config.json")
+        seen = read_preprocessor(folder)
+        where = f"{folder}: the preprocessor file"
+        side = square(seen.get("image_size"), f"{where}'s image_size")
+        mean, std = normalisation(seen, where)
         geometry = ImageGeometry(
-            image_size=int(seen["image_size"]),
-            cells=-(-int(seen["image_size"]) // _STRIDE),
-            mean=tuple(seen["image_mean"]),
-            std=tuple(seen["image_std"]),
-            resize=options.get("resize") or seen["resize"],
-            resampling=RESAMPLING_NAMES[seen["resample"]],
+            image_size=side,
+            cells=-(-side // _STRIDE),
+            mean=mean,
+            std=std,
+            resize=options.get("resize") or seen.get("resize", ""),
+            resampling=resampling(seen, where),
         )
         return {"variant": variant, "geometry": geometry.to_dict()}
 
@@ -71,13 +82,20 @@ class EfficientNetLiteEncoder(VisionEncoder):
         file = Path(path) / "model.safetensors"
         with loading("encoder weights", file):
             weights = load_file(file)
-        try:
-            self.net.load_state_dict(weights)
-        except RuntimeError as error:
+        needed = self.net.state_dict()
+        wrong = [
+            name
+            for name, value in needed.items()
+            if name not in weights or weights[name].shape != value.shape
+        ]
+        if wrong or len(weights) > len(needed):
+            other = wrong or [name for name in weights if name not in needed]
             raise ValueError(
-                f"{file} does not hold the weights of {self.spec['variant']}: "
-                f"{str(error).splitlines()[1].strip()}"
-            ) from error
+                f"{file} does not hold the weights of {self.spec['variant']}: {len(other)} are "
+                f"missing, of another shape or too many, {other[0]} first; take both files from "
+                "one checkpoint"
+            )
+        self.net.load_state_dict(weights)
 
     def features(self, images: Tensor) -> Tensor:
         """Encode [V, 3, S, S] to [V, cells, 1280].

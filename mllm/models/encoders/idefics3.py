@@ -19,6 +19,7 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 
 from mllm.models.encoders.preprocessor import read_preprocessor, square
 from mllm.models.encoders.vit import VisionTransformer
+from mllm.parts import ENCODERS
 
 
 class Idefics3Encoder(VisionTransformer):
@@ -27,10 +28,10 @@ class Idefics3Encoder(VisionTransformer):
     A folder of the tower alone will do, or one of a whole Idefics3 or SmolVLM.
     """
 
+    OPTIONS = ENCODERS["idefics3"].options
     MODEL = Idefics3VisionTransformer
     CONFIG = Idefics3VisionConfig
     FINAL_NORM = "post_layernorm"
-    DEFAULT_LAYER = -1
     RENAMED: ClassVar[dict[str, str]] = {r"^(model\.)?vision_model\.": ""}
 
     @classmethod

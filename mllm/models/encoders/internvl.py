@@ -10,6 +10,7 @@ from typing import ClassVar
 from transformers import InternVLVisionConfig, InternVLVisionModel
 
 from mllm.models.encoders.vit import VisionTransformer, drop_mask_token
+from mllm.parts import ENCODERS
 
 
 class InternVlEncoder(VisionTransformer):
@@ -18,10 +19,10 @@ class InternVlEncoder(VisionTransformer):
     The tower of InternVL has no normalisation after its last layer (`use_mean_pooling`).
     """
 
+    OPTIONS = ENCODERS["internvl"].options
     MODEL = InternVLVisionModel
     CONFIG = InternVLVisionConfig
     FINAL_NORM = "layernorm"
-    DEFAULT_LAYER = -1
     RENAMED: ClassVar[dict[str, str]] = {r"^(model\.)?vision_tower\.": ""}
 
     def _strip(self) -> None:

@@ -27,6 +27,7 @@ class NativeTransformer(VisionTransformer):
     Spec: as `VisionTransformer`, with a `NativeGeometry`.
     """
 
+    GEOMETRY = NativeGeometry
     PREPROCESSOR: ClassVar[str]
     geometry: NativeGeometry
 

@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import isqrt
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mllm.models.encoders.base import VisionEncoder
-from mllm.models.errors import check_options, choose
+from mllm.models.errors import choose
 from mllm.models.geometry import ImageGeometry
+from mllm.parts import ENCODERS as PARTS_OF_RECIPES
 
 PARTS = ("first", "second")
 
@@ -44,7 +45,7 @@ class PairEncoder(VisionEncoder):
     `geometry`.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ("resize", *PARTS)
+    OPTIONS = PARTS_OF_RECIPES["pair"].options
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__(spec)
@@ -68,8 +69,7 @@ class PairEncoder(VisionEncoder):
     @classmethod
     def from_folder(cls, path: str | Path | None = None, **options: Any) -> Self:
         """Build both with their weights; errors as each family's."""
-        check_options(options, cls.OPTIONS, f"the encoder {cls.__name__}")
-        encoder = cls(cls.spec_from_folder(path, **options))
+        encoder = cls.described(path=path, **options)
         encoder.first.load_weights(options["first"]["path"])
         encoder.second.load_weights(options["second"]["path"])
         return encoder
@@ -132,7 +132,7 @@ def _part_spec(section: Any, part: str, resize: Mapping[str, Any]) -> dict[str, 
         for key, value in section.items()
         if key not in ("name", "path") and value is not None
     }
-    check_options(options, family.OPTIONS, f"the encoder {family.__name__} ({part})")
+    family.check(options, part)
     if "resize" not in family.OPTIONS:
         raise ValueError(
             f"{part}: {section['name']} takes images as they are, a pair takes squares"

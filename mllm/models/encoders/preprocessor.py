@@ -48,6 +48,11 @@ def read_preprocessor(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder / _WHOLE_NAME} describes no image_processor; add the checkpoint's {_NAME}"
         )
+    if folder.is_dir() and not (folder / _NAME).exists():
+        raise ValueError(
+            f"{folder} has no {_NAME}, which says how images are prepared; copy it from the "
+            "encoder's checkpoint"
+        )
     return read_file(path, _NAME)
 
 
@@ -103,14 +108,14 @@ def read_geometry(
         )
     if cells(side) < 1:
         raise ValueError(f"{where} makes {side} pixels, less than one patch of the encoder")
-    mean, std = _normalisation(seen, where)
+    mean, std = normalisation(seen, where)
     return ImageGeometry(
         image_size=side,
         cells=cells(side),
         mean=mean,
         std=std,
         resize=resize or rule,
-        resampling=_filter(seen, where),
+        resampling=resampling(seen, where),
         short_edge=short_edge if (resize or rule) == "crop" else 0,
     )
 
@@ -164,9 +169,9 @@ def read_native(
                 f"{where} has {name} {found}, the encoder takes {takes}; take both files from one "
                 "checkpoint"
             )
-    mean, std = _normalisation(whole, where)
+    mean, std = normalisation(whole, where)
     geometry = NativeGeometry(
-        patch, merge, mean, std, **_bounds(whole, where), resampling=_filter(whole, where)
+        patch, merge, mean, std, **_bounds(whole, where), resampling=resampling(whole, where)
     )
     return geometry.within({name: limits[name] for name in LIMITS if limits.get(name) is not None})
 
@@ -179,16 +184,6 @@ def _bounds(whole: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not size.get("shortest_edge") or not size.get("longest_edge"):
         raise ValueError(f"{where} has size {dict(size)}, which has no shortest and longest edge")
     return {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-
-
-def _filter(seen: Mapping[str, Any], where: str) -> str:
-    """The name of the filter that images are scaled with."""
-    resample: Any = seen.get("resample")
-    known = isinstance(resample, int) and not isinstance(resample, bool)
-    if not known or not 0 <= resample < len(RESAMPLING_NAMES):
-        names = ", ".join(f"{number} {name}" for number, name in enumerate(RESAMPLING_NAMES))
-        raise ValueError(f"{where} has resample: {resample!r}; give a filter: {names}")
-    return RESAMPLING_NAMES[resample]
 
 
 def _given(seen: Mapping[str, Any], key: str, default: Any) -> Any:
@@ -225,10 +220,24 @@ def _shape(seen: Mapping[str, Any], where: str) -> tuple[str, int, int]:
     return "crop", side, edge
 
 
+def resampling(seen: Mapping[str, Any], where: str) -> str:
+    """Return the name of the filter that a preprocessor file gives by Pillow's number.
+
+    Raises:
+        ValueError: none, or no such number.
+    """
+    resample: Any = seen.get("resample")
+    known = isinstance(resample, int) and not isinstance(resample, bool)
+    if not known or not 0 <= resample < len(RESAMPLING_NAMES):
+        names = ", ".join(f"{number} {name}" for number, name in enumerate(RESAMPLING_NAMES))
+        raise ValueError(f"{where} has resample: {resample!r}; give a filter: {names}")
+    return RESAMPLING_NAMES[resample]
+
+
 Colour = tuple[float, float, float]
 
 
-def _normalisation(seen: Mapping[str, Any], where: str) -> tuple[Colour, Colour]:
+def normalisation(seen: Mapping[str, Any], where: str) -> tuple[Colour, Colour]:
     """Mean and deviation of pixels in [0, 1]; another rescale factor is folded into them."""
     scale = 255.0 * (
         float(_given(seen, "rescale_factor", 1 / 255)) if _given(seen, "do_rescale", True) else 1.0

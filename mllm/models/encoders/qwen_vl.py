@@ -34,8 +34,8 @@ from transformers.vision_utils import (
 )
 
 from mllm.models.encoders.native_vit import NativeTransformer, in_blocks, in_rows
-from mllm.models.encoders.vit import yes_or_no
 from mllm.models.geometry import Size
+from mllm.parts import ENCODERS
 
 
 class _Blocks(nn.Module):
@@ -59,11 +59,10 @@ class Qwen2VLEncoder(NativeTransformer):
     Its patches reach through two frames of a video: an image counts as two frames that are alike.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ("layer", "min_pixels", "max_pixels")
+    OPTIONS = ENCODERS["qwen2_vl"].options
     MODEL: ClassVar[type[PreTrainedModel]] = Qwen2VisionTransformerPretrainedModel
     CONFIG: ClassVar[type[PreTrainedConfig]] = Qwen2VLVisionConfig
     FINAL_NORM = "merger"
-    DEFAULT_LAYER = -1
     PREPROCESSOR = "Qwen2VLImageProcessor"
     RENAMED: ClassVar[dict[str, str]] = {r"^(model\.)?visual\.": ""}
 
@@ -120,6 +119,7 @@ class Qwen2VLEncoder(NativeTransformer):
 class Qwen2_5VLEncoder(Qwen2VLEncoder):
     """Patch features of the last layer, before the merger and its norm; windows in most layers."""
 
+    OPTIONS = ENCODERS["qwen2_5_vl"].options
     MODEL = Qwen2_5_VisionTransformerPretrainedModel
     CONFIG = Qwen2_5_VLVisionConfig
 
@@ -142,7 +142,7 @@ class Qwen3VLEncoder(Qwen2VLEncoder):
     Spec: as `VisionTransformer`, and `deepstack`.
     """
 
-    OPTIONS = ("layer", "min_pixels", "max_pixels", "deepstack")
+    OPTIONS = ENCODERS["qwen3_vl"].options
     MODEL = Qwen3VLVisionModel
     CONFIG = Qwen3VLVisionConfig
 
@@ -156,7 +156,7 @@ class Qwen3VLEncoder(Qwen2VLEncoder):
         cls, config: PreTrainedConfig, seen: Mapping[str, Any], path: str | Path, **options: Any
     ) -> dict[str, Any]:
         """Return the spec of what both files say."""
-        deepstack = yes_or_no(options.pop("deepstack", False), "deepstack")
+        deepstack = bool(options.pop("deepstack", False))
         return {**super().spec_from(config, seen, path, **options), "deepstack": deepstack}
 
     @classmethod

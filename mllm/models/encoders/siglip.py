@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig, SiglipVisionConfig, SiglipVisionModel
 
 from mllm.models.encoders.vit import VisionTransformer
+from mllm.parts import ENCODERS
 
 
 class SiglipEncoder(VisionTransformer):
@@ -22,6 +23,7 @@ class SiglipEncoder(VisionTransformer):
     There is no class token; the pooling head is not built.
     """
 
+    OPTIONS = ENCODERS["siglip"].options
     MODEL = SiglipVisionModel
     CONFIG = SiglipVisionConfig
     FINAL_NORM = "post_layernorm"

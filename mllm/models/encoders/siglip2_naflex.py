@@ -15,6 +15,7 @@ from transformers import Siglip2VisionConfig, Siglip2VisionModel
 from mllm.models.connectors.cells import sequences
 from mllm.models.encoders.native_vit import NativeTransformer
 from mllm.models.geometry import Size
+from mllm.parts import ENCODERS
 
 
 class Siglip2NaflexEncoder(NativeTransformer):
@@ -24,7 +25,7 @@ class Siglip2NaflexEncoder(NativeTransformer):
     as many patches as are allowed, so little is padded. The pooling head is not built.
     """
 
-    OPTIONS = ("layer", "max_patches")
+    OPTIONS = ENCODERS["siglip2_naflex"].options
     MODEL = Siglip2VisionModel
     CONFIG = Siglip2VisionConfig
     FINAL_NORM = "post_layernorm"

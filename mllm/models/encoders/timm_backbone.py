@@ -17,6 +17,7 @@ from mllm.models.encoders.base import VisionEncoder
 from mllm.models.encoders.preprocessor import read_file, square
 from mllm.models.errors import check_folder, loading, unknown
 from mllm.models.geometry import RESAMPLING_NAMES, ImageGeometry
+from mllm.parts import ENCODERS
 
 
 class TimmEncoder(VisionEncoder):
@@ -34,7 +35,7 @@ class TimmEncoder(VisionEncoder):
     Spec: `architecture`, `args` (of `timm.create_model`), `layer`, `width` and `geometry`.
     """
 
-    OPTIONS = ("resize", "layer")
+    OPTIONS = ENCODERS["timm"].options
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__(spec)
@@ -52,9 +53,7 @@ class TimmEncoder(VisionEncoder):
                 f"{path} holds a {config.get('model_type')!r} model, not one of timm: its "
                 "config.json has no architecture with a pretrained_cfg"
             )
-        layer = options.get("layer", -1)
-        if type(layer) is not int or layer > -1:
-            raise ValueError(f"layer {layer!r}: levels are counted back from -1")
+        layer = options.get("layer", cls.OPTIONS["layer"].default)
         args = config.get("model_args") or {}
         spec = {
             "architecture": config["architecture"],

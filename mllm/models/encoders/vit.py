@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from mllm.models.encoders.base import VisionEncoder
@@ -46,11 +46,9 @@ class VisionTransformer(VisionEncoder):
     and `geometry`.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ("resize", "layer")
     MODEL: ClassVar[type[PreTrainedModel]]
     CONFIG: ClassVar[type[PreTrainedConfig]]
     FINAL_NORM: ClassVar[str]
-    DEFAULT_LAYER: ClassVar[int] = -2
     ATTENTION: ClassVar[str] = "sdpa"
     RENAMED: ClassVar[dict[str, str]] = {}  # names in a folder that transformers does not map
     UNUSED: ClassVar[Mapping[str, Any]] = {}  # values of the configuration that leave parts out
@@ -122,7 +120,9 @@ class VisionTransformer(VisionEncoder):
             config = AutoConfig.from_pretrained(path)
         config = cls._own(getattr(config, "vision_config", config))
         if type(config) is not cls.CONFIG:
-            raise ValueError(f"{path} holds a {config.model_type!r} model, not {cls.__name__}")
+            raise ValueError(
+                f"{path} holds a {config.model_type!r} model, not {cls.__name__}{_meant(config)}"
+            )
         for name in ("image_size", "patch_size"):
             if hasattr(config, name):
                 side = square(getattr(config, name), f"{path}: {name} of config.json")
@@ -142,7 +142,7 @@ class VisionTransformer(VisionEncoder):
         cls, config: PreTrainedConfig, seen: Mapping[str, Any], path: str | Path, **options: Any
     ) -> dict[str, Any]:
         """Return the spec of what both files say, changing `config`; `path` is for messages."""
-        layer, depth = options.get("layer", cls.DEFAULT_LAYER), cls._depth(config)
+        layer, depth = options.get("layer", cls.OPTIONS["layer"].default), cls._depth(config)
         if type(layer) is not int or not -depth <= layer <= -1:
             raise ValueError(
                 f"layer {layer!r}: the encoder has {depth} layers, counted back from -1"
@@ -157,7 +157,7 @@ class VisionTransformer(VisionEncoder):
             "geometry": geometry.to_dict(),
         }
         if "class_token" in cls.OPTIONS:
-            spec["class_token"] = yes_or_no(options.get("class_token", False), "class_token")
+            spec["class_token"] = options.get("class_token", False)
         return spec
 
     @classmethod
@@ -232,11 +232,16 @@ def drop_mask_token(model: Any) -> None:
         embeddings.register_buffer("mask_token", token.detach(), persistent=False)
 
 
-def yes_or_no(value: Any, name: str) -> bool:
-    """Return an option that is true or false; a ValueError where it is neither."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}: expected true or false, got {value!r}")
-    return value
+def _meant(config: PreTrainedConfig) -> str:
+    """What to do with a folder of another kind."""
+    from mllm.models.encoders import ENCODERS  # the registry names this module's families
+
+    for name, family in ENCODERS.items():
+        if getattr(family, "CONFIG", None) is type(config):
+            return f"; give encoder.name: {name}"
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return "; a language model goes to model.language_model"
+    return ""
 
 
 def _name(key: Any) -> str:

@@ -15,14 +15,13 @@ from mllm.models.fusion.cross_attention import CrossAttention
 from mllm.models.fusion.deepstack import DeepStack
 from mllm.models.fusion.hooks import Hook, hooked
 from mllm.models.fusion.in_sequence import InSequence
+from mllm.parts.fusions import DEFAULT
 
 FUSIONS: dict[str, type[Fusion]] = {
     "cross_attention": CrossAttention,
     "deepstack": DeepStack,
     "in_sequence": InSequence,
 }
-
-DEFAULT = "in_sequence"
 
 
 def fusion_class(spec: Mapping[str, Any]) -> type[Fusion]:

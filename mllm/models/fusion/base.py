@@ -7,7 +7,7 @@ of a call, E width that the connector makes of them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from transformers import Cache, PreTrainedConfig
 from mllm.models.errors import check_options
 from mllm.models.fusion.hooks import Hook
 from mllm.models.geometry import Layout
+from mllm.parts.option import Option, chosen, problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +75,12 @@ class Fusion(nn.Module, ABC):
         embedding: D.
 
     Attributes:
-        OPTIONS: names that a recipe may set.
+        OPTIONS: what a recipe may set, by name; declared in mllm/parts/fusions.py.
         WHOLE: names of its classes whose parts must be on one device.
         PARTS: whether parts of an image, tiles or regions, may have tokens of their own.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ()
+    OPTIONS: ClassVar[Mapping[str, Option]] = {}
     WHOLE: ClassVar[tuple[str, ...]] = ()
     PARTS: ClassVar[bool] = True
 
@@ -97,7 +98,28 @@ class Fusion(nn.Module, ABC):
             ValueError: an unknown option or a bad value.
         """
         options = {name: value for name, value in spec.items() if name != "name"}
-        check_options(options, cls.OPTIONS, f"the fusion {spec.get('name', cls.__name__)}")
+        name = spec.get("name", cls.__name__)
+        check_options(options, cls.OPTIONS, f"the fusion {name}")
+        for _, problem in problems(cls.OPTIONS, options):
+            raise ValueError(f"fusion {name}: {problem}")
+
+    def chosen(self, name: str) -> Any:
+        """Return what the spec gives, or the option's default."""
+        return chosen(self.OPTIONS, self.spec, name)
+
+    def chosen_layers(self, otherwise: Iterable[int], count: int) -> tuple[int, ...]:
+        """Return `layers`, of a language model of `count`.
+
+        Raises:
+            ValueError: it has no such layer.
+        """
+        layers = tuple(self.chosen("layers") or otherwise)
+        if layers[-1] >= count:
+            raise ValueError(
+                f"fusion {self.spec['name']}: there is no layer {layers[-1]}; the language model "
+                f"has {count} layers, 0 to {count - 1}"
+            )
+        return layers
 
     @classmethod
     def layout(cls, layout: Layout) -> Layout:

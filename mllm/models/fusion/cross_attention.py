@@ -24,14 +24,13 @@ from torch.nn import functional
 from transformers import Cache, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mllm import parts
 from mllm.models.fusion.base import Fused, Fusion, Visual, Work, untouched
 from mllm.models.fusion.hooks import Hook
-from mllm.models.fusion.options import check_layers, chosen_layers
 from mllm.models.fusion.segments import Segments, attend, sight, sizes, spread
 from mllm.models.geometry import Layout
 
 _EPS = 1e-6
-_EVERY = 4
 _KEPT = "mllm_images"  # attribute of a cache: what later tokens of its rows see
 
 Pair = tuple[Tensor, Tensor]
@@ -121,56 +120,37 @@ class _Kept:
 class CrossAttention(Fusion):
     """Gated cross-attention to visual tokens, which are no part of the sequence.
 
-    Options:
-        every: before which layers: 0, `every`, 2 x `every`, … (default 4).
-        layers: or the numbers of the layers, from 0.
-        heads, head_width: of the attention (default: the language model's).
-        inner: width of the MLP (default 4 D).
-        only_immediate: a token sees the last image before it in its document (default); false: all
-            of them.
+    Layers stand before layers 0, `every`, 2 x `every` and so on of the language model, or before
+    those in `layers`. With `only_immediate: false` a token sees all images before it in its
+    document.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = (
-        *("every", "layers", "heads", "head_width", "inner", "only_immediate"),
-    )
+    OPTIONS = parts.FUSIONS["cross_attention"].options
     WHOLE: ClassVar[tuple[str, ...]] = (GatedLayer.__name__,)
     PARTS: ClassVar[bool] = False
 
     def __init__(self, spec: Mapping[str, Any], config: PreTrainedConfig, embedding: int) -> None:
         super().__init__(spec, config, embedding)
         count, width = config.num_hidden_layers, config.hidden_size
-        chosen = spec.get("layers") or range(0, count, spec.get("every") or _EVERY)
-        heads = spec.get("heads") or config.num_attention_heads
-        head_width = spec.get("head_width") or getattr(config, "head_dim", None) or width // heads
-        inner = spec.get("inner") or 4 * width
+        heads = self.chosen("heads") or config.num_attention_heads
+        own_width = getattr(config, "head_dim", None) or width // config.num_attention_heads
+        head_width = self.chosen("head_width") or own_width
+        inner = self.chosen("inner") or 4 * width
         self.pair_work = 2 * heads * head_width
-        self.only_immediate = spec.get("only_immediate") is not False
+        self.only_immediate = self.chosen("only_immediate")
         self.layers = nn.ModuleDict(
             {
                 str(number): GatedLayer(width, embedding, heads, head_width, inner)
-                for number in chosen_layers(chosen, count, "cross_attention")
+                for number in self.chosen_layers(range(0, count, self.chosen("every")), count)
             }
         )
 
     @classmethod
     def check(cls, spec: Mapping[str, Any]) -> None:
-        """Refuse numbers that are none, and two ways of choosing layers."""
+        """Refuse two ways of choosing layers."""
         super().check(spec)
-        check_layers(spec, "cross_attention")
         if spec.get("layers") is not None and spec.get("every") is not None:
             raise ValueError("fusion cross_attention: give every or layers, not both")
-        for name in ("every", "heads", "head_width", "inner"):
-            value = spec.get(name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(
-                    f"fusion cross_attention: {name} must be a whole number greater than 0, got "
-                    f"{value!r}"
-                )
-        if not isinstance(spec.get("only_immediate", True), bool | None):
-            raise ValueError(
-                "fusion cross_attention: only_immediate must be true or false, got "
-                f"{spec['only_immediate']!r}"
-            )
 
     @classmethod
     def layout(cls, layout: Layout) -> Layout:

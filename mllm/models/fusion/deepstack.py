@@ -10,39 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 
+from mllm import parts
 from mllm.models.fusion.base import Fused, Fusion, Visual, check_visual, untouched
 from mllm.models.fusion.hooks import Hook
-from mllm.models.fusion.options import check_layers, chosen_layers
 
 
 class DeepStack(Fusion):
-    """Levels of visual features, added to hidden states where image tokens are.
+    """Levels of visual features, added to hidden states where image tokens are."""
 
-    Options: `layers`, the layers after which a level is added (default the first three).
-    """
-
-    OPTIONS: ClassVar[tuple[str, ...]] = ("layers",)
+    OPTIONS = parts.FUSIONS["deepstack"].options
 
     def __init__(self, spec: Mapping[str, Any], config: PreTrainedConfig, embedding: int) -> None:
         super().__init__(spec, config, embedding)
         count = config.num_hidden_layers
-        self.places = chosen_layers(spec.get("layers") or range(min(3, count)), count, "deepstack")
+        self.places = self.chosen_layers(range(min(3, count)), count)
         if embedding != config.hidden_size:
             raise ValueError(
                 f"fusion deepstack: {config.model_type} embeds tokens in {embedding} numbers and "
                 f"its layers have {config.hidden_size}; use fusion in_sequence"
             )
-
-    @classmethod
-    def check(cls, spec: Mapping[str, Any]) -> None:
-        """Refuse layers that are none."""
-        super().check(spec)
-        check_layers(spec, "deepstack")
 
     @property
     def visual_width(self) -> int:

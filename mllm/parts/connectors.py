@@ -1,0 +1,118 @@
+"""The connectors that a recipe can name."""
+
+from __future__ import annotations
+
+from mllm.parts.option import FLAG, FOLDER, NOTHING, POSITIVE, SQUARE, WHOLE, Option, Part, one_of
+
+_HIDDEN = Option(WHOLE, "width between the two layers", otherwise="the LLM's")
+_NORM = Option(FLAG, "a LayerNorm first; LLaVA has none", default=True)
+_BIAS = Option(FLAG, "of the two layers", default=True)
+
+CONNECTORS: dict[str, Part] = {
+    "average_pool": Part(
+        "cells averaged to a square grid, then an MLP",
+        "models.connectors.average_pool:AveragePool",
+        "{name: average_pool, visual_tokens: 144}",
+        {
+            "visual_tokens": Option(SQUARE, "tokens of a view; may change later", reloadable=True),
+            "hidden": _HIDDEN,
+            "norm": _NORM,
+            "bias": _BIAS,
+        },
+    ),
+    "c_abstractor": Part(
+        "convolutions around an averaging, then an MLP (Honeybee)",
+        "models.connectors.c_abstractor:CAbstractor",
+        "{name: c_abstractor, visual_tokens: 256}",
+        {
+            "visual_tokens": Option(
+                SQUARE,
+                "tokens of a view; may change later",
+                default=144,
+                reloadable=True,
+            ),
+            "hidden": Option(WHOLE, "width of the blocks", default=1024),
+            "depth": Option(WHOLE, "blocks before the averaging, and after it", default=3),
+            "positions": Option(
+                WHOLE,
+                "side of the table of learned positions",
+                default=24,
+            ),
+        },
+    ),
+    "gemma3": Part(
+        "averaged cells, a norm and a matrix (Gemma 3)",
+        "models.connectors.gemma3:Gemma3Projector",
+        "{name: gemma3, visual_tokens: 256}",
+        {
+            "visual_tokens": Option(SQUARE, "tokens of a view", default=256),
+            "eps": Option(POSITIVE, "below the root of the norm", default=1e-6),
+        },
+    ),
+    "linear": Part(
+        "one linear layer per cell (LLaVA)",
+        "models.connectors.linear:Linear",
+        "{name: linear}",
+    ),
+    "mlp": Part(
+        "a norm and a two-layer GELU MLP per cell (LLaVA-1.5)",
+        "models.connectors.mlp:Mlp",
+        "{name: mlp}",
+        {"hidden": _HIDDEN, "norm": _NORM, "bias": _BIAS},
+    ),
+    "patch_merger": Part(
+        "a norm, blocks of cells as one, an MLP (Qwen2-VL)",
+        "models.connectors.patch_merger:PatchMerger",
+        "{name: patch_merger, norm: rms}",
+        {
+            "factor": Option(WHOLE, "side of a block", default=2),
+            "norm": Option(one_of("layer", "rms"), "Qwen2.5-VL's is rms", default="layer"),
+            "norm_after": Option(FLAG, "over a block, not a cell", default=False),
+            "hidden": Option(WHOLE, "width between the two layers", otherwise="a block's"),
+            "levels": Option(WHOLE, "layers of the encoder, for deepstack", default=1),
+        },
+    ),
+    "pixel_shuffle": Part(
+        "blocks of cells as one wide cell, then an MLP (InternVL)",
+        "models.connectors.pixel_shuffle:PixelShuffle",
+        "{name: pixel_shuffle, factor: 2}",
+        {
+            "factor": Option(
+                WHOLE,
+                "side of a block",
+                default=2,
+            ),
+            "layers": Option(WHOLE, "2: norm and MLP; 1: a linear layer", default=2),
+            "hidden": _HIDDEN,
+            "bias": Option(FLAG, "of a single layer; Idefics3 has none", default=True),
+        },
+    ),
+    "q_former": Part(
+        "a BERT whose learned queries read the cells (BLIP-2)",
+        "models.connectors.q_former:QFormer",
+        "{name: q_former, path: weights/blip2-opt-2.7b}",
+        {
+            "path": Option(FOLDER, "a BLIP-2 to start from, with its sizes", otherwise="random"),
+            "text": Option(NOTHING, "reserved: queries that read the text", False),
+            "visual_tokens": Option(WHOLE, "queries, so tokens of a view", default=32),
+            "hidden": Option(WHOLE, "width of the BERT, divided by the heads", default=768),
+            "depth": Option(WHOLE, "its layers", default=12),
+            "heads": Option(WHOLE, "its attention heads", default=12),
+            "inner": Option(WHOLE, "width inside its MLPs", default=3072),
+            "cross_every": Option(WHOLE, "every how many layers read the cells", default=2),
+        },
+    ),
+    "resampler": Part(
+        "learned queries that read the cells (Flamingo's Perceiver)",
+        "models.connectors.resampler:Resampler",
+        "{name: resampler, visual_tokens: 64}",
+        {
+            "visual_tokens": Option(WHOLE, "queries, so tokens of a view", default=64),
+            "hidden": Option(WHOLE, "width of the layers", otherwise="encoder's"),
+            "depth": Option(WHOLE, "layers", default=3),
+            "heads": Option(WHOLE, "attention heads", default=16),
+            "head_width": Option(WHOLE, "width of each", default=96),
+        },
+    ),
+}
+"""Name → what it is; the order of `mllm models`."""

@@ -1,0 +1,104 @@
+"""Runs in a process of its own that cannot import this project: loads exported folders.
+
+python outside.py REQUESTS.json: each names a folder and images; beside it, results are saved.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+HIDDEN = {"mllm", "data_packing", "tests"}
+
+
+class Hide:
+    """Finds the project's packages first, and refuses them."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name.partition(".")[0] in HIDDEN:
+            raise ModuleNotFoundError(f"{name} is hidden", name=name)
+        return None
+
+
+sys.meta_path.insert(0, Hide())
+
+import torch  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
+
+
+def messages(images: list[str]) -> list[dict[str, Any]]:
+    """Two pictures and two questions."""
+    first, second = ({"type": "image", "path": path} for path in images)
+    question = {"type": "text", "text": "\nWhat is this?"}
+    return [
+        {"role": "user", "content": [first, question]},
+        {"role": "assistant", "content": [{"type": "text", "text": "It is a dog."}]},
+        {"role": "user", "content": [second, {"type": "text", "text": "\nWhich room?"}]},
+    ]
+
+
+@torch.no_grad()
+def answer(folder: str, images: list[str], again: str, adapter: str | None) -> dict[str, Any]:
+    AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    options: dict[str, Any] = {"add_generation_prompt": True}
+    turns = messages(images)
+    chat = processor.apply_chat_template(
+        turns, tokenize=True, return_dict=True, return_tensors="pt", **options
+    )
+    text = processor.apply_chat_template(turns, **options)
+    by_hand = processor(text=text, images=images, return_tensors="pt")
+    caption = processor(text="<image>a red chair", images=images[:1], return_tensors="pt")
+    both = processor(
+        text=["a red chair", "<image><image>a small parrot"],
+        images=images,
+        return_tensors="pt",
+        padding=True,
+    )
+    limits = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    result = {
+        "ids": chat["input_ids"],
+        "ids by hand": by_hand["input_ids"],
+        "caption": caption["input_ids"],
+        "pixels": chat["pixel_values"],
+        "logits": model(**chat).logits,
+        "hidden": model.model(**chat, return_dict=False)[0],
+        "greedy": model.generate(**chat, **limits),
+        "beams": model.generate(**both, **limits, num_beams=2)[:, -4:],
+    }
+    if adapter is not None:
+        from peft import PeftModel
+
+        result["adapted"] = PeftModel.from_pretrained(model, adapter)(**chat).logits
+    if again:
+        model.save_pretrained(again)
+        processor.save_pretrained(again)
+        model = AutoModelForImageTextToText.from_pretrained(again, trust_remote_code=True)
+        processor = AutoProcessor.from_pretrained(again, trust_remote_code=True)
+        chat = processor.apply_chat_template(
+            turns, tokenize=True, return_dict=True, return_tensors="pt", **options
+        )
+        result["logits again"] = model(**chat).logits
+    return result
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    requests = json.loads(Path(sys.argv[1]).read_text())
+    for name, request in requests.items():
+        try:
+            found = answer(**request)
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {error}"}
+        torch.save(found, Path(sys.argv[1]).parent / f"{name}.pt")

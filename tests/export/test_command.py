@@ -1,0 +1,163 @@
+"""`mllm export`: what it writes, what it refuses, and the adapter kept apart."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mllm.cli import main
+from mllm.export import EXPORTS
+from mllm.export.command import write
+from mllm.export.transformers import check, source
+from mllm.models.assemble import load
+from mllm.models.geometry import Geometry
+from mllm.recipe import LoraSection
+from mllm.training import lora
+from tests.export.outsider import ask, here, save_pictures
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def stage(build: Callable[..., Any], tmp_path: Path) -> Path:
+    """A stage's folder with a trained adapter, merged and apart."""
+    model, processor = build()
+    tuned = copy.deepcopy(model).requires_grad_(False)
+    config = lora.inject(tuned.language_model, LoraSection(rank=2, alpha=6))
+    for name, weight in tuned.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    weights = tuned.state_dict()
+    model.load_state_dict(lora.merged(weights, tuned))
+    model.save_pretrained(tmp_path / "stage")
+    processor.save_pretrained(tmp_path / "stage")
+    lora.save(weights, "language_model", config, "", tmp_path / "stage" / "lora")
+    return tmp_path / "stage"
+
+
+def run(*arguments: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["mllm", *map(str, arguments)])
+    main()
+
+
+def test_the_adapter_apart_and_merged_give_the_stage_s_logits(
+    stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name, extra in (("apart", ["--adapter"]), ("merged", [])):
+        options = ["--to", "transformers", *extra]
+        with pytest.raises(SystemExit, match="0"):
+            run("export", stage, tmp_path / name, *options, monkeypatch=monkeypatch)
+    printed = capsys.readouterr().out
+    assert f"PeftModel.from_pretrained(model, {str(tmp_path / 'apart' / 'adapter')!r})" in printed
+    pictures = save_pictures(tmp_path)
+    own = here(*load(stage), pictures)["logits"]
+    common = {"images": pictures, "again": ""}
+    requests = {
+        "1": {"folder": str(tmp_path / "apart"), "adapter": str(tmp_path / "apart/adapter")},
+        "2": {"folder": str(tmp_path / "merged"), "adapter": None},
+    }
+    found = ask(tmp_path, {name: {**request, **common} for name, request in requests.items()})
+    assert "error" not in found["1"], found["1"]["error"]
+    assert (found["1"]["logits"] - own).abs().max() > 1e-2
+    torch.testing.assert_close(found["1"]["adapted"], own, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found["2"]["logits"], own, rtol=0, atol=1e-5)
+
+
+def test_what_cannot_be_written_is_refused_in_one_line(stage: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown export 'transfomers'; did you mean"):
+        write(stage, "transfomers", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"stage is there already and not empty"):
+        write(stage, "transformers", stage)
+    with pytest.raises(ValueError, match="unknown dtype 'int8'"):
+        write(stage, "transformers", tmp_path / "out", dtype="int8")
+    with pytest.raises(ValueError, match=r"in bfloat16.*give --dtype float32"):
+        write(stage, "transformers", tmp_path / "out", dtype="bfloat16", adapter=True)
+    (stage / "lora" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="this stage was trained without LoRA"):
+        write(stage, "transformers", tmp_path / "out", adapter=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["stage"]
+
+
+def test_nothing_is_left_when_an_exporter_refuses(
+    stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: Any, processor: Any, folder: Path) -> None:
+        (folder / "half").write_text("written")
+        raise ValueError("cannot hold it")
+
+    monkeypatch.setitem(EXPORTS, "refusing", refuse)
+    with pytest.raises(ValueError, match="--adapter works with --to transformers"):
+        write(stage, "refusing", tmp_path / "out", adapter=True)
+    with pytest.raises(ValueError, match="cannot hold it"):
+        write(stage, "refusing", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["stage"]
+
+
+def test_weights_are_written_in_the_dtype_that_is_asked_for(stage: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    write(stage, "transformers", tmp_path / "out", dtype="bfloat16")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+def test_images_taken_as_they_are_are_refused(build: Callable[..., Any]) -> None:
+    class Native(Geometry):
+        smallest = view_sizes = views = grid = to_dict = None  # type: ignore[assignment]
+
+    model, processor = build()
+    model.encoder.geometry = Native()  # type: ignore[abstract]
+    with pytest.raises(ValueError, match=r"encoder clip takes images as they are.*native"):
+        check(model, processor)
+
+
+@pytest.mark.parametrize("fusion", ["cross_attention", "deepstack"])
+def test_fusions_beside_the_sequence_are_refused(build: Callable[..., Any], fusion: str) -> None:
+    with pytest.raises(ValueError, match=f"the fusion {fusion} reaches into"):
+        check(*build(fusion=fusion))
+
+
+def test_features_of_regions_are_refused_and_boxes_as_text_are_not(
+    build: Callable[..., Any],
+) -> None:
+    with pytest.raises(ValueError, match="images.regions: feature puts the mean"):
+        check(*build(images={"regions": "feature"}))
+    model, processor = build(images={"regions": "thousandths", "clip_tokens": 99})
+    check(model, processor)
+    assert "TILINGS" not in source(model)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "connector", "images"),
+    [
+        ("clip", "mlp", {}),
+        ("dinov3_vit", "q_former", {"tiling": "dynamic"}),
+        ("efficientnet_lite", "c_abstractor", {}),
+        ("siglip", "average_pool", {"tiling": "any_resolution"}),
+        ("dinov2", "pixel_shuffle", {"tiling": "split"}),
+    ],
+)
+def test_the_file_reads_as_a_person_s(
+    encoder: str, connector: str, images: dict[str, Any], build: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, _ = build(encoder, connector, images=images)
+    text = source(model)
+    file = tmp_path / "modeling.py"
+    file.write_text(text)
+    options = ["--no-cache", "--config", str(ROOT / "pyproject.toml")]
+    for command in (["check"], ["format", "--check", "--diff"]):
+        ruff = [sys.executable, "-m", "ruff", *command, *options, str(file)]
+        result = subprocess.run(ruff, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    for word in ("import mllm", "from mllm", "data_packing", "load_weights", "type: ignore"):
+        assert word not in text
+    other = {"q_former": "Resampler", "c_abstractor": "QFormer"}.get(connector, "QFormer")
+    assert f"class {other}" not in text
+    assert ("class Newline" in text) == (images.get("tiling") == "any_resolution")

@@ -1,0 +1,162 @@
+"""What vLLM's Transformers modelling backend asks of a model, requirement by requirement.
+
+docs/export.md says where each stands in vLLM. vLLM itself is not needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+from mllm.export.transformers import export
+from tests.models.families import FAMILIES, save_family
+
+TILINGS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "any_resolution": {"tiling": "any_resolution"},
+    "dynamic": {"tiling": "dynamic", "tiles": 6},
+    "split": {"tiling": "split", "longest_edge": 96},
+}
+SIZES = ((40, 56), (90, 30), (32, 200))
+
+
+@pytest.fixture(params=TILINGS)
+def folder(request: pytest.FixtureRequest, build: Callable[..., Any], tmp_path: Path) -> Path:
+    model, processor = build(images=TILINGS[request.param])
+    export(model, processor, tmp_path / "exported")
+    return tmp_path / "exported"
+
+
+def load(kind: Any, folder: Path, **options: Any) -> Any:
+    return kind.from_pretrained(folder, trust_remote_code=True, **options)
+
+
+def pictures() -> list[Image.Image]:
+    random = np.random.default_rng(0)
+    return [Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in SIZES]
+
+
+def test_the_base_model_is_found_and_built_from_the_configuration(folder: Path) -> None:
+    names = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert list(names) == ["AutoConfig", "AutoModel", "AutoModelForImageTextToText"]
+    config = load(AutoConfig, folder)
+    assert config is not config.get_text_config()  # how a multimodal model is told
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, dtype=torch.bfloat16, trust_remote_code=True)
+    assert model.is_backend_compatible()
+    assert model.base_model_prefix == "model"
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert model.get_decoder() is model.language_model
+    assert model.get_encoder(modality="image") is model.vision_tower
+
+
+def test_weights_are_named_as_the_modules_are(folder: Path) -> None:
+    from safetensors import safe_open
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(load(AutoConfig, folder), trust_remote_code=True)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        saved = set(file.keys())
+    assert saved == {f"model.{name}" for name, _ in model.named_parameters()}  # the head is tied
+
+
+def test_attention_can_be_replaced_and_gets_what_is_passed_down(folder: Path) -> None:
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    seen: list[Any] = []
+
+    def attention(*args: Any, instances: Any = None, **kwargs: Any) -> Any:
+        seen.append(instances)
+        return sdpa_attention_forward(*args, **kwargs)
+
+    AttentionInterface.register("probe", attention)
+    config = load(AutoConfig, folder)
+    config.text_config._attn_implementation = "probe"
+    model = AutoModel.from_config(config, trust_remote_code=True).eval()
+    embeds = torch.zeros(1, 5, config.text_config.hidden_size)
+    outputs = model(
+        input_ids=None,
+        inputs_embeds=embeds,
+        use_cache=False,
+        position_ids=torch.arange(5)[None],
+        instances="passed",
+        return_dict=False,
+    )
+    assert isinstance(outputs, tuple)
+    assert outputs[0].shape == embeds.shape
+    assert seen == ["passed"] * config.text_config.num_hidden_layers
+
+
+def test_every_image_has_its_replacement_its_rows_and_its_tokens(folder: Path) -> None:
+    processor = load(AutoProcessor, folder)
+    images, text = pictures(), "<image>a<image>b<image>"
+    found = processor(text=text, images=images, return_tensors="pt")
+    offsets = processor(text=text, images=images, return_text_replacement_offsets=True)
+    replacements = [one["replacement"] for one in offsets["text_replacement_offsets"][0]]
+    ids = [processor.tokenizer(one, add_special_tokens=False)["input_ids"] for one in replacements]
+    counted = processor._get_num_multimodal_tokens(image_sizes=SIZES)
+    assert list(map(len, ids)) == counted["num_image_tokens"]
+    rows = counted["num_image_patches"]
+    model = load(AutoModel, folder)
+    for key in ("pixel_values", "original_sizes"):
+        assert len(found[key]) == sum(rows)  # sliced by the rows of each image
+    together = model.get_image_features(
+        found["pixel_values"], return_dict=True, original_sizes=found["original_sizes"]
+    ).pooler_output
+    ends = np.cumsum(rows).tolist()
+    for low, high, tokens, slot in zip([0, *ends], ends, together, ids, strict=False):
+        mode = int(torch.tensor(slot).mode().values)
+        assert mode == processor.image_token_id == model.config.image_token_id
+        assert len(tokens) == slot.count(mode)
+        alone = model.get_image_features(
+            found["pixel_values"][low:high], original_sizes=found["original_sizes"][low:high]
+        ).pooler_output
+        torch.testing.assert_close(alone[0], tokens, rtol=0, atol=1e-5)
+
+
+def test_ids_of_the_placeholders_expand_to_the_processor_s_ids(folder: Path) -> None:
+    """vLLM tokenises the text itself and puts the replacements into the ids."""
+    processor = load(AutoProcessor, folder)
+    text = "<|im_start|>user\n<image>a <image><image>b<|im_end|>\n"
+    found = processor(text=text, images=pictures(), return_text_replacement_offsets=True)
+    tokenizer = processor.tokenizer
+    replacements = iter(one["replacement"] for one in found["text_replacement_offsets"][0])
+    expanded: list[int] = []
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        image = token == processor.image_token_id
+        texts = tokenizer(next(replacements), add_special_tokens=False) if image else None
+        expanded += texts["input_ids"] if texts else [token]
+    assert expanded == found["input_ids"][0]
+
+
+def test_no_image_needs_more_tokens_than_the_size_that_is_named(folder: Path) -> None:
+    processor = load(AutoProcessor, folder)
+    size = processor.image_processor.size
+    sides = [*range(1, 400, 23), 1000, 4000]
+    tried = [(size["height"], size["width"]), *((one, two) for one in sides for two in sides)]
+    most, *others = processor._get_num_multimodal_tokens(image_sizes=tried)["num_image_tokens"]
+    assert max(others) <= most
+
+
+@pytest.mark.parametrize("name", ["granite", "minicpm3", "cohere", "gemma2", "phi", "llama"])
+def test_vllm_s_logits_are_the_family_s(
+    name: str, build: Callable[..., Any], tmp_path: Path
+) -> None:
+    """It reads a scale and a cap from the text configuration and applies them to its own head."""
+    model, processor = build(language_model=save_family(tmp_path / "family", FAMILIES[name]))
+    export(model, processor, tmp_path / "exported")
+    exported = load(AutoConfig, tmp_path / "exported")
+    text, numbers = exported.text_config, torch.tensor([-3.0, 0.5, 4.0])
+    expected = model.lm_head.rule(numbers) if hasattr(model.lm_head, "rule") else numbers
+    cap = getattr(text, "final_logit_softcapping", None)
+    seen = numbers if cap is None else torch.tanh(numbers / cap) * cap
+    torch.testing.assert_close(seen * getattr(text, "logit_scale", 1.0), expected)
