@@ -153,9 +153,7 @@ def test_which_language_models_have_them() -> None:
 def parts(
     request: pytest.FixtureRequest,
     build: Callable[..., Any],
-    folders: dict[str, Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[MultimodalModel, Processor]:
     """Images of native resolution, so that views differ."""
     text = save_family(tmp_path / "text", FAMILIES[request.param])
