@@ -82,7 +82,10 @@ def chat(
 def export(
     folder: Annotated[Path, typer.Argument(help="What a stage saved.")],
     output: Annotated[Path, typer.Argument(help="A new folder.")],
-    to: Annotated[str, typer.Option(help="The format: see docs/export.md.")],
+    to: Annotated[
+        str | None,
+        typer.Option(help="The format: see docs/export.md; left out, what it began from."),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; left out, the saved one.")
     ] = None,
@@ -92,8 +95,9 @@ def export(
 ) -> None:
     """Write a model for other programs, which load it without this package."""
     quiet()
-    from mllm.export.command import summary, write
+    from mllm.export.command import origin, summary, write
 
+    to = to or origin(folder)
     write(folder, to, output, dtype, adapter)
     print(summary(to, output))
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mllm.export import transformers
+from mllm.models.composites import COMPOSITES
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
 
@@ -17,6 +18,8 @@ Exporter = Callable[[MultimodalModel, Processor, Path], None]
 
 EXPORTS: dict[str, Exporter] = {
     "transformers": transformers.export,
+    **{composite.name: composite.write for composite in COMPOSITES.values()},
 }
+"""Name → exporter: any assembly as its own code, or one of the classes of transformers."""
 
 __all__ = ["EXPORTS", "Exporter"]

@@ -21,7 +21,13 @@ from torch import Tensor
 from mllm.models.errors import loading
 from mllm.models.modeling import MultimodalModel
 
-HOLDERS = {"transformers": "model.language_model."}
+HOLDERS = {
+    "blip2": "language_model.model.",
+    "llava": "model.language_model.",
+    "llava_next": "model.language_model.",
+    "llava_onevision": "model.language_model.",
+    "transformers": "model.language_model.",
+}
 """Export → where its classes have the language model's body."""
 
 _FILE = "adapter_model.safetensors"

@@ -11,7 +11,8 @@ import torch
 from mllm.export import EXPORTS
 from mllm.export.adapter import HOLDERS, Adapter
 from mllm.models.assemble import load
-from mllm.models.errors import choose
+from mllm.models.composites import COMPOSITES
+from mllm.models.errors import check_folder, choose, read_json
 from mllm.training.run_folder import NoSpace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,13 +29,28 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(model, {path!r})"""
 
 
+def origin(folder: Path) -> str:
+    """Return the export that a model came from, which is written where `--to` is left out.
+
+    Raises:
+        ValueError: it was assembled from parts.
+    """
+    check_folder(folder, "model")
+    config = read_json(folder / "config.json")
+    if config.get("model_type") in COMPOSITES:
+        return COMPOSITES[config["model_type"]].name
+    if found := config.get("origin"):
+        return str(found)
+    raise ValueError(f"{folder} was assembled from parts; give --to: {', '.join(EXPORTS)}")
+
+
 def write(
     folder: Path, to: str, output: Path, dtype: str | None = None, adapter: bool = False
 ) -> None:
     """Write a stage's model in another format.
 
     Args:
-        folder: what a stage saved.
+        folder: what a stage saved, or a folder to begin from.
         to: a key of EXPORTS.
         output: a folder that does not exist or is empty; nothing is left there when this fails.
         dtype: of the weights, a key of DTYPES; left out, the saved one.

@@ -144,11 +144,10 @@ class MllmModel(MllmPreTrainedModel):
             raise ValueError(f"got {len(pixel_values)} views, images of these sizes make {views}")
         weight = next(self.vision_tower.parameters())
         features = self.vision_tower.features(pixel_values.to(weight.device, weight.dtype))
-        cells = self.vision_tower.square.cells
+        geometry = self.vision_tower.square
+        grid = geometry.grid(geometry.image_size, geometry.image_size)
         like = next(self.connector.parameters())
-        tokens = self.connector(
-            features.flatten(0, 1).to(like.device, like.dtype), [(cells, cells)] * views
-        )
+        tokens = self.connector(features.flatten(0, 1).to(like.device, like.dtype), [grid] * views)
         made = tokens.split([layout.made for layout in layouts])
         # newline
         made = [self._ordered(tokens, layout) for tokens, layout in zip(made, layouts, strict=True)]

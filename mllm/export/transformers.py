@@ -102,6 +102,11 @@ def check(model: MultimodalModel, processor: Processor) -> None:
             "way to hand transformers a box; decimals and thousandths can be exported"
         )
     text = processor.template.image_text
+    if text.before_begin:
+        raise ValueError(
+            "images stand before the begin token here, as in BLIP-2, which the exported processor "
+            "does not do; give --to blip2"
+        )
     if text.asked not in (processor.image_token, text.written):
         raise ValueError(
             f"the chat template writes {text.asked!r} for an image, which is neither the image "

@@ -48,7 +48,7 @@ SAVERS: dict[str, Callable[..., Path]] = {
 ASSEMBLED = {
     "llava_assembled": ("siglip", {}),
     "llava_next_assembled": ("clip", {"tiling": "any_resolution"}),
-    "llava_onevision_assembled": ("siglip", {"tiling": "any_resolution", "tiles": 9}),
+    "llava_onevision_assembled": ("siglip", {"tiling": "any_resolution", "tiles": 12}),
 }
 """Name → encoder and `images:` of a model that never was a folder of theirs."""
 
@@ -516,7 +516,6 @@ def test_what_cannot_be_written(
     ("to", "images", "message"),
     [
         ("llava", {"tiling": "dynamic"}, "no tiles, this model cuts images by dynamic"),
-        ("llava_onevision", {"tiling": "any_resolution", "tiles": 12}, "takes 12 as they are"),
         ("llava", {"regions": "feature"}, "no features of regions"),
     ],
 )
@@ -532,6 +531,20 @@ def test_tilings_that_cannot_be_written(
         }
     )
     with pytest.raises(ValueError, match=message):
+        COMPOSITES[to].write(model, processor, tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["llava", "blip-2"])
+def test_other_fusions_cannot_be_written(folders: dict[str, Path], tmp_path: Path, to: str) -> None:
+    model, processor = assemble(
+        {
+            "encoder": {"name": "clip", "path": folders["clip"]},
+            "connector": {"name": "mlp", "norm": False},
+            "language_model": {"path": folders["llama"]},
+            "fusion": {"name": "cross_attention"},
+        }
+    )
+    with pytest.raises(ValueError, match="this model's fusion is cross_attention"):
         COMPOSITES[to].write(model, processor, tmp_path / "out")
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from data_packing.pack import collate
+from mllm.export import command
 from mllm.models.assemble import load
 from mllm.models.composites import COMPOSITES
 from mllm.models.modeling import MultimodalModel
@@ -110,6 +111,17 @@ def test_a_round_trip_changes_nothing(whole: dict[str, Path], name: str, tmp_pat
     assert same_weights(model, again)
     assert again.config.origin == name
     assert processor.fingerprint == processor_again.fingerprint
+
+
+def test_an_export_goes_back_to_where_the_model_came_from(
+    whole: dict[str, Path], tmp_path: Path
+) -> None:
+    for part in load(whole["qwen3_vl"]):
+        part.save_pretrained(tmp_path / "stage")
+    command.write(tmp_path / "stage", command.origin(tmp_path / "stage"), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "qwen3_vl"
+    assert same_weights(load(tmp_path / "out")[0], load(whole["qwen3_vl"])[0])
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from mllm.models.composites.base import Composite
 from mllm.models.composites.folder import (
     Names,
     build,
+    check_in_sequence,
     check_language,
     read_weights,
     save,
@@ -120,6 +121,7 @@ def write(model: MultimodalModel, processor: Processor, folder: Path) -> None:
 
 def _check(ours: Any) -> None:
     """Refuse what the class cannot hold."""
+    check_in_sequence(ours, BLIP2.name)
     spec, connector = ours.encoder, ours.connector["name"]
     if spec["name"] != "blip2" or spec["layer"] != -1:
         has = "one without its last layers" if spec["name"] == "blip2" else spec["name"]

@@ -198,6 +198,23 @@ def tied(weights: Mapping[str, Tensor], embedding: str, head: str = "lm_head.wei
     return weights[head].data_ptr() == weights[embedding].data_ptr()
 
 
+def check_in_sequence(config: MultimodalConfig, name: str) -> None:
+    """Refuse a fusion that reaches into the layers of the language model.
+
+    Args:
+        config: of our model.
+        name: the class that is written, for messages.
+
+    Raises:
+        ValueError: naming the fusion.
+    """
+    if config.fusion:
+        raise ValueError(
+            f"{name}: visual tokens stand in its sequence and nowhere else, this model's fusion is "
+            f"{config.fusion['name']}"
+        )
+
+
 def text_config(model: MultimodalModel) -> dict[str, Any]:
     """Return the configuration of the language model as a class's config.json holds it."""
     language_model: Any = model.language_model

@@ -42,6 +42,7 @@ from mllm.models.composites.folder import (
     Names,
     body_and_head,
     build,
+    check_in_sequence,
     check_language,
     read_weights,
     save,
@@ -65,7 +66,7 @@ _ENCODERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
 _PREFIX_TOKENS = {"clip": 1, "siglip": 0}
 """Our family → tokens before those of the patches."""
 
-_MOST_TILES = 9
+_MOST_TILES = 9  # the published rule's
 _NOT_SCALED = 1.1**2  # so much over the most tiles, OneVision still takes the map as it is
 
 
@@ -205,13 +206,15 @@ def _write(kind: _Kind, model: MultimodalModel, processor: Processor, folder: Pa
     cells = spec["geometry"]["cells"] ** 2
     if not kind.scales:
         values["image_seq_length"] = cells
+    most = _MOST_TILES
     if kind.tiles:
         geometry = processor.geometry
         assert isinstance(geometry, AnyResolution)
         points = [[rows * side, columns * side] for rows, columns in geometry.grids]
         values["image_grid_pinpoints"] = points
+        most = max(_MOST_TILES, *map(prod, geometry.grids))  # so that nothing is scaled
     if kind.scales:
-        values["vision_aspect_ratio"] = f"anyres_max_{_MOST_TILES}"
+        values["vision_aspect_ratio"] = f"anyres_max_{most}"
         values["video_token_index"] = _video_token(processor)
     config: Any = kind.config(**values)
     theirs = _processor(kind, processor, config)
@@ -221,6 +224,7 @@ def _write(kind: _Kind, model: MultimodalModel, processor: Processor, folder: Pa
 
 def _check(kind: _Kind, ours: Any, processor: Processor) -> None:
     """Refuse what the class cannot hold."""
+    check_in_sequence(ours, kind.name)
     family, connector, images = ours.encoder["name"], ours.connector, ours.images
     if family not in _PREFIX_TOKENS:
         raise ValueError(
@@ -247,14 +251,6 @@ def _check(kind: _Kind, ours: Any, processor: Processor) -> None:
     if found != ("any_resolution" if kind.tiles else "none"):
         has = "any_resolution tiles and a newline" if kind.tiles else "no tiles"
         raise ValueError(f"{kind.name}: it has {has}, this model cuts images by {found}")
-    geometry = processor.geometry
-    if kind.scales and isinstance(geometry, AnyResolution):
-        largest = max(map(prod, geometry.grids))
-        if largest > _MOST_TILES * _NOT_SCALED:
-            raise ValueError(
-                f"{kind.name}: it scales the features of more than {_MOST_TILES} tiles down, this "
-                f"model takes {largest} as they are"
-            )
     text = processor.template.image_text
     if text.asked != processor.image_token or text.written != processor.image_token:
         raise ValueError(
