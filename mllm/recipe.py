@@ -64,9 +64,12 @@ class PartSection(Section):
 
 
 class EncoderSection(PartSection):
-    """The vision encoder: a family, its weights, and the family's own options."""
+    """The vision encoder: a family, its weights, and the family's own options.
 
-    name: str
+    Beside `model.from` it may change the bounds of images of native resolution, nothing else.
+    """
+
+    name: str | None = None
     path: str | None = None
 
 

@@ -29,12 +29,21 @@ MODULES = (*PARTS, "fusion")
 
 OBJECTIVE_NAMES = tuple(OBJECTIVES)
 
+BOUNDS = {
+    name: option
+    for part in ENCODERS.values()
+    for name, option in part.options.items()
+    if option.reloadable
+}
+"""Options of encoders that may change beside model.from."""
+
 CONNECTOR_LAST_LINEAR = {
     "average_pool": "second",
     "c_abstractor": "second",
     "gemma3": "second",
     "linear": "only",
     "mlp": "second",
+    "patch_merger": "merger.second",
     "pixel_shuffle": "second",
     "q_former": "language_projection",
     "resampler": "last",
@@ -49,7 +58,7 @@ def model_problems(model: ModelSection) -> Iterable[tuple[Path_, str]]:
     yield from _fusion(model)
     if model.from_ is not None:
         for part in ("encoder", "language_model", "fusion"):
-            if getattr(model, part) is not None:
+            if getattr(model, part) is not None and not _bounds_alone(model, part):
                 yield (
                     ("model", part),
                     f"model.from already brings the {part}; remove model.{part} or model.from",
@@ -230,9 +239,21 @@ def _fusion(model: ModelSection) -> Iterable[tuple[Path_, str]]:
         )
 
 
+def _bounds_alone(model: ModelSection, part: str) -> bool:
+    """Whether the encoder's section gives nothing but bounds of images of native resolution."""
+    encoder = model.encoder
+    if part != "encoder" or encoder is None or encoder.name or encoder.path:
+        return False
+    return bool(encoder.options) and set(encoder.options) <= set(BOUNDS)
+
+
 def _parts(model: ModelSection) -> Iterable[tuple[Path_, str]]:
-    if model.encoder is not None:
-        encoder = model.encoder
+    encoder = model.encoder
+    if encoder is not None and encoder.name is None and model.from_ is None:
+        yield ("model", "encoder"), "give model.encoder.name"
+    elif encoder is not None and _bounds_alone(model, "encoder"):
+        yield from _options(("model", "encoder"), "encoder", encoder.options, BOUNDS, whole=False)
+    elif encoder is not None and encoder.name is not None:
         yield from _encoder(("model", "encoder"), encoder.name, encoder.path, encoder.options)
     if model.connector is not None:
         yield from _connector(model.connector)

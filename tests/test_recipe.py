@@ -85,6 +85,17 @@ def test_options_of_parts_are_passed_on(recipe: Path) -> None:
     assert read.model.connector.options == {"hidden": 64}
 
 
+def test_bounds_of_images_may_change_beside_from(recipe: Path) -> None:
+    start = "model={from: outputs/x, encoder: {max_pixels: 400}}"
+    encoder = load(recipe, [start]).model.encoder
+    assert encoder is not None
+    assert (encoder.name, encoder.options) == (None, {"max_pixels": 400})
+    with pytest.raises(ValueError, match="already brings the encoder"):
+        load(recipe, ["model={from: outputs/x, encoder: {max_pixels: 400, layer: -2}}"])
+    with pytest.raises(ValueError, match="max_pixels must be a whole number greater than 0"):
+        load(recipe, ["model={from: outputs/x, encoder: {max_pixels: -400}}"])
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -180,6 +191,7 @@ REFUSALS = {
         ["run.tokens_per_step=512"],
         "run.tokens_per_step (512) is smaller than one pack (data.packing.tokens = 1024)",
     ),
+    "no name of the encoder": (["model.encoder.name=null"], "give model.encoder.name"),
     "from and encoder": (
         ["model.from=outputs/x"],
         "model.from already brings the encoder; remove model.encoder or model.from",

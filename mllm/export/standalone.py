@@ -144,7 +144,7 @@ class MllmModel(MllmPreTrainedModel):
             raise ValueError(f"got {len(pixel_values)} views, images of these sizes make {views}")
         weight = next(self.vision_tower.parameters())
         features = self.vision_tower.features(pixel_values.to(weight.device, weight.dtype))
-        geometry = self.vision_tower.geometry
+        geometry = self.vision_tower.square
         grid = geometry.grid(geometry.image_size, geometry.image_size)
         like = next(self.connector.parameters())
         tokens = self.connector(features.flatten(0, 1).to(like.device, like.dtype), [grid] * views)

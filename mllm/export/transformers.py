@@ -25,6 +25,7 @@ from mllm.export.source import bundle
 from mllm.models.families import logits_rule
 from mllm.models.geometry import ImageGeometry
 from mllm.models.modeling import MultimodalModel
+from mllm.models.positions import is_spatial
 from mllm.models.processor import Processor
 from mllm.models.tiles import TILINGS
 
@@ -83,6 +84,12 @@ def check(model: MultimodalModel, processor: Processor) -> None:
         raise ValueError(
             f"the encoder {model.config.encoder['name']} takes images as they are, without one "
             "size (native resolution); an exported processor makes squares only"
+        )
+    text_config = model.config.text_config
+    if is_spatial(text_config):
+        raise ValueError(
+            f"the language model {text_config.model_type} has positions in three directions, which "
+            "an exported model does not make; write the class that it came from"
         )
     if model.config.fusion:
         raise ValueError(

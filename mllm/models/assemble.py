@@ -28,6 +28,7 @@ from mllm.models.language import (
     own_dtype,
 )
 from mllm.models.modeling import MultimodalModel
+from mllm.models.native import LIMITS, NativeGeometry
 from mllm.models.processor import IMAGE_TOKEN, Processor, changed_connector
 from mllm.models.tiles import changed_images, check_images, special_tokens
 
@@ -60,10 +61,11 @@ def assemble(
         if key not in _TRAINING_OPTIONS
     }
     if start := parts.get("from", parts.get("from_")):
+        bounds = {key: value for key, value in (parts.get("encoder") or {}).items() if value}
         for name in ("encoder", "language_model", "fusion"):
-            if parts.get(name):
+            if set(bounds) - set(LIMITS) if name == "encoder" else parts.get(name):
                 raise ValueError(f"model.from takes the {name} from {start}; leave {name} out")
-        return load(start, dtype, connector, parts.get("images"), weights)
+        return load(start, dtype, connector, parts.get("images"), weights, bounds)
     for name in ("encoder", "connector", "language_model"):
         if not parts.get(name):
             raise ValueError(f"model.{name} is missing (or give model.from, a trained folder)")
@@ -89,6 +91,7 @@ def load(
     connector: Mapping[str, Any] | None = None,
     images: Mapping[str, Any] | None = None,
     weights: bool = True,
+    encoder: Mapping[str, Any] | None = None,
 ) -> tuple[MultimodalModel, Processor]:
     """Load a stage's folder, or begin from one of a class of transformers (`COMPOSITES`).
 
@@ -98,6 +101,7 @@ def load(
         connector: reloadable options to change, e.g. {"visual_tokens": 144}.
         images: options of the tiling to change, e.g. {"tiles": 6}.
         weights: as for `assemble`.
+        encoder: bounds of images of native resolution to change, e.g. {"max_pixels": 200704}.
 
     Returns:
         The model in eval mode and its processor.
@@ -121,9 +125,27 @@ def load(
             f"{folder} holds a {config.model_type!r} model, neither one that was assembled here "
             f"nor one to begin from ({', '.join(COMPOSITES)}): give it as language_model or encoder"
         )
+    if encoder:
+        processor = _bounded_anew(model, processor, encoder)
     if images:
         processor = _cut_anew(model, processor, images)
     return model, processor
+
+
+def _bounded_anew(
+    model: MultimodalModel, processor: Processor, limits: Mapping[str, Any]
+) -> Processor:
+    """Change the bounds of images of native resolution."""
+    geometry = model.encoder.geometry
+    if not isinstance(geometry, NativeGeometry):
+        raise ValueError(
+            f"{next(iter(limits))}: this model's encoder takes squares of "
+            f"{model.encoder.image_size} pixels, which have no bounds to change"
+        )
+    geometry = model.encoder.geometry = geometry.within(limits)
+    model.encoder.spec["geometry"] = geometry.to_dict()
+    model.config.encoder = {**model.config.encoder, "geometry": geometry.to_dict()}
+    return processor.seeing(geometry)
 
 
 def _saved(

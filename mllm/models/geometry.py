@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 RESIZE_RULES = ("squash", "crop", "pad")
-_RESAMPLING = {
+RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "lanczos": Image.Resampling.LANCZOS,
     "bilinear": Image.Resampling.BILINEAR,
@@ -88,6 +88,11 @@ class Geometry(ABC):
     def smallest(self) -> Size:
         """(height, width) of the cheapest view that the encoder takes."""
 
+    @property
+    def extremes(self) -> tuple[Size, ...]:
+        """Sizes of images that make the fewest or narrowest cells: a connector must take them."""
+        return (self.smallest,)
+
     @abstractmethod
     def view_sizes(self, height: int, width: int) -> tuple[Size, ...]:
         """Return (height, width) of the views of an image of this size."""
@@ -156,8 +161,8 @@ class ImageGeometry(Geometry):
     def __post_init__(self) -> None:
         if self.resize not in RESIZE_RULES:
             raise ValueError(f"unknown resize rule {self.resize!r}: {', '.join(RESIZE_RULES)}")
-        if self.resampling not in _RESAMPLING:
-            raise ValueError(f"unknown filter {self.resampling!r}: {', '.join(_RESAMPLING)}")
+        if self.resampling not in RESAMPLING:
+            raise ValueError(f"unknown filter {self.resampling!r}: {', '.join(RESAMPLING)}")
         if self.short_edge and self.short_edge < self.image_size:
             raise ValueError(
                 f"short_edge {self.short_edge} is below image_size {self.image_size}: "
@@ -219,7 +224,7 @@ class ImageGeometry(Geometry):
 
     def scaled(self, image: Image.Image, width: int, height: int) -> Image.Image:
         """Scale to this size with the encoder's filter, whatever the aspect."""
-        return image.resize((width, height), _RESAMPLING[self.resampling])
+        return image.resize((width, height), RESAMPLING[self.resampling])
 
     def _squash(self, image: Image.Image) -> Image.Image:
         return self.scaled(image, self.image_size, self.image_size)
@@ -246,7 +251,7 @@ class ImageGeometry(Geometry):
             min(left + side * across, image.width),
             min(top + side * down, image.height),
         )
-        return image.resize((side, side), _RESAMPLING[self.resampling], box=box)
+        return image.resize((side, side), RESAMPLING[self.resampling], box=box)
 
     def _pad(self, image: Image.Image) -> Image.Image:
         side, long = self.image_size, max(image.size)
@@ -259,5 +264,9 @@ class ImageGeometry(Geometry):
 
 
 def geometry_from_dict(values: Mapping[str, Any]) -> Geometry:
-    """Rebuild a geometry from its `to_dict`."""
+    """Rebuild a geometry from its `to_dict`; without a `kind` it is a square."""
+    from mllm.models.native import NativeGeometry
+
+    if values.get("kind") == "native":
+        return NativeGeometry.from_dict(values)
     return ImageGeometry.from_dict(values)

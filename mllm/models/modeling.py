@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from mllm.models.encoders import ENCODERS, VisionEncoder
 from mllm.models.errors import check_folder, choose, loading
 from mllm.models.families import check_config, output_layer
 from mllm.models.fusion import Fused, Fusion, Visual, check_images, fusion_class, hooked
+from mllm.models.geometry import Size
+from mllm.models.positions import is_spatial, named, placed
 from mllm.models.standing import Newline, standing
 from mllm.models.tiles import TILINGS
 from mllm.models.views import repeat_rows
@@ -135,6 +138,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             order, bags: [J] and [K], which visual tokens stand at the image tokens; see `Pack`.
                 None or empty: those of all views as they are made.
             position_ids: [B, T] or [T]; in a pack they restart with every document (the default).
+                A language model of three directions makes its own of them; [3, B, T] stay.
             cu_seqlens: int32 [n+1], document bounds of a pack. None: ordinary rows.
             attention_mask: [B, T], 1 where a row has a token. Not for packs.
             documents: int32 [n+1], document bounds of one row with a mask of its own: images are
@@ -180,7 +184,12 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
 
     def tokens_per_view(self, sizes: Tensor) -> list[int]:
         """Return M of every view, from their sizes [V, 2]."""
-        return [*map(self.connector.tokens_per_image, self.encoder.grids(sizes.tolist()))]
+        return [*map(prod, self._token_grids(sizes))]
+
+    def _token_grids(self, sizes: Tensor) -> list[Size]:
+        """Return (rows, columns) of the visual tokens of every view."""
+        grids, connector = self.encoder.grids(sizes.tolist()), self.connector
+        return [connector.output_grid(connector.spec, grid) for grid in grids]
 
     def _states(
         self,
@@ -211,25 +220,48 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         cache = kwargs.get("past_key_values")
         fused = self._fuse(input_ids, pixels, sizes, order, bags, inputs_embeds, bounds, cache)
         body, layers = self.language_model.base_model, self.config.text_config.num_hidden_layers
+        if position_ids is None and cu_seqlens is not None and bounds is not None:
+            position_ids = _restarting_positions(bounds, fused.embeds.device)[None]
+        packed = None if cu_seqlens is None else bounds
+        kwargs |= what_attention_is_told(self.config, input_ids, packed, cache)
+        kwargs["position_ids"] = self._placed(
+            input_ids, sizes, order, bags, position_ids, attention_mask, bounds, cache
+        )
         if cu_seqlens is None or bounds is None:
-            kwargs |= what_attention_is_told(self.config, input_ids, None, cache)
-            call = {"position_ids": position_ids, "attention_mask": attention_mask, **kwargs}
             with hooked(body, layers, fused.hooks):
-                states = body(inputs_embeds=fused.embeds, **call)
+                states = body(inputs_embeds=fused.embeds, attention_mask=attention_mask, **kwargs)
             if fused.keep is not None and states.past_key_values is not None:
                 fused.keep(states.past_key_values)
             return states
-        if position_ids is None:
-            position_ids = _restarting_positions(bounds, fused.embeds.device)[None]
-        kwargs |= what_attention_is_told(self.config, input_ids, bounds)
         with attention.packed_call(body, layers), hooked(body, layers, fused.hooks):
             return body(
                 inputs_embeds=fused.embeds,
-                position_ids=position_ids,
                 cu_seqlens=cu_seqlens,
                 bounds=bounds,
                 **{"use_cache": False, **kwargs},
             )
+
+    def _placed(
+        self,
+        input_ids: Tensor | None,
+        sizes: Tensor | None,
+        order: Tensor | None,
+        bags: Tensor | None,
+        position_ids: Tensor | None,
+        mask: Tensor | None = None,
+        bounds: tuple[int, ...] | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor | None:
+        """Return positions as the language model takes them, see `positions.placed`.
+
+        Of embeddings that are given without ids nobody knows which are images: all count as text.
+        """
+        if input_ids is None or not is_spatial(self.config.text_config):
+            return position_ids
+        grids = self._token_grids(sizes) if sizes is not None and self.fusion.PARTS else []
+        slots = input_ids == self.config.image_token_id
+        seen = 0 if cache is None else cache.get_seq_length()
+        return placed(slots, grids, named(order, bags), position_ids, mask, bounds, seen)
 
     def _fuse(
         self,
@@ -344,6 +376,12 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        if kwargs.get("inputs_embeds") is None and is_spatial(self.config.text_config):
+            names = ("sizes", "order", "bags", "position_ids", "attention_mask")
+            sizes, order, bags, plain, mask = (kwargs.get(name) for name in names)
+            places = self._placed(input_ids, sizes, order, bags, plain, mask)
+            assert places is not None
+            inputs["position_ids"] = places[..., -inputs["input_ids"].shape[1] :]
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs |= dict.fromkeys(_IMAGES)
         return inputs

@@ -83,6 +83,8 @@ class Processor(PushToHubMixin):
             self.template.ids_of,
             fusion_class(self.fusion).layout,
         )
+        for size in self.geometry.extremes:
+            self.layout(*size)
         self._check_regions(self.layout(*self.geometry.smallest))
 
     @property
@@ -350,6 +352,13 @@ class Processor(PushToHubMixin):
         geometry, text = geometry_from_dict(self.geometry.to_dict()), self.template.image_text
         token, fusion = self.image_token, self.fusion
         return type(self)(self.tokenizer, geometry, self.connector, token, images, text, fusion)
+
+    def seeing(self, geometry: Geometry) -> Self:
+        """Return the same processor for an encoder that wants to see something else."""
+        token, images, text = self.image_token, self.images, self.template.image_text
+        return type(self)(
+            self.tokenizer, geometry, self.connector, token, images, text, self.fusion
+        )
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """Write the tokenizer's files and processor_config.json (last, atomically)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mllm.parts.option import FLAG, FOLDER, NOTHING, POSITIVE, SQUARE, WHOLE, Option, Part
+from mllm.parts.option import FLAG, FOLDER, NOTHING, POSITIVE, SQUARE, WHOLE, Option, Part, one_of
 
 _HIDDEN = Option(WHOLE, "width between the two layers", otherwise="the LLM's")
 _NORM = Option(FLAG, "a LayerNorm first; LLaVA has none", default=True)
@@ -59,6 +59,18 @@ CONNECTORS: dict[str, Part] = {
         "models.connectors.mlp:Mlp",
         "{name: mlp}",
         {"hidden": _HIDDEN, "norm": _NORM, "bias": _BIAS},
+    ),
+    "patch_merger": Part(
+        "a norm, blocks of cells as one, an MLP (Qwen2-VL)",
+        "models.connectors.patch_merger:PatchMerger",
+        "{name: patch_merger, norm: rms}",
+        {
+            "factor": Option(WHOLE, "side of a block", default=2),
+            "norm": Option(one_of("layer", "rms"), "Qwen2.5-VL's is rms", default="layer"),
+            "norm_after": Option(FLAG, "over a block, not a cell", default=False),
+            "hidden": Option(WHOLE, "width between the two layers", otherwise="a block's"),
+            "levels": Option(WHOLE, "layers of the encoder, for deepstack", default=1),
+        },
     ),
     "pixel_shuffle": Part(
         "blocks of cells as one wide cell, then an MLP (InternVL)",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mllm.parts.option import FLAG, LAYER, SECTION, Option, Part, one_of
+from mllm.parts.option import FLAG, LAYER, SECTION, WHOLE, Option, Part, one_of
 
 _RESIZE = Option(
     one_of("squash", "crop", "pad"),
@@ -13,6 +13,14 @@ _COUNTED = "whose features are taken, -1: the last"
 _LAYER = Option(LAYER, _COUNTED, default=-2)
 _LAST = Option(LAYER, _COUNTED, default=-1)
 _CLASS_TOKEN = Option(FLAG, "beside every cell, for twice the width", default=False)
+_PIXELS = {
+    "min_pixels": Option(
+        WHOLE, "smaller images are scaled up; may change later", None, "its file's", True
+    ),
+    "max_pixels": Option(
+        WHOLE, "larger images are scaled down; may change later", None, "its file's", True
+    ),
+}
 
 ENCODERS: dict[str, Part] = {
     "aimv2": Part(
@@ -91,11 +99,44 @@ ENCODERS: dict[str, Part] = {
             "second": Option(SECTION, "with its options; brought to that grid"),
         },
     ),
+    "qwen2_vl": Part(
+        "Qwen2-VL's vision transformer, native resolution",
+        "models.encoders.qwen_vl:Qwen2VLEncoder",
+        "{name: qwen2_vl, path: weights/Qwen2-VL-2B-Instruct}",
+        {"layer": _LAST, **_PIXELS},
+    ),
+    "qwen2_5_vl": Part(
+        "Qwen2.5-VL's, with attention inside windows",
+        "models.encoders.qwen_vl:Qwen2_5VLEncoder",
+        "{name: qwen2_5_vl, path: weights/Qwen2.5-VL-3B-Instruct, max_pixels: 1003520}",
+        {"layer": _LAST, **_PIXELS},
+    ),
+    "qwen3_vl": Part(
+        "Qwen3-VL's, if asked with inner layers beside the last",
+        "models.encoders.qwen_vl:Qwen3VLEncoder",
+        "{name: qwen3_vl, path: weights/Qwen3-VL-4B-Instruct}",
+        {
+            "layer": _LAST,
+            **_PIXELS,
+            "deepstack": Option(FLAG, "inner layers beside the last", default=False),
+        },
+    ),
     "siglip": Part(
         "SigLIP's vision transformer, SigLIP 2's of one resolution",
         "models.encoders.siglip:SiglipEncoder",
         "{name: siglip, path: weights/siglip-so400m-patch14-384}",
         {"resize": _RESIZE, "layer": _LAYER},
+    ),
+    "siglip2_naflex": Part(
+        "SigLIP 2 of variable resolution (NaFlex)",
+        "models.encoders.siglip2_naflex:Siglip2NaflexEncoder",
+        "{name: siglip2_naflex, path: weights/siglip2-so400m-patch16-naflex}",
+        {
+            "layer": _LAYER,
+            "max_patches": Option(
+                WHOLE, "images are scaled to so many; may change later", None, "its file's", True
+            ),
+        },
     ),
     "timm": Part(
         "any backbone of timm; layer counts its feature levels",

@@ -37,6 +37,10 @@ TESTED = (
         "an embedding that scales words; visual tokens enter as they are, as in PaliGemma",
     ),
     Kind(("Gemma2",), "as Gemma, and a soft cap on attention and one on the logits"),
+    Kind(
+        ("Qwen2-VL (text)", "Qwen2.5-VL (text)", "Qwen3-VL (text)"),
+        "positions in three directions, see below",
+    ),
     Kind(("gpt-oss",), "windows and attention sinks"),
     Kind(
         ("Granite", "GraniteMoe", "Cohere"),

@@ -10,9 +10,11 @@ import torch
 
 from mllm.export.transformers import export
 from mllm.models.assemble import assemble
+from mllm.models.positions import is_spatial
 from tests.export.outsider import ask, here, save_pictures
 from tests.models.conftest import SMALL
 from tests.models.families import FAMILIES, save_family
+from tests.models.native_folders import NATIVE
 
 ENCODERS = (
     "aimv2",
@@ -59,8 +61,32 @@ ASSEMBLIES: dict[str, dict[str, Any]] = {
     **{f"encoder {name}": {"encoder": name} for name in (*ENCODERS, "pair")},
     **{f"connector {name}": {"connector": name, "encoder": "siglip"} for name in CONNECTORS},
     **{f"tiling {name}": {"images": images} for name, images in TILINGS.items()},
-    **{f"language model {name}": {"language_model": name} for name in FAMILIES},
+    **{
+        f"language model {name}": {"language_model": name}
+        for name, config in FAMILIES.items()
+        if not is_spatial(config)
+    },
 }
+
+
+def test_native_resolution_and_its_positions_are_refused(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    text = save_family(tmp_path / "text", FAMILIES["qwen2_vl_text"])
+    vision = NATIVE["qwen2_vl"](tmp_path / "vision")
+    for parts, match in (
+        ({"language_model": text}, "qwen2_vl_text has positions in three directions"),
+        ({"encoder": {"name": "qwen2_vl", "path": vision}}, "native resolution"),
+    ):
+        known: dict[str, Any] = section(folders)
+        with pytest.raises(ValueError, match=match):
+            export(*assemble({**known, **with_path(parts)}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def with_path(parts: dict[str, Any]) -> dict[str, Any]:
+    """Parts as a recipe names them."""
+    return {name: {"path": one} if isinstance(one, Path) else one for name, one in parts.items()}
 
 
 @pytest.fixture(scope="module")

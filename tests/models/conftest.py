@@ -28,6 +28,7 @@ from mllm.models.assemble import assemble
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
 from tests.models.encoder_folders import SAVERS
+from tests.models.native_folders import NATIVE
 
 CHATML = (
     "{% for message in messages %}"
@@ -189,7 +190,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "clip": save_clip(root / "clip"),
         "siglip": save_siglip(root / "siglip"),
         "efficientnet_lite": save_efficientnet(root / "efficientnet_lite"),
-        **{name: save(root / name) for name, save in SAVERS.items()},
+        **{name: save(root / name) for name, save in (SAVERS | NATIVE).items()},
     }
 
 

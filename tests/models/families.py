@@ -28,14 +28,18 @@ from transformers import (
     Phi3Config,
     PhiConfig,
     PreTrainedConfig,
+    Qwen2_5_VLTextConfig,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen2VLTextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3VLTextConfig,
     SmolLM3Config,
     Starcoder2Config,
 )
 
+import mllm.models.auto  # noqa: F401  (registers Qwen-VL's language models)
 from tests.models.conftest import make_tokenizer
 
 WINDOW = 7
@@ -62,6 +66,7 @@ LATENT = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 8,
 }
+DIRECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 
 FAMILIES: dict[str, PreTrainedConfig] = {
@@ -70,6 +75,17 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         **GATED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
     ),
     "qwen3": Qwen3Config(**GEMMA),
+    "qwen2_vl_text": Qwen2VLTextConfig(
+        **GATED,
+        rope_parameters=DIRECTIONS,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        max_window_layers=1,
+    ),
+    "qwen2_5_vl_text": Qwen2_5_VLTextConfig(**GATED, rope_parameters=DIRECTIONS),
+    "qwen3_vl_text": Qwen3VLTextConfig(
+        **GEMMA, rope_parameters={**DIRECTIONS, "mrope_section": [4, 2, 2]}
+    ),
     "qwen2_moe": Qwen2MoeConfig(**EXPERTS, shared_expert_intermediate_size=16),
     "qwen3_moe": Qwen3MoeConfig(**EXPERTS, head_dim=16),
     "mistral": MistralConfig(**GATED, sliding_window=WINDOW),

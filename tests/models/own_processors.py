@@ -11,11 +11,38 @@ from typing import Any
 
 from transformers import AutoProcessor
 from transformers.models.internvl.processing_internvl import InternVLProcessor
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
 
 class _InternVl(InternVLProcessor):
+    """Without videos."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+
+class _Qwen2Vl(Qwen2VLProcessor):
+    """Without videos."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+
+class _Qwen2_5Vl(Qwen2_5_VLProcessor):
+    """Without videos."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+
+class _Qwen3Vl(Qwen3VLProcessor):
     """Without videos."""
 
     @classmethod
@@ -46,5 +73,11 @@ class _SmolVlm(SmolVLMProcessor):
 
 def own_processor(folder: str, name: str) -> Any:
     """Load the processor of a folder."""
-    kinds = {"internvl": _InternVl, "smolvlm": _SmolVlm}
+    kinds = {
+        "internvl": _InternVl,
+        "qwen2_5_vl": _Qwen2_5Vl,
+        "qwen2_vl": _Qwen2Vl,
+        "qwen3_vl": _Qwen3Vl,
+        "smolvlm": _SmolVlm,
+    }
     return kinds.get(name, AutoProcessor).from_pretrained(folder)

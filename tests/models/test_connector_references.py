@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
     Blip2Config,
@@ -19,6 +19,7 @@ from transformers import (
     Idefics2Config,
     InternVLConfig,
     OPTConfig,
+    Qwen3VLVisionConfig,
 )
 from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
@@ -27,6 +28,9 @@ from transformers.models.internvl.modeling_internvl import (
     InternVLModel,
     InternVLMultiModalProjector,
 )
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPatchMerger
+from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchMerger as Qwen2VLMerger
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionPatchMerger
 
 from mllm.models.assemble import load
 from mllm.models.connectors import CONNECTORS, Connector, PretrainedConnector
@@ -66,6 +70,30 @@ def test_pixel_shuffle_is_the_projector_of_internvl() -> None:
     cells = torch.randn(16, 6)
     shuffled = InternVLModel.pixel_shuffle(None, cells.view(1, 4, 4, 6)).flatten(0, 2)
     torch.testing.assert_close(mine(cells, [(4, 4)]), theirs(shuffled))
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "deepstack"])
+def test_patch_merger_is_that_of_qwen(name: str) -> None:
+    names = {"norm": "ln_q", "first": "mlp.0", "second": "mlp.2"}
+    if name == "qwen2_vl":
+        theirs: nn.Module = Qwen2VLMerger(8, 6)
+        options: dict[str, Any] = {}
+    elif name == "qwen2_5_vl":
+        theirs, options = Qwen2_5_VLPatchMerger(8, 6), {"norm": "rms"}
+    else:
+        config = Qwen3VLVisionConfig(hidden_size=6, out_hidden_size=8)
+        options = {"norm_after": name == "deepstack"}
+        theirs = Qwen3VLVisionPatchMerger(config, use_postshuffle_norm=name == "deepstack")
+        names = {"norm": "norm", "first": "linear_fc1", "second": "linear_fc2"}
+    mine = CONNECTORS["patch_merger"](options, 6, 8)
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.3)
+    for own, other in names.items():
+        mine.merger.get_submodule(own).load_state_dict(theirs.get_submodule(other).state_dict())
+    cells = torch.randn(24, 6)
+    blocks = cells.view(2, 2, 3, 2, 6).transpose(1, 2).reshape(24, 6)
+    torch.testing.assert_close(mine(cells, [(4, 6)]), theirs(blocks))
 
 
 def test_one_layer_of_pixel_shuffle_is_that_of_idefics3() -> None:

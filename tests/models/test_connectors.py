@@ -26,6 +26,11 @@ SPECS: dict[str, list[dict[str, Any]]] = {
     "gemma3": [{"visual_tokens": 1}, {"visual_tokens": 9, "eps": 1e-5}],
     "linear": [{}],
     "mlp": [{}, {"hidden": 5}],
+    "patch_merger": [
+        {},
+        {"factor": 3, "norm": "rms"},
+        {"norm_after": True, "hidden": 5},
+    ],
     "pixel_shuffle": [
         *({}, {"factor": 3, "layers": 1}, {"factor": 4, "hidden": 5}),
         {"layers": 1, "bias": False},
@@ -201,6 +206,18 @@ def test_average_pool_averages_cells() -> None:
     torch.testing.assert_close(connector(features, [(4, 4)]), wanted)
 
 
+def test_levels_of_a_patch_merger_are_merged_apart() -> None:
+    both = CONNECTORS["patch_merger"]({"levels": 2}, 6, 8)
+    features, grids = cells([(4, 6)]), [(4, 6)]
+    for number, (merger, after) in enumerate([(both.merger, False), (both.inner[0], True)]):
+        alone = CONNECTORS["patch_merger"]({"norm_after": after}, 3, 4)
+        alone.merger.load_state_dict(merger.state_dict())
+        level, wanted = slice(3 * number, 3 * number + 3), slice(4 * number, 4 * number + 4)
+        assert torch.equal(both(features, grids)[:, wanted], alone(features[:, level], grids))
+    with pytest.raises(ValueError, match="levels 4 divides neither or only one of 6"):
+        CONNECTORS["patch_merger"]({"levels": 4}, 6, 8)
+
+
 @pytest.mark.parametrize("name", ["average_pool", "c_abstractor"])
 def test_the_same_weights_serve_another_number_of_tokens(name: str) -> None:
     connector = made(name, SPECS[name][0])
@@ -226,6 +243,11 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
     ],
     "linear": [({"hidden": 3}, "unknown option of the connector Linear 'hidden'")],
     "mlp": [({"hiden": 3}, "did you mean 'hidden'")],
+    "patch_merger": [
+        ({"factor": 0}, "factor must be a whole number"),
+        ({"norm": "batch"}, r"norm must be layer \| rms, got 'batch'"),
+        ({"norm_after": 1}, "norm_after must be true or false, got 1"),
+    ],
     "pixel_shuffle": [
         ({"facto": 2}, "did you mean 'factor'"),
         ({"factor": True}, "factor must be a whole number greater than 0, got True"),
@@ -262,5 +284,7 @@ def test_wrong_options_are_refused(name: str, spec: dict[str, Any], message: str
 def test_more_tokens_than_cells_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="5 x 5 grid, but the encoder gives 6 x 4 cells"):
         CONNECTORS[name].output_grid({"visual_tokens": 25}, (6, 4))
-    with pytest.raises(ValueError, match="2 x 2 grid, but the encoder gives 9 x 1 cells"):
-        made(name, {"visual_tokens": 4})(cells([(4, 4), (9, 1)]), [(4, 4), (9, 1)])
+    with pytest.raises(ValueError, match="2 x 2 grid, but the encoder gives 3 x 1 cells"):
+        made(name, {"visual_tokens": 4})(cells([(4, 4), (3, 1)]), [(4, 4), (3, 1)])
+    narrow = made(name, {"visual_tokens": 4})(cells([(4, 4), (9, 1)]), [(4, 4), (9, 1)])
+    assert narrow.shape == (8, 8)

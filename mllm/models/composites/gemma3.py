@@ -88,7 +88,7 @@ def write(model: MultimodalModel, processor: Processor, folder: Path) -> None:
     _check(model)
     named = _named_tokens(processor)
     tokenizer: Any = processor.tokenizer
-    square, tokens = model.encoder.geometry, writing.tokens_of_view(model)
+    square, tokens = model.encoder.square, writing.tokens_of_view(model)
     config = Gemma3Config(
         vision_config=writing.vision_values(model),
         text_config=writing.text_values(model),
@@ -133,7 +133,7 @@ def _check(model: MultimodalModel) -> None:
         )
     spec = writing.check_connector(model, "gemma3", "gemma3")
     _check_pooling(
-        model.encoder.geometry.cells, Gemma3Projector.number(spec, "visual_tokens"), "gemma3"
+        model.encoder.square.cells, Gemma3Projector.number(spec, "visual_tokens"), "gemma3"
     )
     eps, own = (
         chosen(Gemma3Projector.OPTIONS, spec, "eps"),

@@ -158,7 +158,7 @@ def _check(name: str, model: MultimodalModel, processor: Processor) -> None:
             f"{name} cannot hold encoder layer {model.encoder.spec['layer']}: it normalises after "
             "the last layer, so layer: -1 is needed"
         )
-    cells = model.encoder.geometry.cells
+    cells = model.encoder.square.cells
     if model.config.encoder["name"] == "siglip" and shares_positions(cells):
         raise ValueError(
             f"{name} cannot hold siglip with {cells} cells a side: rounding gives some of them one "

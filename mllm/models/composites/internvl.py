@@ -79,7 +79,7 @@ def write(model: MultimodalModel, processor: Processor, folder: Path) -> None:
     """From our model to its folder."""
     _check(model)
     named = _named_tokens(processor)
-    square, images = model.encoder.geometry, model.config.images
+    square, images = model.encoder.square, model.config.images
     pixels = writing.pixels_of(square, "internvl")
     tokens = writing.tokens_of_view(model)
     config = InternVLConfig(

@@ -54,7 +54,7 @@ def check_blocks(model: MultimodalModel, who: str, factor: int) -> None:
     Raises:
         ValueError: the factor does not divide the grid's side.
     """
-    cells = model.encoder.geometry.cells
+    cells = model.encoder.square.cells
     if cells % factor:
         raise ValueError(
             f"{who} cannot hold the connector's factor {factor}: it does not divide the {cells} "
@@ -75,7 +75,7 @@ def check_tiling(model: MultimodalModel, who: str, *tilings: str) -> None:
     found = tiling(model.config.images, who)
     if found not in tilings:
         raise ValueError(f"{who} cannot hold tiling {found}: it has {' or '.join(tilings)}")
-    geometry = model.encoder.geometry
+    geometry = model.encoder.square
     if found == "none" and geometry.resize != "squash":
         raise ValueError(
             f"{who} cannot hold resize {geometry.resize}: its processor squashes images"

@@ -27,7 +27,7 @@ class AveragePool(Mlp):
         """Return the pooled grid.
 
         Raises:
-            ValueError: more tokens than cells along a side.
+            ValueError: more tokens than cells.
         """
         side = square_side(spec["visual_tokens"], grid, "average_pool")
         return (side, side)

@@ -10,7 +10,9 @@ from mllm.models.encoders.efficientnet_lite import EfficientNetLiteEncoder
 from mllm.models.encoders.idefics3 import Idefics3Encoder
 from mllm.models.encoders.internvl import InternVlEncoder
 from mllm.models.encoders.pair import PairEncoder
+from mllm.models.encoders.qwen_vl import Qwen2_5VLEncoder, Qwen2VLEncoder, Qwen3VLEncoder
 from mllm.models.encoders.siglip import SiglipEncoder
+from mllm.models.encoders.siglip2_naflex import Siglip2NaflexEncoder
 from mllm.models.encoders.timm_backbone import TimmEncoder
 
 ENCODERS: dict[str, type[VisionEncoder]] = {
@@ -25,7 +27,11 @@ ENCODERS: dict[str, type[VisionEncoder]] = {
     "idefics3": Idefics3Encoder,
     "internvl": InternVlEncoder,
     "pair": PairEncoder,
+    "qwen2_5_vl": Qwen2_5VLEncoder,
+    "qwen2_vl": Qwen2VLEncoder,
+    "qwen3_vl": Qwen3VLEncoder,
     "siglip": SiglipEncoder,
+    "siglip2_naflex": Siglip2NaflexEncoder,
     "timm": TimmEncoder,
 }
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mllm.models.errors import check_options
-from mllm.models.geometry import ImageGeometry
+from mllm.models.geometry import Geometry, ImageGeometry
 from mllm.parts.option import Option, problems
 
 
@@ -34,18 +34,20 @@ class VisionEncoder(nn.Module, ABC):
 
     Attributes:
         width: Dv, features per cell.
-        geometry: what it wants to see, and its grid.
+        geometry: what it wants to see, and its grid; GEOMETRY is its class.
         OPTIONS: what `from_folder` takes from a recipe, by name; declared in
             mllm/parts/encoders.py.
     """
 
     OPTIONS: ClassVar[Mapping[str, Option]] = {}
     width: int
+    geometry: Geometry
+    GEOMETRY: ClassVar[Any] = ImageGeometry
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()
         self.spec = spec
-        self.geometry = ImageGeometry.from_dict(spec["geometry"])
+        self.geometry = self.GEOMETRY.from_dict(spec["geometry"])
 
     @classmethod
     @abstractmethod
@@ -103,9 +105,15 @@ class VisionEncoder(nn.Module, ABC):
         return cls(cls.spec_from_folder(**path, **options))
 
     @property
+    def square(self) -> ImageGeometry:
+        """The geometry of a family whose views are all squares of one size."""
+        assert isinstance(self.geometry, ImageGeometry)
+        return self.geometry
+
+    @property
     def image_size(self) -> int:
         """Side of the square image, in pixels."""
-        return self.geometry.image_size
+        return self.square.image_size
 
     @property
     def mean(self) -> tuple[float, float, float]:
@@ -141,7 +149,7 @@ class VisionEncoder(nn.Module, ABC):
 
     def preprocess(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Resize uint8 [H, W, 3] to the uint8 [S, S, 3] that the encoder takes."""
-        return self.geometry.preprocess(pixels)
+        return self.square.preprocess(pixels)
 
     def forward(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         """Encode views to features [C, Dv], one view after another, row by row of its grid.

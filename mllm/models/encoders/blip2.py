@@ -41,7 +41,7 @@ class Blip2Encoder(VisionTransformer):
 
     def features(self, images: Tensor) -> Tensor:
         """Encode [V, 3, S, S] to [V, cells, Dv], with the class token first where it is one."""
-        if not self.geometry.class_cell:
+        if not self.square.class_cell:
             return super().features(images)
         states: Tensor = self.vision(images).last_hidden_state
         return states

@@ -82,7 +82,7 @@ class PairEncoder(VisionEncoder):
         """Encode [I, 3, S, S], normalised as the first wants them, to [I, cells, width]."""
         first = self.first.features(self._view(images, self.first))
         second = self.second.features(self._view(images, self.second))
-        return torch.cat([first, _on_grid(second, self.geometry.cells)], dim=-1)
+        return torch.cat([first, _on_grid(second, self.square.cells)], dim=-1)
 
     def _view(self, images: Tensor, part: VisionEncoder) -> Tensor:
         """The same images [I, 3, s, s] at the side and with the normalisation of a part."""
@@ -133,6 +133,10 @@ def _part_spec(section: Any, part: str, resize: Mapping[str, Any]) -> dict[str, 
         if key not in ("name", "path") and value is not None
     }
     family.check(options, part)
+    if "resize" not in family.OPTIONS:
+        raise ValueError(
+            f"{part}: {section['name']} takes images as they are, a pair takes squares"
+        )
     spec = family.spec_from_folder(section["path"], **options, **resize)
     if spec["geometry"].get("class_cell"):
         raise ValueError(f"{part}: the class token has no place on a grid; give class_cell: false")

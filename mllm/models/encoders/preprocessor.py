@@ -1,6 +1,7 @@
-"""What a folder's preprocessor file says about images, in the terms of `ImageGeometry`.
+"""What a folder's preprocessor file says about images, in the terms of our geometries.
 
-Nothing is guessed: a file that is missing, incomplete, or would not make squares is refused.
+Nothing is guessed: a file that is missing, incomplete, or does not make what the encoder takes is
+refused.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from math import isclose
 from pathlib import Path
 from typing import Any
 
+from transformers import Qwen2VLImageProcessorPil, Siglip2ImageProcessorPil
 from transformers.utils.hub import cached_file
 
 from mllm.models.errors import loading, read_json
 from mllm.models.geometry import RESAMPLING_NAMES, ImageGeometry
+from mllm.models.native import LIMITS, NativeGeometry
 
 _NAME = "preprocessor_config.json"
 _WHOLE_NAME = "processor_config.json"  # a processor of text and images, saved in one file
@@ -117,6 +120,72 @@ def read_geometry(
     )
 
 
+_NATIVE: dict[str, type[Any]] = {
+    "Qwen2VLImageProcessor": Qwen2VLImageProcessorPil,
+    "Siglip2ImageProcessor": Siglip2ImageProcessorPil,
+}
+"""Image processors of native resolution. Their files leave values out that the class has."""
+
+
+def read_native(
+    seen: Mapping[str, Any],
+    path: str | Path,
+    kind: str,
+    patch: int,
+    merge: int,
+    limits: Mapping[str, Any],
+) -> NativeGeometry:
+    """Turn the file of an image processor of native resolution into a geometry.
+
+    Args:
+        seen: the file.
+        path: where it came from, for messages.
+        kind: the class that it must be written by, without its ending.
+        patch, merge: what the encoder takes.
+        limits: bounds to use instead of the file's: names of `native.LIMITS`.
+
+    Raises:
+        ValueError: another class, something is missing, or contradicts the encoder.
+    """
+    where = f"{path}: the preprocessor file"
+    named = str(seen.get("image_processor_type"))
+    if named.removesuffix("Fast").removesuffix("Pil") != kind:
+        raise ValueError(
+            f"{where} is one of {named}, but the encoder was trained with {kind}; take both files "
+            "from one checkpoint"
+        )
+    try:
+        whole = _NATIVE[kind](**seen).to_dict()
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{where} is damaged: {error}") from error
+    if not _given(whole, "do_resize", True):
+        raise ValueError(f"{where} has do_resize: false, so sides are not whole patches")
+    for name, found, takes in (
+        ("patch_size", whole["patch_size"], patch),
+        ("merge_size", whole.get("merge_size", 1), merge),
+    ):
+        if found != takes:
+            raise ValueError(
+                f"{where} has {name} {found}, the encoder takes {takes}; take both files from one "
+                "checkpoint"
+            )
+    mean, std = normalisation(whole, where)
+    geometry = NativeGeometry(
+        patch, merge, mean, std, **_bounds(whole, where), resampling=resampling(whole, where)
+    )
+    return geometry.within({name: limits[name] for name in LIMITS if limits.get(name) is not None})
+
+
+def _bounds(whole: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The bounds of views, by the names of `native.LIMITS`."""
+    if "max_num_patches" in whole:
+        return {"max_patches": whole["max_num_patches"]}
+    size = whole["size"]
+    if not size.get("shortest_edge") or not size.get("longest_edge"):
+        raise ValueError(f"{where} has size {dict(size)}, which has no shortest and longest edge")
+    return {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+
+
 def _given(seen: Mapping[str, Any], key: str, default: Any) -> Any:
     """A value of the file; null means the default, as in transformers."""
     value = seen.get(key)
@@ -157,8 +226,9 @@ def resampling(seen: Mapping[str, Any], where: str) -> str:
     Raises:
         ValueError: none, or no such number.
     """
-    resample = seen.get("resample")
-    if type(resample) is not int or not 0 <= resample < len(RESAMPLING_NAMES):
+    resample: Any = seen.get("resample")
+    known = isinstance(resample, int) and not isinstance(resample, bool)
+    if not known or not 0 <= resample < len(RESAMPLING_NAMES):
         names = ", ".join(f"{number} {name}" for number, name in enumerate(RESAMPLING_NAMES))
         raise ValueError(f"{where} has resample: {resample!r}; give a filter: {names}")
     return RESAMPLING_NAMES[resample]

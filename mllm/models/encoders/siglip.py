@@ -2,7 +2,7 @@
 
 SigLIP 2 (Tschannen et al. 2025, arXiv 2502.14786) keeps the architecture, and its checkpoints of
 one resolution say `model_type: siglip`: this family loads both. The checkpoints of variable
-resolution (`naflex`, `model_type: siglip2`) are another architecture and are refused here.
+resolution (`naflex`, `model_type: siglip2`) are another architecture: `siglip2_naflex`.
 """
 
 from __future__ import annotations
@@ -38,5 +38,5 @@ class SiglipEncoder(VisionTransformer):
                 raise
             raise ValueError(
                 f"{path} holds a 'siglip2_vision_model' model, which is SigLIP 2 of variable "
-                "resolution (naflex); take a checkpoint of one resolution"
+                "resolution: name the encoder siglip2_naflex"
             ) from error

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from mllm.models.encoders.base import VisionEncoder
 from mllm.models.encoders.preprocessor import read_geometry, read_preprocessor, square
 from mllm.models.errors import check_folder, loading
+from mllm.models.geometry import Geometry
 
 _QUIET: dict[str, Any] = {
     "attention_dropout": 0.0,
@@ -126,7 +127,7 @@ class VisionTransformer(VisionEncoder):
             if hasattr(config, name):
                 side = square(getattr(config, name), f"{path}: {name} of config.json")
                 setattr(config, name, side)
-        channels = getattr(config, "num_channels", 3)  # some classes can have no others
+        channels = getattr(config, "num_channels", getattr(config, "in_channels", 3))
         if channels != 3:
             raise ValueError(f"{path}: config.json has {channels} channels, not 3")
         return config
@@ -147,13 +148,7 @@ class VisionTransformer(VisionEncoder):
                 f"layer {layer!r}: the encoder has {depth} layers, counted back from -1"
             )
         cls._cut(config, depth + layer + 1)
-        geometry = read_geometry(
-            seen,
-            path,
-            cells=lambda side: cls._cells(config, side),
-            takes=cls._takes(config),
-            resize=options.get("resize"),
-        )
+        geometry = cls._read_geometry(config, seen, path, options)
         values = config.to_diff_dict()
         values["num_hidden_layers"] = cls._depth(config)  # also where it is the class's default
         spec = {
@@ -164,6 +159,23 @@ class VisionTransformer(VisionEncoder):
         if "class_token" in cls.OPTIONS:
             spec["class_token"] = options.get("class_token", False)
         return spec
+
+    @classmethod
+    def _read_geometry(
+        cls,
+        config: PreTrainedConfig,
+        seen: Mapping[str, Any],
+        path: str | Path,
+        options: Mapping[str, Any],
+    ) -> Geometry:
+        """What the folder's preprocessor file makes of an image."""
+        return read_geometry(
+            seen,
+            path,
+            cells=lambda side: cls._cells(config, side),
+            takes=cls._takes(config),
+            resize=options.get("resize"),
+        )
 
     def load_weights(self, path: str | Path) -> None:
         """Load the safetensors of the folder or hub id; weights of unused layers are left out."""
@@ -201,7 +213,7 @@ class VisionTransformer(VisionEncoder):
     def features(self, images: Tensor) -> Tensor:
         """Encode [V, 3, S, S] to [V, cells, Dv]; prefix tokens come first and are cut off."""
         states: Tensor = self.vision(images).last_hidden_state
-        cells = states[:, states.shape[1] - self.geometry.cells**2 :]
+        cells = states[:, states.shape[1] - self.square.cells**2 :]
         if not self.class_token:
             return cells
         return torch.cat([cells, states[:, :1].expand(-1, cells.shape[1], -1)], dim=-1)

@@ -1,0 +1,169 @@
+"""Qwen-VL: read from its classes' folders, trained, written into them again, loaded without us."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_packing.pack import collate
+from mllm.export import command
+from mllm.models.assemble import load
+from mllm.models.composites import COMPOSITES
+from mllm.models.modeling import MultimodalModel
+from mllm.models.processor import Processor
+from tests.models.composite_checks import (
+    check_alone,
+    check_packed,
+    check_read,
+    load_alone,
+    same_weights,
+    train_a_step,
+)
+from tests.models.composite_folders import change_json
+from tests.models.conftest import chat
+from tests.models.qwen_folders import save_qwen_vl
+
+NAMES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("qwen")
+    return {name: save_qwen_vl(root / name, name, tied=name == "qwen2_vl") for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reads_what_its_own_class_computes(whole: dict[str, Path], name: str) -> None:
+    model, processor = load(whole[name], torch.float32)
+    assert model.config.origin == COMPOSITES[name].name == name
+    assert not model.training
+    check_read(name, whole[name], model, processor)
+    check_packed(model, processor)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2_vl"])
+def test_an_older_configuration_is_read(whole: dict[str, Path], name: str, tmp_path: Path) -> None:
+    """The language model's values beside the others, positions under `rope_scaling`."""
+    for source in whole[name].iterdir():
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    found = json.loads((tmp_path / "config.json").read_text())
+    text, vision = found.pop("text_config"), found["vision_config"]
+    rope = text.pop("rope_parameters")
+    kept = {key: value for key, value in text.items() if key not in ("model_type", "layer_types")}
+    kept |= {"rope_theta": rope["rope_theta"]}
+    kept["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    for key in ("model_type", "rope_parameters"):
+        del vision[key]
+    vision["in_chans"] = vision.pop("in_channels")
+    (tmp_path / "config.json").write_text(json.dumps({**kept, **found}))
+    model, processor = load(tmp_path, torch.float32)
+    check_read(name, tmp_path, model, processor)
+    assert same_weights(model, load(whole[name], torch.float32)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_documents_of_a_pack_do_not_see_each_other(whole: dict[str, Path], name: str) -> None:
+    model, processor = load(whole[name], torch.float32)
+
+    def second(seed: int) -> Any:
+        samples = [processor.encode(chat(seed)), processor.encode(chat(7))]
+        pack = collate(samples, 0)
+        with torch.no_grad():
+            logits = model(
+                pack.input_ids, pack.pixels, pack.sizes, cu_seqlens=pack.cu_seqlens
+            ).logits[0]
+        return logits.split([len(sample.input_ids) for sample in samples])
+
+    one, other = second(1), second(2)
+    assert (one[0] - other[0]).abs().max() > 1e-2
+    torch.testing.assert_close(one[1], other[1], rtol=0, atol=0)
+
+
+def test_written_folders_load_without_us(whole: dict[str, Path], tmp_path: Path) -> None:
+    made = {}
+    for name in NAMES:
+        model, processor = load(whole[name], torch.float32)
+        train_a_step(model, processor)
+        COMPOSITES[name].write(model, processor, tmp_path / name)
+        made[name] = (model, processor)
+    found = load_alone({name: (tmp_path / name, name) for name in made}, tmp_path)
+    for name, (model, processor) in made.items():
+        check_alone(found, name, model, processor)
+        assert same_weights(model, load(tmp_path / name, torch.float32)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_round_trip_changes_nothing(whole: dict[str, Path], name: str, tmp_path: Path) -> None:
+    model, processor = load(whole[name], torch.float32)
+    COMPOSITES[name].write(model, processor, tmp_path / "theirs")
+    again, processor_again = load(tmp_path / "theirs", torch.float32)
+    assert same_weights(model, again)
+    assert processor.fingerprint == processor_again.fingerprint
+    assert model.config.to_dict() == again.config.to_dict()
+    model.save_pretrained(tmp_path / "ours")
+    processor.save_pretrained(tmp_path / "ours")
+    again, processor_again = load(tmp_path / "ours")
+    assert same_weights(model, again)
+    assert again.config.origin == name
+    assert processor.fingerprint == processor_again.fingerprint
+
+
+def test_an_export_goes_back_to_where_the_model_came_from(
+    whole: dict[str, Path], tmp_path: Path
+) -> None:
+    for part in load(whole["qwen3_vl"]):
+        part.save_pretrained(tmp_path / "stage")
+    command.write(tmp_path / "stage", command.origin(tmp_path / "stage"), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "qwen3_vl"
+    assert same_weights(load(tmp_path / "out")[0], load(whole["qwen3_vl"])[0])
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "match"),
+    [
+        ("config.json", {"image_token_id": 9999}, "images are the token 9999, but the tokenizer"),
+        ("config.json", {"vision_end_token_id": 9999}, "vision_end_token_id 9999, but the tokeni"),
+        ("preprocessor_config.json", {"patch_size": 8}, "patch_size 8, the encoder takes 4"),
+    ],
+)
+def test_refuses_a_folder(
+    whole: dict[str, Path], tmp_path: Path, file: str, changes: dict[str, Any], match: str
+) -> None:
+    for source in whole["qwen2_vl"].iterdir():
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    change_json(tmp_path / file, **changes)
+    with pytest.raises(ValueError, match=match) as caught:
+        load(tmp_path, torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+def test_refuses_parts_that_it_has_no_place_for(
+    whole: dict[str, Path], build: Callable[..., Any], tmp_path: Path
+) -> None:
+    parts = load(whole["qwen2_5_vl"], torch.float32)
+    refused("qwen2_vl", *parts, tmp_path / "out", "cannot hold the encoder qwen2_5_vl")
+    model, processor = build("clip", "patch_merger")
+    refused("qwen2_vl", model, processor, tmp_path / "out", "cannot hold the encoder clip")
+    for options, match in (
+        ({"name": "mlp"}, "the connector mlp"),
+        ({"norm": "layer"}, "the connector's norm layer: it is rms there"),
+    ):
+        model, processor = load(whole["qwen2_5_vl"], torch.float32)
+        model.config.connector = {**model.config.connector, **options}
+        refused("qwen2_5_vl", model, processor, tmp_path / "out", match)
+
+
+def refused(
+    name: str, model: MultimodalModel, processor: Processor, folder: Path, match: str
+) -> None:
+    """In one line, and before anything is written."""
+    with pytest.raises(ValueError, match=match) as caught:
+        COMPOSITES[name].write(model, processor, folder)
+    assert "\n" not in str(caught.value)
+    assert not folder.exists()
