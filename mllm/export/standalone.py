@@ -24,7 +24,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
@@ -54,9 +53,7 @@ class MllmConfig(PreTrainedConfig):
     """
 
     model_type = "mllm_standalone"
-    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
-        "text_config": SubConfigSpec(AutoConfig, model_type="llama")
-    }
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}  # type: ignore[misc]
 
     encoder: dict[str, Any] = field(default_factory=dict)
     connector: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +64,13 @@ class MllmConfig(PreTrainedConfig):
     logits_times: float = 1.0
     logits_cap: float | None = None
     tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Make `text_config` an object; transformers does so only from 5.20."""
+        if not isinstance(self.text_config, PreTrainedConfig):
+            values = {"model_type": "llama", **(self.text_config or {})}
+            self.text_config = AutoConfig.for_model(**values)
+        super().__post_init__(**kwargs)
 
 
 class MllmPreTrainedModel(PreTrainedModel):
@@ -99,7 +103,10 @@ class MllmModel(MllmPreTrainedModel):
     def __init__(self, config: MllmConfig) -> None:
         super().__init__(config)
         self.vision_tower = ENCODERS[config.encoder["name"]](config.encoder)
-        self.language_model = AutoModel.from_config(config.text_config)
+        text = config.text_config
+        if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation == "sdpa":
+            text._attn_implementation = "eager"  # SDPA has no cap; transformers knows from 5.21
+        self.language_model = AutoModel.from_config(text)
         embedding: Any = self.language_model.get_input_embeddings()
         width = embedding.embedding_dim
         self.connector = CONNECTORS[config.connector["name"]](

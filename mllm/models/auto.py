@@ -2,7 +2,6 @@
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-import mllm.models.qwen_vl_text  # noqa: F401  (language models that transformers has in part)
 from mllm.models.config import MultimodalConfig
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor

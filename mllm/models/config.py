@@ -6,7 +6,6 @@ from dataclasses import field
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 
 class MultimodalConfig(PreTrainedConfig):
@@ -29,9 +28,7 @@ class MultimodalConfig(PreTrainedConfig):
     """
 
     model_type = "mllm"
-    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
-        "text_config": SubConfigSpec(AutoConfig, model_type="llama")
-    }
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}  # type: ignore[misc]
 
     encoder: dict[str, Any] = field(default_factory=dict)
     connector: dict[str, Any] = field(default_factory=dict)
@@ -42,3 +39,10 @@ class MultimodalConfig(PreTrainedConfig):
     image_token_id: int = -1
     origin: str = ""
     bidirectional_images: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Make `text_config` an object; transformers does so only from 5.20."""
+        if not isinstance(self.text_config, PreTrainedConfig):
+            values = {"model_type": "llama", **(self.text_config or {})}
+            self.text_config = AutoConfig.for_model(**values)
+        super().__post_init__(**kwargs)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-_ATTENTION = {"full_attention", "sliding_attention"}
+from mllm.models.qwen_vl_text import CAUSAL
+
+_ATTENTION = {"attention", "full_attention", "sliding_attention"}
 _MIXERS = {
     "linear_attention": "carries a state over every document before a token",
     "hybrid": "carries a state over every document before a token",
@@ -144,6 +146,21 @@ def output_layer(head: nn.Module, config: PreTrainedConfig) -> nn.Module:
     return head if rule == LogitsRule() else OutputLayer(head, rule)
 
 
+def causal_class(config: PreTrainedConfig) -> Any:
+    """Return what has `from_config` and `from_pretrained` for this causal language model.
+
+    Ours are not registered with transformers' Auto class: before 5.19 it ignores, in silence, a
+    class for one of its own configurations.
+    """
+    return CAUSAL.get(type(config), AutoModelForCausalLM)
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """Return the class of this causal language model, None where there is none."""
+    kind: Any = type(config)
+    return CAUSAL.get(kind) or AutoModelForCausalLM._model_mapping.get(kind, None)
+
+
 def check_config(config: PreTrainedConfig) -> None:
     """Refuse a language model that would be wrong, from its configuration alone.
 
@@ -151,8 +168,8 @@ def check_config(config: PreTrainedConfig) -> None:
         ValueError: naming the model and the reason.
     """
     name = config.model_type
-    types = set(getattr(config, "layer_types", None) or ()) - _ATTENTION
-    for kind in sorted(types):
+    types: Any = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    for kind in sorted(set(types or ()) - _ATTENTION):
         why = _MIXERS.get(kind, "is not attention inside a document")
         raise ValueError(
             f"{name}: layers of type {kind} are not supported: such a layer {why}, so documents "
@@ -164,13 +181,12 @@ def check_config(config: PreTrainedConfig) -> None:
     logits_rule(config)
     if not getattr(config, "is_causal", True):
         raise ValueError(f"{name} is not causal; a causal language model is needed")
-    known = type(config) in AutoModelForCausalLM._model_mapping
-    if not known:
+    model = model_class(config)
+    if model is None:
         raise ValueError(
             f"{name}: transformers has no causal language model of this kind; give a language "
             "model here (encoders go to model.encoder)"
         )
-    model: Any = AutoModelForCausalLM._model_mapping[type(config)]
     if not model._supports_attention_backend:
         raise ValueError(
             f"{name}: {model.__name__} does not use transformers' AttentionInterface, so its "
@@ -197,7 +213,7 @@ def check_model(model: nn.Module) -> None:
 def blueprint(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Build the language model without weights, to be looked at."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = causal_class(config).from_config(
             copy.deepcopy(config), dtype=dtype
         )
     return model

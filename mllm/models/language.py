@@ -19,7 +19,6 @@ from jinja2 import TemplateSyntaxError
 from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -28,7 +27,7 @@ from transformers import (
 
 from mllm.models import attention
 from mllm.models.errors import check_language_model, loading
-from mllm.models.families import blueprint, check_config, check_model
+from mllm.models.families import blueprint, causal_class, check_config, check_model
 from mllm.models.probe import probe
 
 _ROWS = 64  # the embedding is padded to a multiple: tensor cores want it
@@ -73,7 +72,7 @@ def load_language_model(
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             check_template(tokenizer, path)
             return plan, tokenizer
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = causal_class(config).from_pretrained(
             folder,
             config=config,
             dtype=dtype,

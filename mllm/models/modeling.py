@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mllm.models import attention
@@ -24,7 +24,7 @@ from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, Connector
 from mllm.models.encoders import ENCODERS, VisionEncoder
 from mllm.models.errors import check_folder, choose, loading
-from mllm.models.families import check_config, output_layer
+from mllm.models.families import causal_class, check_config, output_layer
 from mllm.models.fusion import Fused, Fusion, Visual, check_images, fusion_class, hooked
 from mllm.models.geometry import Size
 from mllm.models.positions import is_spatial, named, placed
@@ -71,7 +71,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         self.encoder = encoder or choose(ENCODERS, config.encoder["name"], "encoder")(
             config.encoder
         )
-        language_model = language_model or AutoModelForCausalLM.from_config(
+        language_model = language_model or causal_class(text).from_config(
             text, attn_implementation=attention.NAME
         )
         embedding: Any = language_model.get_input_embeddings()  # OPT's may be narrower than hidden

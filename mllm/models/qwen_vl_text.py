@@ -1,7 +1,7 @@
 """The language models inside Qwen2-VL, Qwen2.5-VL and Qwen3-VL as causal language models.
 
-transformers has their bodies alone; with an output layer, and registered for the configurations of
-the bodies, they are language models like any other.
+transformers has their bodies alone; with an output layer they are language models like any other.
+`mllm.models.families` finds them by the configurations of the bodies.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     Cache,
     GenerationMixin,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
@@ -38,6 +38,12 @@ class _CausalText(PreTrainedModel, GenerationMixin):
         self.model = self.BODY(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        """Build the model without weights, as `AutoModelForCausalLM.from_config` does."""
+        model: PreTrainedModel = cls._from_config(config, **kwargs)
+        return model
 
     def forward(
         self,
@@ -99,5 +105,9 @@ class Qwen3VLTextForCausalLM(_CausalText, Qwen3VLPreTrainedModel):
     BODY = Qwen3VLTextModel
 
 
-for _kind in (Qwen2VLTextForCausalLM, Qwen2_5VLTextForCausalLM, Qwen3VLTextForCausalLM):
-    AutoModelForCausalLM.register(_kind.config_class, _kind, exist_ok=True)
+CAUSAL: dict[type[PreTrainedConfig], type[_CausalText]] = {
+    Qwen2VLTextConfig: Qwen2VLTextForCausalLM,
+    Qwen2_5_VLTextConfig: Qwen2_5VLTextForCausalLM,
+    Qwen3VLTextConfig: Qwen3VLTextForCausalLM,
+}
+"""Configuration → the causal language model that transformers does not have."""

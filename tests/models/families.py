@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     CohereConfig,
     DeepseekV3Config,
     Gemma2Config,
@@ -39,7 +38,7 @@ from transformers import (
     Starcoder2Config,
 )
 
-import mllm.models.auto  # noqa: F401  (registers Qwen-VL's language models)
+from mllm.models.families import causal_class
 from tests.models.conftest import make_tokenizer
 
 WINDOW = 7
@@ -134,7 +133,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 def save_family(folder: Path, config: PreTrainedConfig, seed: int = 0) -> Path:
     """A language model of random weights, with its tokenizer, as one finds it on disk."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = causal_class(config).from_config(config)
     for name, parameter in model.named_parameters():
         if name.endswith("sinks"):
             torch.nn.init.normal_(parameter, std=2.0)

@@ -71,6 +71,14 @@ class _SmolVlm(SmolVLMProcessor):
         return super(SmolVLMProcessor, self).apply_chat_template(*args, **kwargs)
 
 
+def usable(kind: Any) -> bool:
+    """Whether a class can be used here; transformers 5.17 wants torchvision for more of them."""
+    try:
+        return callable(kind.from_pretrained)
+    except ImportError:
+        return False
+
+
 def own_processor(folder: str, name: str) -> Any:
     """Load the processor of a folder."""
     kinds = {

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from data_packing.pack import Pack, collate
 from mllm.models import attention
 from mllm.models.assemble import load
-from mllm.models.families import OutputLayer
+from mllm.models.families import OutputLayer, causal_class
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
 from mllm.objectives.language_modeling import LanguageModeling
@@ -76,7 +76,8 @@ def test_a_document_is_what_the_family_makes_of_it_alone(parts: Parts) -> None:
 
 
 def eager(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    kind = causal_class(AutoConfig.from_pretrained(folder))
+    return kind.from_pretrained(folder, attn_implementation="eager").eval()
 
 
 @torch.no_grad()

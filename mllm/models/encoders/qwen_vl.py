@@ -62,6 +62,7 @@ class Qwen2VLEncoder(NativeTransformer):
     OPTIONS = ENCODERS["qwen2_vl"].options
     MODEL: ClassVar[type[PreTrainedModel]] = Qwen2VisionTransformerPretrainedModel
     CONFIG: ClassVar[type[PreTrainedConfig]] = Qwen2VLVisionConfig
+    DEPTH = "depth"
     FINAL_NORM = "merger"
     PREPROCESSOR = "Qwen2VLImageProcessor"
     RENAMED: ClassVar[dict[str, str]] = {r"^(model\.)?visual\.": ""}
@@ -69,10 +70,6 @@ class Qwen2VLEncoder(NativeTransformer):
     @classmethod
     def _merge(cls, config: PreTrainedConfig) -> int:
         return int(config.spatial_merge_size)
-
-    @classmethod
-    def _cut(cls, config: PreTrainedConfig, depth: int) -> None:
-        config.depth = depth
 
     @classmethod
     def _width(cls, config: PreTrainedConfig) -> int:

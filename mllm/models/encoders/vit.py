@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from mllm.models.encoders.base import VisionEncoder
 from mllm.models.encoders.preprocessor import read_geometry, read_preprocessor, square
 from mllm.models.errors import check_folder, loading
+from mllm.models.families import model_class
 from mllm.models.geometry import Geometry
 
 _QUIET: dict[str, Any] = {
@@ -48,6 +49,7 @@ class VisionTransformer(VisionEncoder):
 
     MODEL: ClassVar[type[PreTrainedModel]]
     CONFIG: ClassVar[type[PreTrainedConfig]]
+    DEPTH: ClassVar[str] = "num_hidden_layers"  # what the configuration calls the number of layers
     FINAL_NORM: ClassVar[str]
     ATTENTION: ClassVar[str] = "sdpa"
     RENAMED: ClassVar[dict[str, str]] = {}  # names in a folder that transformers does not map
@@ -69,12 +71,12 @@ class VisionTransformer(VisionEncoder):
     @classmethod
     def _depth(cls, config: PreTrainedConfig) -> int:
         """Layers of the whole model."""
-        return int(config.num_hidden_layers)
+        return int(getattr(config, cls.DEPTH))
 
     @classmethod
     def _cut(cls, config: PreTrainedConfig, depth: int) -> None:
         """Keep the first `depth` layers."""
-        config.num_hidden_layers = depth
+        setattr(config, cls.DEPTH, depth)
 
     @classmethod
     def _width(cls, config: PreTrainedConfig) -> int:
@@ -150,7 +152,7 @@ class VisionTransformer(VisionEncoder):
         cls._cut(config, depth + layer + 1)
         geometry = cls._read_geometry(config, seen, path, options)
         values = config.to_diff_dict()
-        values["num_hidden_layers"] = cls._depth(config)  # also where it is the class's default
+        values[cls.DEPTH] = cls._depth(config)  # also where it is the class's default
         spec = {
             "config": {key: value for key, value in values.items() if key not in _NOT_KEPT},
             "layer": layer,
@@ -239,7 +241,7 @@ def _meant(config: PreTrainedConfig) -> str:
     for name, family in ENCODERS.items():
         if getattr(family, "CONFIG", None) is type(config):
             return f"; give encoder.name: {name}"
-    if type(config) in AutoModelForCausalLM._model_mapping:
+    if model_class(config) is not None:
         return "; a language model goes to model.language_model"
     return ""
 

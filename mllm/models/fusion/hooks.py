@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 Change = Callable[[Tensor, Tensor], Tensor]
 """Takes what passes a place and what entered the module there; returns what passes instead."""
@@ -38,6 +39,9 @@ class Hook:
 
 
 _running: ContextVar[object] = ContextVar("fused_call", default=None)
+FORGETS_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
+"""Whether checkpointing calls a whole layer again, whose hooks are gone by then; from transformers
+5.23 on it repeats the layer's forward alone, and the hooks stay outside."""
 
 
 def decoder_layers(body: nn.Module, count: int) -> nn.ModuleList:
@@ -60,8 +64,8 @@ def hooked(body: nn.Module, count: int, hooks: Sequence[Hook]) -> Iterator[None]
     """Put hooks into a language model of `count` layers for what runs inside.
 
     Raises:
-        ValueError: a layer or a part that the model does not have, one that did not run, or a part
-            of a layer that gradient checkpointing would run again without its hook.
+        ValueError: a layer or a part that the model does not have, one that did not run, or one
+            that gradient checkpointing would run again without its hook.
     """
     if not hooks:
         yield
@@ -85,9 +89,15 @@ def hooked(body: nn.Module, count: int, hooks: Sequence[Hook]) -> Iterator[None]
 
 def _module(layers: nn.ModuleList, hook: Hook) -> nn.Module:
     layer = layers[hook.layer]
+    checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
     if not hook.part:
+        if checkpointed and FORGETS_HOOKS:
+            raise ValueError(
+                "gradient checkpointing in transformers before 5.23 would run layers again without "
+                "their visual features; turn it off, use fusion in_sequence or update transformers"
+            )
         return layer
-    if layer.training and getattr(layer, "gradient_checkpointing", False):
+    if checkpointed:
         raise ValueError(
             f"gradient checkpointing would run {hook.part} again without its visual features; turn "
             "it off"
