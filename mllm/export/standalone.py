@@ -104,8 +104,9 @@ class MllmModel(MllmPreTrainedModel):
         super().__init__(config)
         self.vision_tower = ENCODERS[config.encoder["name"]](config.encoder)
         text = config.text_config
-        if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation == "sdpa":
-            text._attn_implementation = "eager"  # SDPA has no cap; transformers knows from 5.21
+        chosen = text._attn_implementation or "sdpa"  # the default
+        if chosen == "sdpa" and getattr(text, "attn_logit_softcapping", None):
+            text._attn_implementation = "eager"  # SDPA drops the cap, in silence before 5.21
         self.language_model = AutoModel.from_config(text)
         embedding: Any = self.language_model.get_input_embeddings()
         width = embedding.embedding_dim
