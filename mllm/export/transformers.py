@@ -112,6 +112,11 @@ def check(model: MultimodalModel, processor: Processor) -> None:
             f"the chat template writes {text.asked!r} for an image, which is neither the image "
             f"token {processor.image_token!r} nor what is tokenised, {text.written!r}"
         )
+    if model.config.bidirectional_images:
+        raise ValueError(
+            "the tokens of this model's images see each other in both directions, and an exported "
+            "language model has its ordinary mask; export it --to the class that it began from"
+        )
     body, name = model.language_model.base_model, type(model.language_model).__name__
     alone: Any = AutoModel._model_mapping[type(model.language_model.config)]
     if type(body) is not alone:

@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import Cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,36 @@ class Blocks:
             ones = torch.ones(tokens, keys, dtype=torch.bool, device=self.numbers.device)
             mask = ones.tril(keys - tokens)[None, None]
         return mask | functional.pad(self.later(), (keys - tokens, 0))
+
+
+def what_attention_is_told(
+    config: Any, input_ids: Tensor | None, bounds: Sequence[int] | None, cache: Cache | None = None
+) -> dict[str, Blocks]:
+    """Return what a call hands down to attention; nothing for models whose images see the past.
+
+    Args:
+        config: of our model.
+        input_ids: [B, T].
+        bounds: of the documents of a pack.
+        cache: what the call adds to.
+
+    Raises:
+        ValueError: a call that does not say which tokens are images, or a cache of fixed length.
+    """
+    if not config.bidirectional_images:
+        return {}
+    if input_ids is None:
+        raise ValueError(
+            "inputs_embeds do not say which tokens are one image, and this model's images see "
+            "themselves in both directions: give input_ids"
+        )
+    blocks = image_blocks(input_ids == config.image_token_id, bounds)
+    if blocks is not None and cache is not None and cache.is_compileable:
+        raise ValueError(
+            "this model's images see themselves in both directions, which a cache of fixed length "
+            "does not allow: leave cache_implementation out"
+        )
+    return {} if blocks is None else {"blocks": blocks}
 
 
 def image_blocks(is_image: Tensor, bounds: Sequence[int] | None = None) -> Blocks | None:

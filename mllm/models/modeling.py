@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTraine
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mllm.models import attention
-from mllm.models.blocks import Blocks, image_blocks
+from mllm.models.blocks import what_attention_is_told
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, Connector
 from mllm.models.encoders import ENCODERS, VisionEncoder
@@ -222,7 +222,8 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         body, layers = self.language_model.base_model, self.config.text_config.num_hidden_layers
         if position_ids is None and cu_seqlens is not None and bounds is not None:
             position_ids = _restarting_positions(bounds, fused.embeds.device)[None]
-        kwargs |= self._blocks(input_ids, None if cu_seqlens is None else bounds, cache)
+        packed = None if cu_seqlens is None else bounds
+        kwargs |= what_attention_is_told(self.config, input_ids, packed, cache)
         kwargs["position_ids"] = self._placed(
             input_ids, sizes, order, bags, position_ids, attention_mask, bounds, cache
         )
@@ -261,28 +262,6 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         slots = input_ids == self.config.image_token_id
         seen = 0 if cache is None else cache.get_seq_length()
         return placed(slots, grids, named(order, bags), position_ids, mask, bounds, seen)
-
-    def _blocks(
-        self,
-        input_ids: Tensor | None,
-        bounds: tuple[int, ...] | None,
-        cache: Cache | None = None,
-    ) -> dict[str, Blocks]:
-        """What attention is told of images that see themselves in both directions."""
-        if not self.config.bidirectional_images:
-            return {}
-        if input_ids is None:
-            raise ValueError(
-                "inputs_embeds do not say which tokens are one image, and this model's images see "
-                "themselves in both directions: give input_ids"
-            )
-        blocks = image_blocks(input_ids == self.config.image_token_id, bounds)
-        if blocks is not None and cache is not None and cache.is_compileable:
-            raise ValueError(
-                "this model's images see themselves in both directions, which a cache of fixed "
-                "length does not allow: leave cache_implementation out"
-            )
-        return {} if blocks is None else {"blocks": blocks}
 
     def _fuse(
         self,

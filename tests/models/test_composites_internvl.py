@@ -58,6 +58,14 @@ def test_reads_what_its_own_class_computes(folder: Path) -> None:
     check_packed(model, processor)
 
 
+def test_a_stage_begins_from_it(folder: Path) -> None:
+    model, processor = assemble({"from": folder, "images": {"tiles": 2}})
+    assert model.config.origin == "internvl"
+    assert processor.images == {"tiling": "dynamic", "tiles": 2, "min_tiles": 1}
+    with pytest.raises(ValueError, match="cannot become"):
+        assemble({"from": folder, "connector": {"factor": 4}})
+
+
 def test_an_inner_layer_is_read_and_written(folder: Path, tmp_path: Path) -> None:
     """The layers above are not built, and a tower with a last norm loses it."""
     changes = {"vision_feature_layer": -2, "tie_word_embeddings": False}
@@ -165,6 +173,12 @@ def test_refuses_parts_that_it_has_no_place_for(
 ) -> None:
     model, processor = from_parts(folder, language_model, **parts)
     refused(model, processor, tmp_path / "out", match)
+
+
+def test_refuses_another_fusion(folder: Path, language_model: Path, tmp_path: Path) -> None:
+    fusion = {"name": "cross_attention"}
+    model, processor = from_parts(folder, language_model, fusion=fusion, images={})
+    refused(model, processor, tmp_path / "out", "fusion is cross_attention")
 
 
 def test_refuses_another_tower(build: Callable[..., Parts], tmp_path: Path) -> None:

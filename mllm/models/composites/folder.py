@@ -193,11 +193,6 @@ def body_and_head(
     ]
 
 
-def tied(weights: Mapping[str, Tensor], embedding: str, head: str = "lm_head.weight") -> bool:
-    """Return whether the output layer is the embedding, whatever a configuration says."""
-    return weights[head].data_ptr() == weights[embedding].data_ptr()
-
-
 def check_in_sequence(config: MultimodalConfig, name: str) -> None:
     """Refuse a fusion that reaches into the layers of the language model.
 
@@ -213,6 +208,11 @@ def check_in_sequence(config: MultimodalConfig, name: str) -> None:
             f"{name}: visual tokens stand in its sequence and nowhere else, this model's fusion is "
             f"{config.fusion['name']}"
         )
+
+
+def tied(weights: Mapping[str, Tensor], embedding: str, head: str = "lm_head.weight") -> bool:
+    """Return whether the output layer is the embedding, whatever a configuration says."""
+    return weights[head].data_ptr() == weights[embedding].data_ptr()
 
 
 def text_config(model: MultimodalModel) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from mllm.models.composites.folder import text_config
+from mllm.models.composites.folder import check_in_sequence, text_config
 from mllm.models.composites.images import image_processor, tiling
 from mllm.models.composites.text import written_tokenizer
 from mllm.models.errors import read_json
@@ -83,11 +83,14 @@ def check_tiling(model: MultimodalModel, who: str, *tilings: str) -> None:
 
 
 def check_language_model(model: MultimodalModel, who: str) -> None:
-    """Refuse a language model that is more than a body and a linear output layer.
+    """Refuse a language model that is more than a body and a linear output layer, or that visual
+    tokens reach otherwise than in the sequence.
 
     Raises:
         ValueError: naming what there is besides.
     """
+    ours: Any = model.config
+    check_in_sequence(ours, who)
     language_model: Any = model.language_model
     name, config = type(language_model).__name__, model.config.text_config
     head, embedding = language_model.get_output_embeddings(), model.get_input_embeddings()
