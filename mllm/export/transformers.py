@@ -101,6 +101,11 @@ def check(model: MultimodalModel, processor: Processor) -> None:
             "images.regions: feature puts the mean of visual tokens into the text, and there is no "
             "way to hand transformers a box; decimals and thousandths can be exported"
         )
+    if model.connector.reads_text(model.config.connector):
+        raise ValueError(
+            "the connector reads what is asked about an image, which a processor of transformers "
+            "is not told; connector q_former without text can be exported"
+        )
     text = processor.template.image_text
     if text.before_begin:
         raise ValueError(

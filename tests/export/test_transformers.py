@@ -77,6 +77,7 @@ def test_native_resolution_and_its_positions_are_refused(
     for parts, match in (
         ({"language_model": text}, "qwen2_vl_text has positions in three directions"),
         ({"encoder": {"name": "qwen2_vl", "path": vision}}, "native resolution"),
+        ({"connector": {"name": "q_former", **SMALL["q_former"], "text": True}}, "reads what is"),
     ):
         known: dict[str, Any] = section(folders)
         with pytest.raises(ValueError, match=match):
