@@ -91,15 +91,15 @@ def check(model: MultimodalModel, processor: Processor) -> None:
             f"the fusion {model.config.fusion['name']} reaches into the language model's layers, "
             "and an exported model has its visual tokens in the sequence only"
         )
-    if model.connector.reads_text(model.config.connector):
-        raise ValueError(
-            f"the connector {model.config.connector['name']} reads what is asked (text: true), and "
-            "an exported processor has no way to say which part of a text that is"
-        )
     if processor.images.get("regions") == "feature":
         raise ValueError(
             "images.regions: feature puts the mean of visual tokens into the text, and there is no "
             "way to hand transformers a box; decimals and thousandths can be exported"
+        )
+    if model.connector.reads_text(model.config.connector):
+        raise ValueError(
+            "the connector reads what is asked about an image, which a processor of transformers "
+            "is not told; connector q_former without text can be exported"
         )
     text = processor.template.image_text
     if text.before_begin:

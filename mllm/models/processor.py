@@ -21,6 +21,7 @@ from data_packing.images import decode
 from data_packing.sample import IGNORED, Cost, Sample
 from mllm.models import template
 from mllm.models.calls import Calls
+from mllm.models.chat_template import with_images
 from mllm.models.clips import thinned
 from mllm.models.connectors import CONNECTORS
 from mllm.models.errors import check_folder, choose, loading, read_json, unknown
@@ -69,6 +70,7 @@ class Processor(Calls, PushToHubMixin):
         check_fusion(self.fusion, self.images)
         self.geometry = tiled(geometry, self.images)
         self.template = Template(tokenizer, image_token, image_text)
+        with_images(tokenizer, self.template.image_text.asked)
         kind = choose(CONNECTORS, connector["name"], "connector")
         kind.check(connector)
         known = tokenizer.get_vocab()
