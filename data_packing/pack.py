@@ -34,6 +34,7 @@ class Pack:
         order int64 [J]: what stands at the K image tokens of `input_ids`, as places among the
             visual tokens that all views make, -1 for a newline. Empty: these as they are made.
         bags int64 [K]: how many of `order` each image token is the mean of. Empty: one.
+        asked int64 [V, L]: ids of what is asked about each view, -1 behind its end. Empty: nothing.
         keys: of the documents.
         refused: documents that were planned for this pack and failed.
         number: of the pack in the plan, -1 where a rank has none.
@@ -50,6 +51,7 @@ class Pack:
     sizes: Tensor
     order: Tensor
     bags: Tensor
+    asked: Tensor
     keys: list[str] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     number: int = -1
@@ -74,7 +76,7 @@ class Pack:
 
 TENSORS = (
     *("input_ids", "labels", "weights", "position_ids", "cu_seqlens"),
-    *("pixels", "sizes", "order", "bags"),
+    *("pixels", "sizes", "order", "bags", "asked"),
 )
 
 
@@ -148,6 +150,7 @@ def collate(
         sizes=sizes,
         order=order,
         bags=bags,
+        asked=join_questions([asked for sample in samples for asked in sample.asked]),
         keys=[sample.key for sample in samples],
         number=number,
         across_documents=across_documents,
@@ -190,6 +193,15 @@ def join_orders(samples: Sequence[Ordered]) -> tuple[Tensor, Tensor]:
             bags.append(sample.bags if len(sample.bags) else np.ones(len(order), dtype=np.int64))
         first += made
     return torch.from_numpy(_joined(orders)), torch.from_numpy(_joined(bags))
+
+
+def join_questions(asked: Sequence[NDArray[np.int64]]) -> Tensor:
+    """Return [V, L] of what is asked about each view, -1 behind its end; [0, 0] of nothing."""
+    longest = max(map(len, asked), default=0)
+    rows = np.full((len(asked), longest), -1, dtype=np.int64)
+    for row, ids in zip(rows, asked, strict=True):
+        row[: len(ids)] = ids
+    return torch.from_numpy(rows)
 
 
 def _joined(rows: Sequence[np.ndarray]) -> np.ndarray:

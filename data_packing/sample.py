@@ -53,6 +53,8 @@ class Sample:
         source, key: where the document came from.
         order, bags: int64 [J] and [K], what stands at its K image tokens; see `Pack`. Empty where
             that is what the views make, as they make it.
+        asked: int64 ids of what is asked about each view, for models that look at images with it;
+            else empty.
     """
 
     input_ids: NDArray[np.int64]
@@ -64,6 +66,7 @@ class Sample:
     key: str = ""
     order: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     bags: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    asked: list[NDArray[np.int64]] = field(default_factory=list)
 
     @property
     def made(self) -> int:

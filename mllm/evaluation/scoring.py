@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from data_packing.document import Document, Image
-from data_packing.pack import join_orders, join_views
+from data_packing.pack import join_orders, join_questions, join_views
 from data_packing.packing import pack_lengths
 from data_packing.sample import IGNORED, Sample
 from mllm.evaluation.heldout import blank_image
@@ -175,7 +175,8 @@ def plant(processor: Any, documents: Sequence[Document], share: bool = True) -> 
             first = tree.samples[0]
             sample = processor.encode(_unseen(document))
             shared = min(tree.shared, _common(first.input_ids, sample.input_ids))
-            if shared >= first.slots[-1].start + first.slots[-1].length:
+            seen = shared >= first.slots[-1].start + first.slots[-1].length
+            if seen and _asked_alike(first, sample):
                 tree.numbers.append(number)
                 tree.samples.append(sample)
                 tree.shared = shared
@@ -188,6 +189,11 @@ def plant(processor: Any, documents: Sequence[Document], share: bool = True) -> 
 
 def _shows(document: Document) -> list[bytes]:
     return [image.data for image in document.images]
+
+
+def _asked_alike(one: Sample, other: Sample) -> bool:
+    """Whether images that a model looks at with a question are asked the same."""
+    return [*map(list, one.asked)] == [*map(list, other.asked)]
 
 
 def _unseen(document: Document) -> Document:
@@ -227,6 +233,7 @@ def read(model: Any, row: Row, device: torch.device) -> Tensor:
         sizes=sizes,
         order=order.to(device),
         bags=bags.to(device),
+        asked=join_questions([one for sample in row.shown for one in sample.asked]).to(device),
         position_ids=torch.tensor([row.positions], device=device),
         **sight,
     )

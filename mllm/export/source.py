@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,19 +21,28 @@ from pathlib import Path
 from mllm.parts import IMAGES
 
 ROOTS = ("mllm.export.standalone_processor", "mllm.export.standalone")
+_CLASSES = "mllm.export.standalone"
+"""What the modules are called whose classes are taken whole."""
+
+_NATIVE = {"standalone_square": "standalone_native", "original_sizes": "image_grid_thw"}
+"""What ROOTS say otherwise for encoders of native resolution."""
+
 _SECTIONS = {"tiles", "newline"}
 _OWN = ("mllm.", "data_packing.")
 _ALWAYS = {"__init__", "__call__", "__post_init__", "_apply", "forward"}
 """Members that others call: torch, dataclasses, Python."""
 
-_LEFT_OUT = {"VisionEncoder.forward", "VisionEncoder.train"}
+_LEFT_OUT = {"VisionEncoder.forward", "VisionEncoder.train", "NativeTransformer.forward"}
 """Called by others too, but not here: pixels come normalised, and nothing is frozen."""
+
+_OF_SQUARES = {"VisionEncoder.GEOMETRY", "VisionEncoder.square", "VisionTransformer.features"}
+"""What encoders of native resolution inherit and do not use."""
 
 _CHECKS = {"self.check", "check_images"}
 """Statements that refuse what a recipe may not say; a saved model was checked."""
 
 _DOCS = {
-    "VisionEncoder": "A vision encoder of square views; `width` features per cell.",
+    "VisionEncoder": "A vision encoder; `width` features per cell.",
     "Connector": "From features [C, Dv] of views, each a grid, to their visual tokens [sum M, D].",
     "TiledGeometry": "An image as several squares of the encoder; `spec` has the options by name.",
 }
@@ -69,6 +79,7 @@ class _Bundle:
     imports: set[tuple[str, str]] = field(default_factory=set)
     pending: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
+    left_out: set[str] = field(default_factory=set)
 
 
 def bundle(header: str, tables: Mapping[str, tuple[str, ...]], sections: frozenset[str]) -> str:
@@ -77,14 +88,15 @@ def bundle(header: str, tables: Mapping[str, tuple[str, ...]], sections: frozens
     Args:
         header: its docstring's text.
         tables: for each registry (ENCODERS, CONNECTORS, TILINGS) the names that it has there.
-        sections: parts of the ROOTS to take: `tiles`, `newline`.
+        sections: parts of the ROOTS to take: `tiles`, `newline`; `native` instead of squares.
 
     Raises:
         ValueError: two parts define the same name differently.
     """
     used: set[str] = set()
+    left_out = _LEFT_OUT | (_OF_SQUARES if "native" in sections else set())
     while True:  # a member may refer to members of classes before it
-        result = _Bundle(tables, used=set(used))
+        result = _Bundle(tables, used=set(used), left_out=left_out)
         for root in ROOTS:
             for name in _module(root, sections).defined:
                 _take(result, root, name, sections)
@@ -102,10 +114,13 @@ def _module(name: str, sections: frozenset[str]) -> _Module:
     assert spec is not None
     assert spec.origin is not None
     text = Path(spec.origin).read_text(encoding="utf-8")
-    if name in ROOTS:
+    if name.startswith(_CLASSES):
         left_out = "|".join(_SECTIONS - sections) or "(?!)"
         text = re.sub(rf"^ *# ({left_out})\n(.*\n)*?^ *# end\n", "", text, flags=re.MULTILINE)
         text = re.sub(r"^ *# (tiles|newline|end)\n", "", text, flags=re.MULTILINE)
+    if name in ROOTS and "native" in sections:
+        for ours, theirs in _NATIVE.items():
+            text = text.replace(ours, theirs)
     module = _Module(text.splitlines())
     body = ast.parse(text).body
     for statement, after in zip(body, [*body[1:], None], strict=True):
@@ -197,7 +212,7 @@ def _take_needs(result: _Bundle, where: str, node: ast.AST, sections: frozenset[
 
 def _class(result: _Bundle, module: _Module, statement: ast.ClassDef) -> tuple[list[ast.AST], str]:
     """Return the parts of a class that are used, and their text."""
-    whole = result.origin[statement.name] in ROOTS or bool(
+    whole = result.origin[statement.name].startswith(_CLASSES) or bool(
         {"dataclass", "NamedTuple"} & _names(*statement.decorator_list, *statement.bases)
     )
     kept = [
@@ -231,11 +246,11 @@ def _is_kept(result: _Bundle, kind: str, member: ast.stmt, whole: bool) -> bool:
     names = set(_targets(member))
     if whole and not isinstance(member, ast.FunctionDef):
         return True
-    if any(f"{kind}.{name}" in _LEFT_OUT for name in names):
+    if any(f"{kind}.{name}" in result.left_out for name in names):
         return False
     if "OPTIONS" in names and result.origin[kind].startswith("mllm.models.encoders"):
         return False  # an encoder reads its options from a folder, not when it is built
-    if whole and result.origin[kind] in ROOTS:
+    if whole and result.origin[kind].startswith(_CLASSES):
         return True
     return bool(names & (_ALWAYS | result.used))
 
@@ -258,13 +273,19 @@ def _options(where: str, kind: str) -> str:
     """A class's options with their defaults; not those of every `images:` section."""
     options = getattr(importlib.import_module(where), kind).OPTIONS
     entries = [
-        f'"{name}": {option.default!r}' for name, option in options.items() if name not in IMAGES
+        f'"{name}": {_literal(option.default)}'
+        for name, option in options.items()
+        if name not in IMAGES
     ]
     line = f"    OPTIONS: ClassVar[dict[str, Any]] = {{{', '.join(entries)}}}"
     if len(line) <= _MARGIN:
         return line
     lines = "".join(f"        {entry},\n" for entry in entries)
     return f"    OPTIONS: ClassVar[dict[str, Any]] = {{\n{lines}    }}"
+
+
+def _literal(value: object) -> str:
+    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 def _is_check(statement: ast.stmt) -> bool:

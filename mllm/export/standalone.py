@@ -3,14 +3,15 @@
 `mllm.export.source` writes this module and `standalone_processor` into the folder, after the parts
 of this package that the model is made of. Lines between `# tiles` and `# end` are for models that
 cut images, those between `# newline` and `# end` for models whose lines of visual tokens end with a
-learned row.
+learned row. For encoders of native resolution `standalone_native` stands in for
+`standalone_square`, and `original_sizes` is called `image_grid_thw`.
 
-Shapes: B rows, T tokens of a row, D hidden width, W vocabulary; I images, V views of all images (a
-view is one thing that the encoder encodes), S side of a view.
+Shapes: B rows, T tokens of a row, D hidden width, W vocabulary; I images.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, ClassVar
 
@@ -31,7 +32,14 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from mllm.export.standalone_processor import image_geometry, image_layouts
+from mllm.export.standalone_square import (
+    encode_images,
+    image_geometry,
+    image_layouts,
+    image_rows,
+    pick_images,
+    sizes_of,
+)
 from mllm.models.connectors import CONNECTORS
 from mllm.models.encoders import ENCODERS
 from mllm.models.families import LogitsRule
@@ -130,32 +138,28 @@ class MllmModel(MllmPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def layouts(self, pixel_values: Tensor, original_sizes: Tensor | None) -> list[Layout]:
-        """Return the layout of every image; without sizes every view is an image of its size."""
-        sizes: list[Any] = [pixel_values.shape[-2:]] * len(pixel_values)
-        if original_sizes is not None:
-            sizes = original_sizes.tolist()
+        """Return the layout of every image."""
+        sizes = sizes_of(pixel_values, original_sizes)
         return image_layouts(self.geometry, self.config.connector, sizes)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def get_image_features(
         self, pixel_values: Tensor, original_sizes: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Encode views [V, 3, S, S]; `pooler_output` is a list with the visual tokens of an image.
+        """Encode images; `pooler_output` is a list with the visual tokens of each.
 
         Args:
-            pixel_values: normalised views of all images in order.
-            original_sizes: [V, 2], (height, width) of the image that each view was made of.
+            pixel_values, original_sizes: what `MllmImageProcessor.preprocess` made of all images.
         """
         layouts = self.layouts(pixel_values, original_sizes)
-        views = sum(len(layout.sizes) for layout in layouts)
-        if views != len(pixel_values):
-            raise ValueError(f"got {len(pixel_values)} views, images of these sizes make {views}")
+        rows = sum(image_rows(layout) for layout in layouts)
+        if rows != len(pixel_values):
+            raise ValueError(f"pixel_values has {len(pixel_values)} rows, these images have {rows}")
         weight = next(self.vision_tower.parameters())
-        features = self.vision_tower.features(pixel_values.to(weight.device, weight.dtype))
-        geometry = self.vision_tower.square
-        grid = geometry.grid(geometry.image_size, geometry.image_size)
+        pixel_values = pixel_values.to(weight.device, weight.dtype)
+        features, grids = encode_images(self.vision_tower, pixel_values, layouts)
         like = next(self.connector.parameters())
-        tokens = self.connector(features.flatten(0, 1).to(like.device, like.dtype), [grid] * views)
+        tokens = self.connector(features.flatten(0, -2).to(like.device, like.dtype), grids)
         made = tokens.split([layout.made for layout in layouts])
         # newline
         made = [self._ordered(tokens, layout) for tokens, layout in zip(made, layouts, strict=True)]
@@ -315,33 +319,29 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Repeat rows for beams or several answers; a row's views stay together."""
+        """Repeat rows for beams or several answers; a row's images stay together."""
         pixel_values = model_kwargs.pop("pixel_values", None)
         original_sizes = model_kwargs.pop("original_sizes", None)
         if pixel_values is not None and expand_size > 1:
             assert input_ids is not None
-            rows = self._views_of_rows(input_ids, pixel_values, original_sizes)
-            views = torch.cat([row for row in rows for _ in range(expand_size)])
-            pixel_values = pixel_values[views]
-            original_sizes = None if original_sizes is None else original_sizes[views]
+            layouts = self.model.layouts(pixel_values, original_sizes)
+            rows = self._images_of_rows(input_ids, layouts)
+            images = [image for row in rows for _ in range(expand_size) for image in row]
+            pixel_values, original_sizes = pick_images(
+                pixel_values, original_sizes, layouts, images
+            )
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
             input_ids=input_ids,  # type: ignore[arg-type]
             **model_kwargs,
         )
-        images = {"pixel_values": pixel_values, "original_sizes": original_sizes}
-        return input_ids, {**model_kwargs, **images}
+        given = {"pixel_values": pixel_values, "original_sizes": original_sizes}
+        return input_ids, {**model_kwargs, **given}
 
-    def _views_of_rows(
-        self, input_ids: Tensor, pixel_values: Tensor, original_sizes: Tensor | None
-    ) -> list[Tensor]:
-        """Return for every row the places of its views."""
-        layouts = self.model.layouts(pixel_values, original_sizes)
+    def _images_of_rows(self, input_ids: Tensor, layouts: Sequence[Layout]) -> list[list[int]]:
+        """Return for every row the places of its images."""
         ends = torch.tensor([layout.tokens for layout in layouts]).cumsum(0)
         row_ends = (input_ids == self.config.image_token_id).sum(dim=1).cumsum(0).cpu()
         row_of_image = torch.bucketize(ends, row_ends)
-        views = torch.tensor([len(layout.sizes) for layout in layouts])
-        row_of_view = row_of_image.repeat_interleave(views)
-        places = torch.arange(len(row_of_view))
-        return [places[row_of_view == row] for row in range(len(input_ids))]
+        return [(row_of_image == row).nonzero()[:, 0].tolist() for row in range(len(input_ids))]

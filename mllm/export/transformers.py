@@ -23,8 +23,8 @@ from transformers import AutoModel, PreTrainedTokenizerBase
 
 from mllm.export.source import bundle
 from mllm.models.families import logits_rule
-from mllm.models.geometry import ImageGeometry
 from mllm.models.modeling import MultimodalModel
+from mllm.models.native import NativeGeometry
 from mllm.models.positions import is_spatial
 from mllm.models.processor import Processor
 from mllm.models.tiles import TILINGS
@@ -80,11 +80,6 @@ def check(model: MultimodalModel, processor: Processor) -> None:
     Raises:
         ValueError: with the reason.
     """
-    if not isinstance(model.encoder.geometry, ImageGeometry):
-        raise ValueError(
-            f"the encoder {model.config.encoder['name']} takes images as they are, without one "
-            "size (native resolution); an exported processor makes squares only"
-        )
     text_config = model.config.text_config
     if is_spatial(text_config):
         raise ValueError(
@@ -100,6 +95,11 @@ def check(model: MultimodalModel, processor: Processor) -> None:
         raise ValueError(
             "images.regions: feature puts the mean of visual tokens into the text, and there is no "
             "way to hand transformers a box; decimals and thousandths can be exported"
+        )
+    if model.connector.reads_text(model.config.connector):
+        raise ValueError(
+            "the connector reads what is asked about an image, which a processor of transformers "
+            "is not told; connector q_former without text can be exported"
         )
     text = processor.template.image_text
     if text.before_begin:
@@ -141,6 +141,8 @@ def source(model: MultimodalModel) -> str:
     sections = {"tiles"} if images else set()
     if images and TILINGS[images["tiling"]].NEWLINE:
         sections.add("newline")
+    if isinstance(model.encoder.geometry, NativeGeometry):
+        sections.add("native")
     text = bundle(header, tables, frozenset(sections))
     for flag in _ATTENTION:
         able = bool(getattr(type(model.language_model), flag))
@@ -225,13 +227,14 @@ def _write_processor(module: Any, processor: Processor, folder: Path) -> None:
     written = processor.template.image_text.written
     asked = processor.template.image_text.asked
     images = module.MllmImageProcessor(
-        geometry=processor.geometry.to_dict(), images=tiling(processor.images)
+        geometry=processor.geometry.to_dict(),
+        images=tiling(processor.images),
+        connector=processor.connector,
     )
     exported = module.MllmProcessor(
         images,
         tokenizer,
         chat_template=tokenizer.chat_template,
-        connector=processor.connector,
         image_token=processor.image_token,
         image_text=processor.image_token if asked == written else written,
     )

@@ -1,7 +1,14 @@
 """The model and its processor. They know nothing of DeepSpeed, freezing, LoRA or learning rates.
 
-Reading order: geometry.py and connectors/ (how many tokens an image takes), template.py (a document
-as token ids), processor.py, encoders/, fusion/ (how visual tokens reach the language model),
-attention.py (isolation inside a pack), modeling.py, assemble.py (parts or a folder to a model and
-its processor), ridge.py (a closed-form start).
+Reading order:
+
+- an image: geometry.py (one square), native.py (as it is), tiles.py (cut), connectors/ (how many
+  tokens a view makes), expansion.py (which of them stand where), regions.py, clips.py;
+- a text: template.py (a document as token ids), turns.py, chat_template.py, messages.py;
+- both: processor.py, and calls.py for those who know transformers' processors;
+- the model: encoders/, fusion/, language.py, families.py and probe.py (what can be packed),
+  attention.py and backends.py (isolation inside a pack), positions.py, images.py, modeling.py,
+  generating.py;
+- in and out: assemble.py (parts or a folder to a model and its processor), composites/ (other
+  people's whole models, read and written), ridge.py (a closed-form start).
 """

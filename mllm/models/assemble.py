@@ -13,7 +13,6 @@ from torch import nn
 from transformers import AutoConfig
 
 import mllm.models.auto  # noqa: F401  (the Auto classes know the model from here on)
-from mllm.models.chat_template import with_images
 from mllm.models.composites import COMPOSITES
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, PretrainedConnector
@@ -233,7 +232,6 @@ def _from_parts(
         encoder = build(**options).to(precision)
     language_model, tokenizer = load_language_model(language_path, precision, weights)
     added = add_special_tokens(language_model, tokenizer, (IMAGE_TOKEN, *special_tokens(images)))
-    with_images(tokenizer, IMAGE_TOKEN)
     processor = Processor(tokenizer, encoder.geometry, connector, images=images, fusion=fusion)
     config = MultimodalConfig(
         encoder={"name": name, **encoder.spec},

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +25,16 @@ from mllm.models.encoders import ENCODERS, VisionEncoder
 from mllm.models.errors import check_folder, choose, loading
 from mllm.models.families import causal_class, check_config, output_layer
 from mllm.models.fusion import Fused, Fusion, Visual, check_images, fusion_class, hooked
-from mllm.models.geometry import Size
-from mllm.models.positions import is_spatial, named, placed
+from mllm.models.generating import Generating
+from mllm.models.images import Images
 from mllm.models.standing import Newline, standing
 from mllm.models.tiles import TILINGS
-from mllm.models.views import repeat_rows
 
 _NEVER_QUANTISED = ("encoder", "connector", "fusion", "lm_head")
 """What stays whole when a model is loaded in 4 or 8 bits, unless the user names other modules."""
 
 
-_IMAGES = ("pixels", "sizes", "order", "bags")
-
-
-class MultimodalModel(PreTrainedModel, GenerationMixin):
+class MultimodalModel(Generating, PreTrainedModel, GenerationMixin):
     """A vision encoder, a connector and a causal language model.
 
     No weight is touched outside its own module's forward, so every part may be sharded.
@@ -81,6 +76,12 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         self.connector: Connector = choose(CONNECTORS, config.connector["name"], "connector")(
             config.connector, self.encoder.width, self.fusion.visual_width
         )
+        width = embedding.embedding_dim
+        if self.connector.reads_text(config.connector) and self.fusion.visual_width != width:
+            raise ValueError(
+                f"connector {config.connector['name']}: text needs visual tokens as wide as token "
+                f"embeddings, and the fusion {config.fusion['name']} has others; leave text out"
+            )
         self.language_model = language_model
         self.cut_images(config.images)
         # looped over in Python, experts call modules by what the tokens are; shards cannot bear it
@@ -121,6 +122,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         sizes: Tensor | None = None,
         order: Tensor | None = None,
         bags: Tensor | None = None,
+        asked: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -135,8 +137,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 None: no image.
             sizes: [V, 2], (height, width) of each view. Best on the CPU, where its numbers are
                 needed; a GPU is waited for once.
-            order, bags: [J] and [K], which visual tokens stand at the image tokens; see `Pack`.
-                None or empty: those of all views as they are made.
+            order, bags, asked: as `Images`.
             position_ids: [B, T] or [T]; in a pack they restart with every document (the default).
                 A language model of three directions makes its own of them; [3, B, T] stay.
             cu_seqlens: int32 [n+1], document bounds of a pack. None: ordinary rows.
@@ -148,17 +149,9 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             ValueError: image tokens and features differ in number, views that the encoder does not
                 take, or wrong bounds.
         """
+        images = Images(pixels, sizes, order, bags, asked)
         states: Tensor = self._states(
-            input_ids,
-            pixels,
-            sizes,
-            order,
-            bags,
-            position_ids,
-            cu_seqlens,
-            attention_mask,
-            documents,
-            **kwargs,
+            input_ids, images, position_ids, cu_seqlens, attention_mask, documents, **kwargs
         ).last_hidden_state
         return states
 
@@ -170,7 +163,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         """
         return output_layer(self.get_output_embeddings(), self.language_model.config)
 
-    def image_features(self, pixels: Tensor, sizes: Tensor) -> Tensor:
+    def image_features(self, pixels: Tensor, sizes: Tensor, asked: Tensor | None = None) -> Tensor:
         """Return the visual tokens [sum M, E] that views make; arguments as `hidden_states`."""
         sizes = sizes.cpu()
         trains = self.encoder.trains
@@ -178,26 +171,21 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             self.encoder.train(self.training)  # frozen or thawed since train() was called
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             features = self.encoder(pixels, sizes)
-        dtype = next(self.connector.parameters()).dtype
-        tokens: Tensor = self.connector(features.to(dtype), self.encoder.grids(sizes.tolist()))
+        features = features.to(next(self.connector.parameters()).dtype)
+        grids = self.encoder.grids(sizes.tolist())
+        if not self.connector.reads_text(self.connector.spec):
+            tokens: Tensor = self.connector(features, grids)
+            return tokens
+        if asked is None or not asked.numel():
+            asked = sizes.new_full((len(sizes), 1), -1, device=pixels.device, dtype=torch.int64)
+        text = self.get_input_embeddings()(asked.clamp(min=0)).to(features.dtype)
+        tokens = self.connector(features, grids, text, asked >= 0)
         return tokens
-
-    def tokens_per_view(self, sizes: Tensor) -> list[int]:
-        """Return M of every view, from their sizes [V, 2]."""
-        return [*map(prod, self._token_grids(sizes))]
-
-    def _token_grids(self, sizes: Tensor) -> list[Size]:
-        """Return (rows, columns) of the visual tokens of every view."""
-        grids, connector = self.encoder.grids(sizes.tolist()), self.connector
-        return [connector.output_grid(connector.spec, grid) for grid in grids]
 
     def _states(
         self,
         input_ids: Tensor | None,
-        pixels: Tensor | None,
-        sizes: Tensor | None,
-        order: Tensor | None,
-        bags: Tensor | None,
+        images: Images,
         position_ids: Tensor | None,
         cu_seqlens: Tensor | None,
         attention_mask: Tensor | None,
@@ -218,14 +206,14 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         assert entered is not None
         bounds = _bounds(documents if cu_seqlens is None else cu_seqlens, entered.shape[:2])
         cache = kwargs.get("past_key_values")
-        fused = self._fuse(input_ids, pixels, sizes, order, bags, inputs_embeds, bounds, cache)
+        fused = self._fuse(input_ids, images, inputs_embeds, bounds, cache)
         body, layers = self.language_model.base_model, self.config.text_config.num_hidden_layers
         if position_ids is None and cu_seqlens is not None and bounds is not None:
             position_ids = _restarting_positions(bounds, fused.embeds.device)[None]
         packed = None if cu_seqlens is None else bounds
         kwargs |= what_attention_is_told(self.config, input_ids, packed, cache)
         kwargs["position_ids"] = self._placed(
-            input_ids, sizes, order, bags, position_ids, attention_mask, bounds, cache
+            input_ids, images, position_ids, attention_mask, bounds, cache
         )
         if cu_seqlens is None or bounds is None:
             with hooked(body, layers, fused.hooks):
@@ -241,35 +229,10 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
                 **{"use_cache": False, **kwargs},
             )
 
-    def _placed(
-        self,
-        input_ids: Tensor | None,
-        sizes: Tensor | None,
-        order: Tensor | None,
-        bags: Tensor | None,
-        position_ids: Tensor | None,
-        mask: Tensor | None = None,
-        bounds: tuple[int, ...] | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor | None:
-        """Return positions as the language model takes them, see `positions.placed`.
-
-        Of embeddings that are given without ids nobody knows which are images: all count as text.
-        """
-        if input_ids is None or not is_spatial(self.config.text_config):
-            return position_ids
-        grids = self._token_grids(sizes) if sizes is not None and self.fusion.PARTS else []
-        slots = input_ids == self.config.image_token_id
-        seen = 0 if cache is None else cache.get_seq_length()
-        return placed(slots, grids, named(order, bags), position_ids, mask, bounds, seen)
-
     def _fuse(
         self,
         input_ids: Tensor | None,
-        pixels: Tensor | None,
-        sizes: Tensor | None,
-        order: Tensor | None = None,
-        bags: Tensor | None = None,
+        images: Images,
         embeds: Tensor | None = None,
         bounds: tuple[int, ...] | None = None,
         cache: Cache | None = None,
@@ -281,37 +244,30 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         assert input_ids is not None
         text = self.language_model.get_input_embeddings()(input_ids)
         slots = input_ids == self.config.image_token_id
-        visual = self._visual(pixels, sizes, order, bags, input_ids.device)
+        visual = self._visual(images, input_ids.device)
         return self.fusion.fuse(text, slots, visual, bounds, cache)
 
-    def _visual(
-        self,
-        pixels: Tensor | None,
-        sizes: Tensor | None,
-        order: Tensor | None,
-        bags: Tensor | None,
-        device: torch.device,
-    ) -> Visual | None:
+    def _visual(self, images: Images, device: torch.device) -> Visual | None:
         """Return the visual tokens of a call; None where there are none and no rank waits."""
-        if (pixels is None) != (sizes is None):
-            raise ValueError("pixels and sizes go together: give both or neither")
-        if pixels is None or sizes is None or not len(sizes):
-            if pixels is None and not self.training:
+        if images.pixels is None or images.sizes is None or not images.views:
+            if images.pixels is None and not self.training:
                 return None
             # every rank runs the vision path in every call, or sharded weights would wait for ever
-            blank = self.image_features(*self.encoder.blank(device))
-            return Visual(self._standing(blank, None, None), ())
-        sizes = sizes.cpu()
-        tokens = self._standing(self.image_features(pixels, sizes), order, bags)
-        return Visual(tokens, tuple(self.tokens_per_view(sizes)))
+            blank = Images(*self.encoder.blank(device))
+            return Visual(self._standing(blank), ())
+        tokens = self._standing(images)
+        return Visual(tokens, tuple(self.tokens_per_view(images.sizes.cpu())))
 
-    def _standing(self, tokens: Tensor, order: Tensor | None, bags: Tensor | None) -> Tensor:
-        """Return what stands at the image tokens [K, E], of the visual tokens [sum M, E]."""
+    def _standing(self, images: Images) -> Tensor:
+        """Return what stands at the image tokens [K, E]."""
+        assert images.pixels is not None
+        assert images.sizes is not None
+        tokens = self.image_features(images.pixels, images.sizes, images.asked)
         newline: Newline | None = getattr(self.connector, "newline", None)
         rows = tokens if newline is None else newline(tokens)
-        if order is None or not len(order):
+        if images.order is None or not len(images.order):
             return rows[: len(tokens)]
-        return standing(rows, order, bags)
+        return standing(rows, images.order, images.bags)
 
     # -- what transformers expects ---------------------------------------------------------------
 
@@ -322,6 +278,7 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
         sizes: Tensor | None = None,
         order: Tensor | None = None,
         bags: Tensor | None = None,
+        asked: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -344,9 +301,8 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             "inputs_embeds": inputs_embeds,
         }
         extra = {name: value for name, value in (given | kwargs).items() if value is not None}
-        states = self._states(
-            input_ids, pixels, sizes, order, bags, position_ids, cu_seqlens, attention_mask, **extra
-        )
+        images = Images(pixels, sizes, order, bags, asked)
+        states = self._states(input_ids, images, position_ids, cu_seqlens, attention_mask, **extra)
         kept = states.last_hidden_state
         if not isinstance(logits_to_keep, int) or logits_to_keep:
             span = (
@@ -366,62 +322,6 @@ class MultimodalModel(PreTrainedModel, GenerationMixin):
             past_key_values=states.past_key_values,
             hidden_states=states.hidden_states,
         )
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Hand the images to the first step only; later ones find them in the cache."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids,  # type: ignore[arg-type]
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        if kwargs.get("inputs_embeds") is None and is_spatial(self.config.text_config):
-            names = ("sizes", "order", "bags", "position_ids", "attention_mask")
-            sizes, order, bags, plain, mask = (kwargs.get(name) for name in names)
-            places = self._placed(input_ids, sizes, order, bags, plain, mask)
-            assert places is not None
-            inputs["position_ids"] = places[..., -inputs["input_ids"].shape[1] :]
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs |= dict.fromkeys(_IMAGES)
-        return inputs
-
-    def _expand_inputs_for_generation(  # type: ignore[override]
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Repeat rows for beams or several answers; a row's views stay together."""
-        images = {name: model_kwargs.pop(name, None) for name in _IMAGES}
-        if images["pixels"] is not None and expand_size > 1:
-            assert input_ids is not None
-            images = self._repeat_images(input_ids, expand_size, **images)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
-            expand_size=expand_size,
-            is_encoder_decoder=is_encoder_decoder,
-            input_ids=input_ids,  # type: ignore[arg-type]
-            **model_kwargs,
-        )
-        return input_ids, {**model_kwargs, **images}
-
-    def _repeat_images(
-        self,
-        input_ids: Tensor,
-        times: int,
-        pixels: Tensor,
-        sizes: Tensor,
-        order: Tensor | None,
-        bags: Tensor | None,
-    ) -> dict[str, Any]:
-        """Repeat the images of every row so many times."""
-        tokens = self.tokens_per_view(sizes)
-        slots = input_ids == self.config.image_token_id
-        made = sum(tokens) if order is None else len(order if bags is None else bags)
-        wanted = self.fusion.tokens_of_rows(slots, tokens, made)
-        repeated = repeat_rows(pixels, sizes, order, bags, tokens, wanted, times)
-        return dict(zip(_IMAGES, repeated, strict=True))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

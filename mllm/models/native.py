@@ -28,7 +28,8 @@ LIMITS = ("min_pixels", "max_pixels", "max_patches")
 """The options that may change after training: no weight depends on them."""
 
 _LONGEST = 200  # times the short side; Qwen's processor refuses longer images
-_STEP, _LARGEST = 1e-5, 100.0  # of the scale that the second rule looks for
+_STEP = 1e-5  # of the scale that the second rule looks for
+_LARGEST = 100.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import PushToHubMixin
 
 from data_packing.document import Document, DocumentError
 from data_packing.images import decode
-from data_packing.pack import join_orders, join_views
 from data_packing.sample import IGNORED, Cost, Sample
 from mllm.models import template
+from mllm.models.calls import Calls
+from mllm.models.chat_template import with_images
 from mllm.models.clips import thinned
 from mllm.models.connectors import CONNECTORS
 from mllm.models.errors import check_folder, choose, loading, read_json, unknown
@@ -29,16 +29,16 @@ from mllm.models.expansion import Expander
 from mllm.models.fusion import check_images as check_fusion
 from mllm.models.fusion import fusion_class
 from mllm.models.geometry import Geometry, Layout, geometry_from_dict
-from mllm.models.messages import document_of, images_per_text, is_batch
 from mllm.models.regions import REGION_TOKEN, STYLES, has_places, with_boxes
 from mllm.models.template import ImageText, Template
 from mllm.models.tiles import special_tokens, tiled
+from mllm.models.turns import questions
 
 _FILE = "processor_config.json"
 IMAGE_TOKEN = "<image>"
 
 
-class Processor(PushToHubMixin):
+class Processor(Calls, PushToHubMixin):
     """Tokenizer, image geometry and connector geometry together; needs no model, can be pickled.
 
     Args:
@@ -70,6 +70,7 @@ class Processor(PushToHubMixin):
         check_fusion(self.fusion, self.images)
         self.geometry = tiled(geometry, self.images)
         self.template = Template(tokenizer, image_token, image_text)
+        with_images(tokenizer, self.template.image_text.asked)
         kind = choose(CONNECTORS, connector["name"], "connector")
         kind.check(connector)
         known = tokenizer.get_vocab()
@@ -83,6 +84,7 @@ class Processor(PushToHubMixin):
             self.template.ids_of,
             fusion_class(self.fusion).layout,
         )
+        self._reads_text = kind.reads_text(self.connector)
         for size in self.geometry.extremes:
             self.layout(*size)
         self._check_regions(self.layout(*self.geometry.smallest))
@@ -131,6 +133,7 @@ class Processor(PushToHubMixin):
             pixels=self._pixels(document),
             order=expanded.order,
             bags=expanded.bags,
+            asked=self._asked(document),
             source=document.source,
             key=document.key,
         )
@@ -148,6 +151,16 @@ class Processor(PushToHubMixin):
         cost = self.template.cost(document)
         pieces = [(text, tuple(kept[one] for one in images)) for text, images in cost.pieces]
         return Cost(cost.overhead, tuple(pieces))
+
+    def _asked(self, document: Document) -> list[NDArray[np.int64]]:
+        """Ids of what is asked about each view, where the connector reads it."""
+        if not self._reads_text:
+            return []
+        asked: list[NDArray[np.int64]] = []
+        for image, question in zip(document.images, questions(document), strict=True):
+            ids = np.array(self.template.ids_of(question), dtype=np.int64)
+            asked += [ids] * len(self.layout(image.height, image.width).sizes)
+        return asked
 
     def _ready(self, document: Document) -> tuple[Document, list[int]]:
         """Thin clips out and write boxes; also the numbers of the images that are kept."""
@@ -183,124 +196,14 @@ class Processor(PushToHubMixin):
         Returns:
             input_ids [B, T], attention_mask [B, T] and, if there is an image, pixels uint8 [P] of
             all views one after another and sizes int32 [V, 2], (height, width) of each; where
-            visual tokens do not stand as they are made, order int64 [J] and bags int64 [K], see
-            `Pack`.
+            visual tokens do not stand as they are made, order int64 [J] and bags int64 [K], and
+            where the connector reads questions, asked int64 [V, L], see `Pack`.
 
         Raises:
             DocumentError: one of them cannot be used, or ends with an answer.
         """
         ready = [self._ready(document)[0] for document in documents]
         return self._batch([(self.template.prompt(one), one) for one in ready])
-
-    # -- as transformers' processors are called --------------------------------------------------
-
-    def __call__(
-        self,
-        images: Any = None,
-        text: str | Sequence[str] | None = None,
-        return_tensors: str = "pt",
-        add_special_tokens: bool = True,
-        **kwargs: Any,
-    ) -> BatchFeature:
-        """Return what the model takes for texts that hold a placeholder for every image.
-
-        Args:
-            images: one, a list, or a list for every text; see `messages.image_of`.
-            text: one or several, as `apply_chat_template` writes them; rows are padded on the left.
-            return_tensors: "pt".
-            add_special_tokens: whether a begin token is put before a text that has none.
-            kwargs: refused, `padding` excepted.
-
-        Raises:
-            ValueError: no text, more or fewer images than placeholders, or an unknown argument.
-        """
-        if unknown_ones := kwargs.keys() - {"padding"}:
-            raise ValueError(f"the processor takes no argument {min(unknown_ones)!r}")
-        if text is None or return_tensors != "pt":
-            raise ValueError("the processor makes tensors of torch ('pt') from texts and images")
-        rows = self.template.tokenize([text] if isinstance(text, str) else text, add_special_tokens)
-        counts = [int((row == self.image_token_id).sum()) for row in rows]
-        shown = images_per_text(images, counts)
-        documents = [Document(tuple(row)) for row in shown]
-        return BatchFeature(self._batch(list(zip(rows, documents, strict=True))))
-
-    def apply_chat_template(
-        self,
-        conversation: Any,
-        tokenize: bool = False,
-        return_dict: bool = False,
-        return_tensors: str | None = None,
-        add_generation_prompt: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Write a conversation, or several, as the chat template does; as in transformers.
-
-        Args:
-            conversation: messages; see `messages.document_of` for images in them.
-            tokenize: return ids instead of text.
-            return_dict: with `tokenize`, return what the model takes, pixels included.
-            return_tensors: ids are lists without it.
-            add_generation_prompt: end with what begins an answer.
-            kwargs: for the template.
-
-        Raises:
-            ValueError: a message or an image that cannot be read.
-        """
-        batch = is_batch(conversation)
-        texts: Any = self.tokenizer.apply_chat_template(
-            conversation,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **kwargs,
-        )
-        if not tokenize:
-            return texts
-        documents = [document_of(one) for one in (conversation if batch else [conversation])]
-        images = [list(document.images) for document in documents]
-        inputs = self(
-            images, [texts] if isinstance(texts, str) else texts, add_special_tokens=False
-        )
-        if return_dict:
-            return inputs
-        if return_tensors:
-            return inputs["input_ids"]
-        rows = [
-            ids[seen.bool()].tolist()
-            for ids, seen in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-        ]
-        return rows if batch else rows[0]
-
-    def post_process_image_text_to_text(
-        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
-    ) -> list[str]:
-        """Turn what `generate` returned into texts; transformers' pipeline asks for it."""
-        return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens)
-
-    def _batch(self, rows: Sequence[tuple[NDArray[np.int64], Document]]) -> dict[str, Tensor]:
-        """Expand rows of ids with their documents' images; see `prompts`."""
-        expanded = [self.expander.expand(ids, document) for ids, document in rows]
-        longest = max(len(row.ids) for row in expanded)
-        pad = self.tokenizer.pad_token_id
-        pad = self.tokenizer.eos_token_id if pad is None else pad
-        ids = np.full((len(rows), longest), pad, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row, target, seen in zip(expanded, ids, mask, strict=True):
-            target[longest - len(row.ids) :] = row.ids
-            seen[longest - len(row.ids) :] = 1
-        result = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-        if views := [view for _, document in rows for view in self._pixels(document)]:
-            result["pixels"], result["sizes"] = join_views(views)
-            named = zip(("order", "bags"), join_orders(expanded), strict=True)
-            result |= {name: values for name, values in named if len(values)}
-        return result
-
-    def decode(self, *args: Any, **kwargs: Any) -> str:
-        """Turn one row of ids into text, as the tokenizer does."""
-        return str(self.tokenizer.decode(*args, **kwargs))
-
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Turn rows of ids into texts, as the tokenizer does."""
-        return list(self.tokenizer.batch_decode(*args, **kwargs))
 
     def _pixels(self, document: Document) -> list[NDArray[np.uint8]]:
         """The views of the document's images, uint8 [H, W, 3] each."""

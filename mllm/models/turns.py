@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from data_packing.document import Document, DocumentError, Image
 
@@ -61,3 +62,17 @@ def turns_of(document: Document) -> list[Turn]:
         if turn.role == "assistant" and len(turn.learned) > 1:
             raise DocumentError("an answer is learned as a whole or not at all")
     return turns
+
+
+def questions(document: Document) -> list[str]:
+    """Return for each image what is asked in the turn that shows it; nothing in a raw document.
+
+    Only texts that are not learned count: an answer must not be seen before it is given.
+    """
+    found: list[str] = []
+    for role, run in groupby(document.parts, key=lambda part: part.role):
+        parts = list(run)
+        said = [part.text for part in parts if not isinstance(part, Image) and not part.learned]
+        asked = "" if role is None else "".join(said)
+        found += [asked for part in parts if isinstance(part, Image)]
+    return found

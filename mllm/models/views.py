@@ -11,47 +11,44 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from mllm.models.images import Images
 
-def repeat_rows(
-    pixels: Tensor,
-    sizes: Tensor,
-    order: Tensor | None,
-    bags: Tensor | None,
-    tokens: Sequence[int],
-    wanted: Sequence[int],
-    times: int,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+
+def repeat_rows(images: Images, tokens: Sequence[int], wanted: Sequence[int], times: int) -> Images:
     """Repeat the views of every row so many times, rows and views in their order.
 
     Args:
-        pixels: uint8 [P].
-        sizes: [V, 2], (height, width) of each view.
-        order, bags: [J] and [K], as in `Pack`; None where image tokens stand as they are made.
+        images: of all rows; there is at least one.
         tokens: visual tokens that each view makes.
         wanted: image tokens of each row.
         times: how often each row is repeated.
 
-    Returns:
-        pixels, sizes, order and bags of `times` as many rows.
-
     Raises:
         ValueError: a row that ends inside a view.
     """
+    assert images.pixels is not None
+    assert images.sizes is not None
+    order, bags, asked = images.order, images.bags, images.asked
     named = wanted  # places in `order` of each row
     if bags is not None:
         named = [int(row.sum()) for row in bags.split([*wanted])]
         bags = torch.cat([row for row in bags.split([*wanted]) for _ in range(times)])
     made = wanted if order is None else _made(order, named, sum(tokens))
     counts = _views_of_rows(tokens, made)
-    heights_widths: list[list[int]] = sizes.tolist()
+    heights_widths: list[list[int]] = images.sizes.tolist()
     ends = [0, *accumulate(3 * height * width for height, width in heights_widths)]
-    bounds = [*pairwise((0, *accumulate(counts)))]
-    rows = [(pixels[ends[low] : ends[high]], sizes[low:high]) for low, high in bounds]
-    repeated = [row for row in rows for _ in range(times)]
+    bounds = [span for span in pairwise((0, *accumulate(counts))) for _ in range(times)]
     if order is not None:
         order = _repeat_order(order, named, made, times)
-    pixels, sizes = (torch.cat([row[part] for row in repeated]) for part in (0, 1))
-    return pixels, sizes, order, bags
+    if asked is not None:
+        asked = torch.cat([asked[low:high] for low, high in bounds])
+    return Images(
+        torch.cat([images.pixels[ends[low] : ends[high]] for low, high in bounds]),
+        torch.cat([images.sizes[low:high] for low, high in bounds]),
+        order,
+        bags,
+        asked,
+    )
 
 
 def _made(order: Tensor, named: Sequence[int], total: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mllm.parts.option import FLAG, FOLDER, NOTHING, POSITIVE, SQUARE, WHOLE, Option, Part, one_of
+from mllm.parts.option import FLAG, FOLDER, POSITIVE, SQUARE, WHOLE, Option, Part, one_of
 
 _HIDDEN = Option(WHOLE, "width between the two layers", otherwise="the LLM's")
 _NORM = Option(FLAG, "a LayerNorm first; LLaVA has none", default=True)
@@ -93,7 +93,7 @@ CONNECTORS: dict[str, Part] = {
         "{name: q_former, path: weights/blip2-opt-2.7b}",
         {
             "path": Option(FOLDER, "a BLIP-2 to start from, with its sizes", otherwise="random"),
-            "text": Option(NOTHING, "reserved: queries that read the text", False),
+            "text": Option(FLAG, "also reads what is asked (InstructBLIP)", default=False),
             "visual_tokens": Option(WHOLE, "queries, so tokens of a view", default=32),
             "hidden": Option(WHOLE, "width of the BERT, divided by the heads", default=768),
             "depth": Option(WHOLE, "its layers", default=12),

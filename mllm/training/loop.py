@@ -198,6 +198,7 @@ class Loop:
             pack.sizes,
             pack.order,
             pack.bags,
+            pack.asked,
         )
         return sums
 

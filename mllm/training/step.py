@@ -46,6 +46,7 @@ class TrainStep(nn.Module):
         sizes: Tensor,
         order: Tensor,
         bags: Tensor,
+        asked: Tensor,
     ) -> Tensor:
         """The weighted sum of each objective over the pack, [K] in fp32, in the recipe's order.
 
@@ -55,7 +56,8 @@ class TrainStep(nn.Module):
             cu_seqlens: int32 [documents + 1].
             pixels: uint8 [B], each view as [height, width, 3], one after another.
             sizes: int32 [V, 2], (height, width) of each view, on the CPU.
-            order, bags: int64, which visual tokens stand where; see `Pack`.
+            order, bags, asked: int64, which visual tokens stand where, and what is asked about
+                views; see `Pack`.
         """
         assert weights_KT.shape[0] == len(self.objectives)
         if input_ids_T.numel() == 0:  # a rank without a pack takes part all the same
@@ -70,6 +72,7 @@ class TrainStep(nn.Module):
             sizes=sizes,
             order=order,
             bags=bags,
+            asked=asked,
             position_ids=position_ids_T[None],
             cu_seqlens=cu_seqlens,
         )

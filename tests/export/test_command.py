@@ -17,10 +17,11 @@ from mllm.export import EXPORTS
 from mllm.export.command import write
 from mllm.export.transformers import check, source
 from mllm.models.assemble import load
-from mllm.models.geometry import Geometry
+from mllm.models.native import NativeGeometry
 from mllm.recipe import LoraSection
 from mllm.training import lora
 from tests.export.outsider import ask, here, save_pictures
+from tests.models.conftest import SMALL
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,20 +109,15 @@ def test_weights_are_written_in_the_dtype_that_is_asked_for(stage: Path, tmp_pat
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
 
 
-def test_images_taken_as_they_are_are_refused(build: Callable[..., Any]) -> None:
-    class Native(Geometry):
-        smallest = view_sizes = views = grid = to_dict = None  # type: ignore[assignment]
-
-    model, processor = build()
-    model.encoder.geometry = Native()  # type: ignore[abstract]
-    with pytest.raises(ValueError, match=r"encoder clip takes images as they are.*native"):
-        check(model, processor)
-
-
 @pytest.mark.parametrize("fusion", ["cross_attention", "deepstack"])
 def test_fusions_beside_the_sequence_are_refused(build: Callable[..., Any], fusion: str) -> None:
     with pytest.raises(ValueError, match=f"the fusion {fusion} reaches into"):
         check(*build(fusion=fusion))
+
+
+def test_a_connector_that_reads_text_is_refused(build: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match="the connector reads what is asked about an image"):
+        check(*build(connector="q_former", **SMALL["q_former"], text=True))
 
 
 def test_features_of_regions_are_refused_and_boxes_as_text_are_not(
@@ -142,6 +138,8 @@ def test_features_of_regions_are_refused_and_boxes_as_text_are_not(
         ("efficientnet_lite", "c_abstractor", {}),
         ("siglip", "average_pool", {"tiling": "any_resolution"}),
         ("dinov2", "pixel_shuffle", {"tiling": "split"}),
+        ("qwen2_5_vl", "patch_merger", {}),
+        ("siglip2_naflex", "mlp", {}),
     ],
 )
 def test_the_file_reads_as_a_person_s(
@@ -156,6 +154,8 @@ def test_the_file_reads_as_a_person_s(
         ruff = [sys.executable, "-m", "ruff", *command, *options, str(file)]
         result = subprocess.run(ruff, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
+    native = isinstance(model.encoder.geometry, NativeGeometry)
+    assert ("class ImageGeometry" in text) is not native
     for word in ("import mllm", "from mllm", "data_packing", "load_weights", "type: ignore"):
         assert word not in text
     other = {"q_former": "Resampler", "c_abstractor": "QFormer"}.get(connector, "QFormer")

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from data_packing.images import decode
-from mllm.export.standalone_processor import MllmImageProcessor
+from mllm.export.standalone_square import MllmImageProcessor
 from mllm.models.geometry import ImageGeometry
 from mllm.models.tiles import tiled
 

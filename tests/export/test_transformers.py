@@ -42,6 +42,15 @@ TILINGS: dict[str, dict[str, Any]] = {
 }
 
 
+NATIVE_PARTS: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {"connector": "patch_merger", "options": {"norm": "rms"}},
+    "qwen2_vl": {"connector": "resampler", "encoder_options": {"max_pixels": 2000}},
+    "qwen3_vl": {"connector": "q_former"},
+    "siglip2_naflex": {"connector": "pixel_shuffle", "encoder_options": {"layer": -1}},
+}
+"""What each encoder of native resolution is exported with."""
+
+
 def section(folders: dict[str, Path], **parts: Any) -> dict[str, Any]:
     name = parts.get("encoder", "clip")
     encoder: dict[str, Any] = {"name": name, "path": folders.get(name)}
@@ -49,9 +58,10 @@ def section(folders: dict[str, Path], **parts: Any) -> dict[str, Any]:
         two = {one: {"name": one, "path": folders[one]} for one in ("siglip", "dinov2")}
         encoder = {"name": "pair", "first": two["siglip"], "second": two["dinov2"]}
     connector = parts.get("connector", "mlp")
+    options = parts.get("options", SMALL.get(connector, {}))
     return {
-        "encoder": encoder,
-        "connector": {"name": connector, **SMALL.get(connector, {})},
+        "encoder": {**encoder, **parts.get("encoder_options", {})},
+        "connector": {"name": connector, **options},
         "language_model": {"path": parts.get("language_model", folders["llama"])},
         "images": parts.get("images", {}),
     }
@@ -60,6 +70,7 @@ def section(folders: dict[str, Path], **parts: Any) -> dict[str, Any]:
 ASSEMBLIES: dict[str, dict[str, Any]] = {
     **{f"encoder {name}": {"encoder": name} for name in (*ENCODERS, "pair")},
     **{f"connector {name}": {"connector": name, "encoder": "siglip"} for name in CONNECTORS},
+    **{f"native {name}": {"encoder": name, **parts} for name, parts in NATIVE_PARTS.items()},
     **{f"tiling {name}": {"images": images} for name, images in TILINGS.items()},
     **{
         f"language model {name}": {"language_model": name}
@@ -69,24 +80,18 @@ ASSEMBLIES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_native_resolution_and_its_positions_are_refused(
+def test_positions_in_three_directions_are_refused(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     text = save_family(tmp_path / "text", FAMILIES["qwen2_vl_text"])
-    vision = NATIVE["qwen2_vl"](tmp_path / "vision")
-    for parts, match in (
-        ({"language_model": text}, "qwen2_vl_text has positions in three directions"),
-        ({"encoder": {"name": "qwen2_vl", "path": vision}}, "native resolution"),
-    ):
-        known: dict[str, Any] = section(folders)
-        with pytest.raises(ValueError, match=match):
-            export(*assemble({**known, **with_path(parts)}), tmp_path / "out")
+    parts = section(folders, encoder="qwen2_vl", language_model=text)
+    with pytest.raises(ValueError, match="qwen2_vl_text has positions in three directions"):
+        export(*assemble(parts), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def with_path(parts: dict[str, Any]) -> dict[str, Any]:
-    """Parts as a recipe names them."""
-    return {name: {"path": one} if isinstance(one, Path) else one for name, one in parts.items()}
+def test_every_encoder_of_native_resolution_is_exported() -> None:
+    assert set(NATIVE_PARTS) == set(NATIVE)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +121,12 @@ def compared(
     return {name: (outside[name], own[name]) for name in ASSEMBLIES}
 
 
-SAVED_AGAIN = ("encoder clip", "tiling any_resolution", "language model mixtral")
+SAVED_AGAIN = (
+    "encoder clip",
+    "native qwen2_5_vl",
+    "tiling any_resolution",
+    "language model mixtral",
+)
 
 
 @pytest.mark.parametrize("name", ASSEMBLIES)

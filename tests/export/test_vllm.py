@@ -19,18 +19,20 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from mllm.export.transformers import export
 from tests.models.families import FAMILIES, save_family
 
-TILINGS: dict[str, dict[str, Any]] = {
+ASSEMBLIES: dict[str, dict[str, Any]] = {
     "one": {},
-    "any_resolution": {"tiling": "any_resolution"},
-    "dynamic": {"tiling": "dynamic", "tiles": 6},
-    "split": {"tiling": "split", "longest_edge": 96},
+    "any_resolution": {"images": {"tiling": "any_resolution"}},
+    "dynamic": {"images": {"tiling": "dynamic", "tiles": 6}},
+    "split": {"images": {"tiling": "split", "longest_edge": 96}},
+    "native pixels": {"encoder": "qwen2_5_vl", "connector": "patch_merger"},
+    "native patches": {"encoder": "siglip2_naflex", "connector": "pixel_shuffle"},
 }
 SIZES = ((40, 56), (90, 30), (32, 200))
 
 
-@pytest.fixture(params=TILINGS)
+@pytest.fixture(params=ASSEMBLIES)
 def folder(request: pytest.FixtureRequest, build: Callable[..., Any], tmp_path: Path) -> Path:
-    model, processor = build(images=TILINGS[request.param])
+    model, processor = build(**ASSEMBLIES[request.param])
     export(model, processor, tmp_path / "exported")
     return tmp_path / "exported"
 
@@ -107,18 +109,23 @@ def test_every_image_has_its_replacement_its_rows_and_its_tokens(folder: Path) -
     assert list(map(len, ids)) == counted["num_image_tokens"]
     rows = counted["num_image_patches"]
     model = load(AutoModel, folder)
-    for key in ("pixel_values", "original_sizes"):
-        assert len(found[key]) == sum(rows)  # sliced by the rows of each image
+    key, *others = set(found) - {"pixel_values", "input_ids", "attention_mask"}
+    assert not others
+    assert found[key].shape[1:] == ((3,) if key == "image_grid_thw" else (2,))
+    parts = {"pixel_values": found["pixel_values"].split(rows)}  # by the rows of each image
+    parts[key] = found[key].split(1 if key == "image_grid_thw" else rows)
+    if key == "image_grid_thw":
+        assert found[key].prod(-1).tolist() == rows  # which vLLM takes instead
     together = model.get_image_features(
-        found["pixel_values"], return_dict=True, original_sizes=found["original_sizes"]
+        found["pixel_values"], return_dict=True, **{key: found[key]}
     ).pooler_output
-    ends = np.cumsum(rows).tolist()
-    for low, high, tokens, slot in zip([0, *ends], ends, together, ids, strict=False):
+    assert len(together) == len(images)
+    for number, (tokens, slot) in enumerate(zip(together, ids, strict=True)):
         mode = int(torch.tensor(slot).mode().values)
         assert mode == processor.image_token_id == model.config.image_token_id
         assert len(tokens) == slot.count(mode)
         alone = model.get_image_features(
-            found["pixel_values"][low:high], original_sizes=found["original_sizes"][low:high]
+            **{name: part[number] for name, part in parts.items()}
         ).pooler_output
         torch.testing.assert_close(alone[0], tokens, rtol=0, atol=1e-5)
 
@@ -145,6 +152,25 @@ def test_no_image_needs_more_tokens_than_the_size_that_is_named(folder: Path) ->
     tried = [(size["height"], size["width"]), *((one, two) for one in sides for two in sides)]
     most, *others = processor._get_num_multimodal_tokens(image_sizes=tried)["num_image_tokens"]
     assert max(others) <= most
+
+
+def test_bounds_of_native_resolution_may_change(build: Callable[..., Any], tmp_path: Path) -> None:
+    """The model asks for the grid of an image alone, which is told and not guessed."""
+    export(*build(**ASSEMBLIES["native pixels"]), tmp_path / "exported")
+    processor = load(AutoProcessor, tmp_path / "exported")
+    model = load(AutoModel, tmp_path / "exported")
+    counts = []
+    for most in (2560, 8000):
+        processor.image_processor.geometry["max_pixels"] = most
+        found = processor(text="<image>a", images=pictures()[1:2], return_tensors="pt")
+        assert model(**found).last_hidden_state.shape[:2] == found["input_ids"].shape
+        counts.append(found["input_ids"].shape[1])
+    assert counts[0] < counts[1]
+    with pytest.raises(ValueError, match="need image_grid_thw"):
+        model(input_ids=found["input_ids"], pixel_values=found["pixel_values"])
+    found["image_grid_thw"][0, 2] += 2
+    with pytest.raises(ValueError, match=r"rows, these images have"):
+        model(**found)
 
 
 @pytest.mark.parametrize("name", ["granite", "minicpm3", "cohere", "gemma2", "phi", "llama"])

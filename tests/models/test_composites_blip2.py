@@ -256,6 +256,7 @@ def test_what_cannot_be_read(tmp_path: Path, changes: dict[str, Any], message: s
         ({"name": "blip2", "layer": -2}, {"name": "q_former"}, "without its last layers"),
         ({"name": "blip2", "class_cell": False}, {"name": "q_former"}, "class_cell"),
         ({"name": "blip2"}, {"name": "mlp"}, "its connector is q_former, this model's is mlp"),
+        ({"name": "blip2"}, {"name": "q_former", "text": True}, "its Q-Former reads no text"),
     ],
 )
 def test_what_cannot_be_written(

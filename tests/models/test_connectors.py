@@ -258,7 +258,7 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
     ],
     "q_former": [
         ({"head": 3}, "did you mean 'heads'"),
-        ({"text": True}, "text is not supported yet"),
+        ({"text": 1}, "text must be true or false, got 1"),
         ({"path": "a/b", "depth": 3}, "path brings its own depth; leave out depth"),
         ({"hidden": 10, "heads": 4}, "hidden 10 cannot be divided among 4 heads"),
         ({"inner": -1}, "inner must be a whole number greater than 0, got -1"),

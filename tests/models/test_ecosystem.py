@@ -29,6 +29,7 @@ from transformers import (
 from data_packing.document import Document, Image
 from mllm.models.assemble import assemble
 from mllm.models.config import MultimodalConfig
+from mllm.models.images import Images
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
 from tests.models.conftest import save_clip, save_language_model
@@ -261,7 +262,7 @@ def test_peft(saved: Path, processor: Processor, tmp_path: Path) -> None:
 def test_embeddings_stand_in_for_ids(saved: Path, processor: Processor) -> None:
     model, given = load(saved), inputs(processor)
     with torch.no_grad():
-        embeds = model._fuse(given["input_ids"], given["pixels"], given["sizes"]).embeds
+        embeds = model._fuse(given["input_ids"], Images(given["pixels"], given["sizes"])).embeds
         found = model(inputs_embeds=embeds, attention_mask=given["attention_mask"]).logits
     torch.testing.assert_close(found, logits(model, given))
     with pytest.raises(ValueError, match="one of them"):

@@ -14,6 +14,7 @@ from data_packing.pack import Pack, collate
 from mllm.models import attention
 from mllm.models.assemble import load
 from mllm.models.families import OutputLayer, causal_class
+from mllm.models.images import Images
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
 from mllm.objectives.language_modeling import LanguageModeling
@@ -162,7 +163,7 @@ def test_visual_tokens_are_not_scaled_as_words_are(
     """As in PaliGemma and Gemma 3: the embedding scales words, features enter as they are."""
     model, processor = build("clip", "mlp", saved[family])
     pack = packed(processor)
-    embeds = model._fuse(pack.input_ids[None], pack.pixels, pack.sizes).embeds[0]
+    embeds = model._fuse(pack.input_ids[None], Images(pack.pixels, pack.sizes)).embeds[0]
     image = pack.input_ids == processor.image_token_id
     words = model.get_input_embeddings().weight[pack.input_ids[~image]] * scale
     torch.testing.assert_close(embeds[~image], words)
@@ -181,7 +182,7 @@ def test_granite_scales_words_and_visual_tokens_alike(
     body = model.language_model.base_model
     body.layers[0].register_forward_pre_hook(lambda _, args: entered.append(args[0]))
     logits_of(model, pack)
-    embeds = model._fuse(pack.input_ids[None], pack.pixels, pack.sizes).embeds
+    embeds = model._fuse(pack.input_ids[None], Images(pack.pixels, pack.sizes)).embeds
     torch.testing.assert_close(entered[0], embeds * 12.0)
 
 

@@ -20,6 +20,7 @@ from data_packing.pack import Pack, collate, join_views
 from mllm.models.assemble import load
 from mllm.models.config import MultimodalConfig
 from mllm.models.fusion import FUSIONS
+from mllm.models.images import Images
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
 from tests.models.conftest import chat, documents, open_gates, picture, save_language_model
@@ -64,7 +65,7 @@ def test_visual_tokens_stand_where_the_image_was(build: Callable[..., Any]) -> N
     sample = processor.encode(documents()[1])
     ids = torch.from_numpy(sample.input_ids)[None]
     views = join_views(sample.pixels)
-    embeds = model._fuse(ids, *views).embeds[0]
+    embeds = model._fuse(ids, Images(*views)).embeds[0]
     tokens = model.image_features(*views).unflatten(0, (len(sample.slots), -1))
     for slot, wanted in zip(sample.slots, tokens, strict=True):
         torch.testing.assert_close(embeds[slot.start : slot.start + slot.length], wanted)

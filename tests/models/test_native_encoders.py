@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,17 @@ def test_a_model_saves_and_loads(
     again, read = load(tmp_path)
     assert read.geometry == processor.geometry
     assert torch.equal(call(model), call(again))
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_step_without_images_runs_every_weight(build: Callable[..., Any], name: str) -> None:
+    """Ranks with sharded weights wait for each other: a small view takes the images' place."""
+    model, _ = build(name, "patch_merger")
+    model.train()
+    none = torch.zeros(0, dtype=torch.uint8), torch.zeros(0, 2, dtype=torch.int32)
+    model.hidden_states(torch.tensor([[4, 5, 6]]), *none).sum().backward()
+    without = [name for name, weight in model.named_parameters() if weight.grad is None]
+    assert without == []
 
 
 def test_bounds_change_when_a_saved_model_is_loaded(

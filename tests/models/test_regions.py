@@ -16,6 +16,7 @@ from data_packing.document import Box, Document, DocumentError, Text
 from data_packing.pack import Pack, collate
 from mllm.models.assemble import load
 from mllm.models.geometry import ImageGeometry
+from mllm.models.images import Images
 from mllm.models.modeling import MultimodalModel
 from mllm.models.regions import inside
 from mllm.models.tiles import tiled
@@ -74,7 +75,7 @@ def test_a_feature_is_the_mean_of_what_the_box_shows(build: Callable[..., Parts]
     with torch.no_grad():
         tokens = model.image_features(pack.pixels, pack.sizes)
         embeds = model._fuse(
-            pack.input_ids[None], pack.pixels, pack.sizes, pack.order, pack.bags
+            pack.input_ids[None], Images(pack.pixels, pack.sizes, pack.order, pack.bags)
         ).embeds
     # 4 x 4 cells: the second row, its left half
     expected = tokens[[4, 5]].mean(dim=0)

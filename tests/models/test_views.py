@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from data_packing.pack import collate, join_views
 from data_packing.sample import Sample
 from mllm.models.encoders import VisionEncoder
+from mllm.models.images import Images
 from mllm.models.modeling import MultimodalModel
 from mllm.models.views import repeat_rows
 from tests.models.test_packed_equals_unpacked import gradients, logits_of, loss_of
@@ -133,10 +134,15 @@ def test_beams_of_rows_whose_views_make_different_numbers_of_tokens(model: Multi
 
 def test_rows_are_repeated_with_their_views() -> None:
     views = [np.full((side, 2, 3), side, dtype=np.uint8) for side in (1, 2, 3)]
-    pixels, sizes = join_views(views)
-    pixels, sizes, *_ = repeat_rows(pixels, sizes, None, None, [4, 2, 5], wanted=[6, 0, 5], times=2)
-    assert sizes[:, 0].tolist() == [1, 2, 1, 2, 3, 3]
-    parts = pixels.split((3 * sizes.prod(dim=1)).tolist())
+    asked = torch.tensor([[7, 8], [7, -1], [9, 9]])
+    images = Images(*join_views(views), asked=asked)
+    repeated = repeat_rows(images, [4, 2, 5], wanted=[6, 0, 5], times=2)
+    assert repeated.pixels is not None
+    assert repeated.sizes is not None
+    assert repeated.asked is not None
+    assert repeated.sizes[:, 0].tolist() == [1, 2, 1, 2, 3, 3]
+    assert repeated.asked[:, 0].tolist() == [7, 7, 7, 7, 9, 9]
+    parts = repeated.pixels.split((3 * repeated.sizes.prod(dim=1)).tolist())
     assert [set(part.tolist()) for part in parts] == [{1}, {2}, {1}, {2}, {3}, {3}]
     with pytest.raises(ValueError, match="^row 1 has 3 image tokens and so ends inside a view$"):
-        repeat_rows(*join_views(views), None, None, [4, 2, 5], wanted=[3, 3, 5], times=2)
+        repeat_rows(images, [4, 2, 5], wanted=[3, 3, 5], times=2)

@@ -66,6 +66,7 @@ def sums(step: TrainStep, pack: Pack) -> Tensor:
         pack.sizes,
         pack.order,
         pack.bags,
+        pack.asked,
     )
 
 

@@ -132,6 +132,8 @@ def _check(ours: Any) -> None:
         )
     if connector != "q_former":
         raise ValueError(f"blip2: its connector is q_former, this model's is {connector}")
+    if ours.connector.get("text"):
+        raise ValueError("blip2: its Q-Former reads no text, this model's does (text)")
     if (found := tiling(ours.images, "blip2")) != "none":
         raise ValueError(f"blip2: it has no tiles, this model cuts images by {found}")
 

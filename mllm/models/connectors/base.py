@@ -72,6 +72,11 @@ class Connector(nn.Module, ABC):
             ValueError: the options do not fit the grid.
         """
 
+    @classmethod
+    def reads_text(cls, spec: Mapping[str, Any]) -> bool:
+        """Return whether it is also given what is asked about each view; see `QFormer.forward`."""
+        return False
+
     @abstractmethod
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """Map the cells [C, Dv] of views to their tokens [sum M, D].

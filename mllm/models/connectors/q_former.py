@@ -6,13 +6,16 @@ that model: the encoder's class token is not among the cells, dropout is off (a 
 make a packed step differ from an unpacked one), and new queries start at a normal of 0.02 as in the
 authors' code (transformers starts them at zero, where queries that are alike stay alike).
 
-InstructBLIP's queries also read the question (arXiv 2305.06500, section 2.3). That needs the text
-beside the cells, which `forward` is not given: the option `text` is reserved for it and refused.
+With `text` the queries also read what is asked about the image, as InstructBLIP's do (arXiv
+2305.06500, section 2.3): its tokens stand beside the queries in self-attention, and have MLPs of
+their own. Unlike there they are not those of a BERT: they are the language model's own embeddings,
+through a new projection, so that no second tokenizer and no second vocabulary is needed.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,10 @@ NAMES = {
 }
 """Option → its name in Blip2QFormerConfig."""
 
+LONGEST_TEXT = 512
+"""Tokens of a question that are read; what comes after them is not."""
+
+_TEXT_MLP = re.compile(r"(qformer\.encoder\.layer\.\d+\.)(intermediate|output)\.(.*)")
 _KEPT = ("query_tokens", "qformer.", "language_projection.")
 
 
@@ -55,12 +62,17 @@ class QFormer(PretrainedConnector):
             encoder_hidden_size=features,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
+            use_qformer_text_input=self.reads_text(spec),
         )
         queries = self.number(spec, "visual_tokens")
         self.query_tokens = nn.Parameter(torch.empty(1, queries, config.hidden_size))
         nn.init.normal_(self.query_tokens, std=config.initializer_range)
         self.qformer = Blip2QFormerModel._from_config(config, attn_implementation="sdpa")
         self.language_projection = nn.Linear(config.hidden_size, width)
+        if self.reads_text(spec):
+            self.text_projection = nn.Linear(width, config.hidden_size)
+            self.text_positions = nn.Embedding(LONGEST_TEXT, config.hidden_size)
+            nn.init.normal_(self.text_positions.weight, std=config.initializer_range)
 
     @classmethod
     def check(cls, spec: Mapping[str, Any]) -> None:
@@ -82,16 +94,43 @@ class QFormer(PretrainedConnector):
         """Return one row of all queries."""
         return (1, cls.number(spec, "visual_tokens"))
 
-    def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """Map [C, Dv] to [V x Q, D]."""
+    @classmethod
+    def reads_text(cls, spec: Mapping[str, Any]) -> bool:
+        """Return whether the option `text` says so."""
+        return bool(spec.get("text"))
+
+    def forward(
+        self,
+        features: Tensor,
+        grids: Sequence[tuple[int, int]],
+        text: Tensor | None = None,
+        said: Tensor | None = None,
+    ) -> Tensor:
+        """Map [C, Dv] to [V x Q, D].
+
+        Args:
+            features, grids: as `Connector.forward`.
+            text: [V, L, D], token embeddings of what is asked about each view.
+            said: bool [V, L], where `text` holds a token.
+        """
         padding = sequences(grids, features.device)
         mask = padding.mask()
+        queries, sees = self.query_tokens.expand(len(grids), -1, -1), None
+        count = queries.shape[1]
+        if text is not None and said is not None:
+            text, said = text[:, :LONGEST_TEXT], said[:, :LONGEST_TEXT]
+            places = torch.arange(text.shape[1], device=text.device)
+            words = self.text_projection(text) + self.text_positions(places)
+            queries = torch.cat([queries, words], dim=1)
+            sees = torch.cat([said.new_ones(len(grids), count), said], dim=1).long()
         states: Tensor = self.qformer(
-            query_embeds=self.query_tokens.expand(len(grids), -1, -1),
+            query_embeds=queries,
+            query_length=count,
+            attention_mask=sees,
             encoder_hidden_states=padding.spread(features).flatten(1, 2),
             encoder_attention_mask=None if mask is None else mask.long(),
         ).last_hidden_state
-        tokens: Tensor = self.language_projection(states.flatten(0, 1))
+        tokens: Tensor = self.language_projection(states[:, :count].flatten(0, 1))
         return tokens
 
     def last_linear(self) -> nn.Linear:
@@ -133,6 +172,8 @@ class QFormer(PretrainedConnector):
                 self.language_projection.out_features,
             )
             kept = {name: value for name, value in kept.items() if not name.startswith(last)}
+        if self.reads_text(self.spec):
+            kept = self._with_text(kept, own)
         for name, value in own.items():
             if name not in kept and not name.startswith(last):
                 raise ValueError(f"{path}: the weight {name} is missing")
@@ -142,3 +183,16 @@ class QFormer(PretrainedConnector):
                     "needed: is this the encoder that the Q-Former was trained with?"
                 )
         self.load_state_dict(kept, strict=False)
+
+    @staticmethod
+    def _with_text(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Add what a Q-Former without text lacks: its MLPs start as those of the queries."""
+        result = dict(found)
+        for name, value in own.items():
+            if name not in result and name.startswith("text_"):
+                result[name] = value
+            elif name not in result and (part := _TEXT_MLP.match(name)):
+                twin = f"{part[1]}{part[2]}_query.{part[3]}"
+                if twin in result:
+                    result[name] = result[twin].clone()
+        return result
