@@ -280,9 +280,9 @@ REFUSALS = {
         ["model.connector={name: q_former, path: 3}"],
         "model.connector.path must be a folder or hub id, got 3",
     ),
-    "queries that read text": (
-        ["model.connector={name: q_former, text: true}"],
-        "model.connector.text is not supported yet; leave it out",
+    "queries that read text, by number": (
+        ["model.connector={name: q_former, text: 1}"],
+        "model.connector.text must be true or false, got 1",
     ),
     "no visual tokens": (
         ["model.connector.visual_tokens=null"],
