@@ -109,6 +109,9 @@ def _ray(work: Callable[[A], B], things: Sequence[A], workers: int) -> Iterator[
         import ray.data
     except ImportError as error:
         raise ValueError("--executor ray needs Ray: pip install 'mllm[ray]'") from error
+    # Its usage poller never ends and formats a traceback every ten seconds, which parses source;
+    # CPython 3.11.7 can fail when two threads parse at once (its issue 106905).
+    os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
     if not ray.is_initialized():
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         ray.init(log_to_driver=False)

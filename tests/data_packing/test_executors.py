@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -123,6 +124,7 @@ def test_both_machines_work_and_the_order_stays(cluster: None) -> None:
     results = list(Executor("ray").each(where, range(12)))
     assert [thing for thing, _ in results] == list(range(12))
     assert len({node for _, node in results}) == 2
+    assert not [one.name for one in threading.enumerate() if "usage" in one.name]
 
 
 def fail(thing: int) -> int:
