@@ -27,7 +27,9 @@ _CLASSES = "mllm.export.standalone"
 _NATIVE = {"standalone_square": "standalone_native", "original_sizes": "image_grid_thw"}
 """What ROOTS say otherwise for encoders of native resolution."""
 
-_SECTIONS = {"tiles", "newline"}
+_SECTIONS = {"asked", "before_begin", "blocks", "marked", "newline", "spatial", "tiles"}
+"""Parts of the ROOTS between `# name` and `# end`, for the models that need them."""
+
 _OWN = ("mllm.", "data_packing.")
 _ALWAYS = {"__init__", "__call__", "__post_init__", "_apply", "forward"}
 """Members that others call: torch, dataclasses, Python."""
@@ -88,7 +90,7 @@ def bundle(header: str, tables: Mapping[str, tuple[str, ...]], sections: frozens
     Args:
         header: its docstring's text.
         tables: for each registry (ENCODERS, CONNECTORS, TILINGS) the names that it has there.
-        sections: parts of the ROOTS to take: `tiles`, `newline`; `native` instead of squares.
+        sections: parts of the ROOTS to take, of _SECTIONS; `native` instead of squares.
 
     Raises:
         ValueError: two parts define the same name differently.
@@ -115,9 +117,7 @@ def _module(name: str, sections: frozenset[str]) -> _Module:
     assert spec.origin is not None
     text = Path(spec.origin).read_text(encoding="utf-8")
     if name.startswith(_CLASSES):
-        left_out = "|".join(_SECTIONS - sections) or "(?!)"
-        text = re.sub(rf"^ *# ({left_out})\n(.*\n)*?^ *# end\n", "", text, flags=re.MULTILINE)
-        text = re.sub(r"^ *# (tiles|newline|end)\n", "", text, flags=re.MULTILINE)
+        text = _with_sections(text, sections)
     if name in ROOTS and "native" in sections:
         for ours, theirs in _NATIVE.items():
             text = text.replace(ours, theirs)
@@ -130,6 +130,21 @@ def _module(name: str, sections: frozenset[str]) -> _Module:
             documented = isinstance(statement, ast.Assign | ast.AnnAssign) and _is_text(after)
             module.defined[target] = [statement, *([after] if documented and after else [])]
     return module
+
+
+def _with_sections(text: str, sections: frozenset[str]) -> str:
+    """Leave out the lines of other sections, and the marks; sections may lie in each other."""
+    lines: list[str] = []
+    inside: list[bool] = []
+    for line in text.splitlines():
+        mark = re.fullmatch(r" *# (\w+)", line)
+        if mark and mark[1] in _SECTIONS:
+            inside.append(mark[1] in sections)
+        elif mark and mark[1] == "end":
+            inside.pop()
+        elif all(inside):
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def _take(result: _Bundle, where: str, name: str, sections: frozenset[str]) -> None:

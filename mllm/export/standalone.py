@@ -1,9 +1,11 @@
 """The model classes of an exported folder, as plain transformers loads them.
 
 `mllm.export.source` writes this module and `standalone_processor` into the folder, after the parts
-of this package that the model is made of. Lines between `# tiles` and `# end` are for models that
-cut images, those between `# newline` and `# end` for models whose lines of visual tokens end with a
-learned row. For encoders of native resolution `standalone_native` stands in for
+of this package that the model is made of. Lines between the name of a section and `# end` are for
+models that need them: `# tiles` for those that cut images, `# newline` for those whose lines of
+visual tokens end with a learned row, `# spatial` for language models with positions in three
+directions, `# blocks` where the tokens of an image see each other in both directions, `# asked` for connectors
+that read what is asked about an image. For encoders of native resolution `standalone_native` stands in for
 `standalone_square`, and `original_sizes` is called `image_grid_thw`.
 
 Shapes: B rows, T tokens of a row, D hidden width, W vocabulary; I images.
@@ -32,6 +34,9 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from mllm.export.standalone_blocks import opened_masks
+from mllm.export.standalone_images import rows_of
+from mllm.export.standalone_positions import placed_after, standing_tokens, view_grids
 from mllm.export.standalone_square import (
     encode_images,
     image_geometry,
@@ -72,6 +77,10 @@ class MllmConfig(PreTrainedConfig):
     logits_times: float = 1.0
     logits_cap: float | None = None
     tie_word_embeddings: bool = False
+    # blocks
+    bidirectional_images: bool = True
+    is_mm_prefix_lm: bool = True
+    # end
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Make `text_config` an object; transformers does so only from 5.20."""
@@ -144,12 +153,21 @@ class MllmModel(MllmPreTrainedModel):
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def get_image_features(
-        self, pixel_values: Tensor, original_sizes: Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: Tensor,
+        original_sizes: Tensor | None = None,
+        # asked
+        asked: Tensor | None = None,
+        # end
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode images; `pooler_output` is a list with the visual tokens of each.
 
         Args:
             pixel_values, original_sizes: what `MllmImageProcessor.preprocess` made of all images.
+            # asked
+            asked: [V, L], ids of what is asked about each view, -1 behind their end.
+            # end
         """
         layouts = self.layouts(pixel_values, original_sizes)
         rows = sum(image_rows(layout) for layout in layouts)
@@ -159,13 +177,30 @@ class MllmModel(MllmPreTrainedModel):
         pixel_values = pixel_values.to(weight.device, weight.dtype)
         features, grids = encode_images(self.vision_tower, pixel_values, layouts)
         like = next(self.connector.parameters())
-        tokens = self.connector(features.flatten(0, -2).to(like.device, like.dtype), grids)
+        tokens = self.connector(
+            features.flatten(0, -2).to(like.device, like.dtype),
+            grids,
+            # asked
+            *self._asked(asked, len(grids), like),
+            # end
+        )
         made = tokens.split([layout.made for layout in layouts])
         # newline
         made = [self._ordered(tokens, layout) for tokens, layout in zip(made, layouts, strict=True)]
         # end
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(made))  # type: ignore[arg-type]
 
+    # asked
+    def _asked(self, asked: Tensor | None, views: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of what is asked about each view [V, L, D], and where they are."""
+        if asked is None or not asked.numel():
+            asked = torch.full((views, 1), -1)
+        embedding: Any = self.get_input_embeddings()
+        asked = asked.to(embedding.weight.device)
+        text = embedding(asked.clamp(min=0)).to(like.device, like.dtype)
+        return text, (asked >= 0).to(like.device)
+
+    # end
     # newline
     def _ordered(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Put the visual tokens of an image into the order in which they stand in the text."""
@@ -185,6 +220,9 @@ class MllmModel(MllmPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
+        # asked
+        asked: Tensor | None = None,
+        # end
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Return hidden states [B, T, D] after the final norm.
@@ -194,13 +232,32 @@ class MllmModel(MllmPreTrainedModel):
             pixel_values, original_sizes: as `get_image_features`, of all rows in order.
             attention_mask, position_ids, past_key_values, kwargs: of the language model.
             inputs_embeds: [B, T, D] instead of ids, visual tokens already in their places.
+            # asked
+            asked: [V, L], as `get_image_features`.
+            # end
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids, pixel_values, original_sizes)
+            inputs_embeds = self._embed(
+                input_ids,
+                pixel_values,
+                original_sizes,
+                # asked
+                asked,
+                # end
+            )
         elif pixel_values is not None:
             raise ValueError("pixel_values need input_ids, which say where the images are")
+        # spatial
+        given = (pixel_values, original_sizes, position_ids, attention_mask)
+        position_ids, ahead = self.positions(input_ids, *given, past_key_values)
+        # end
+        # blocks
+        attention_mask = opened_masks(
+            self.config, input_ids, inputs_embeds, attention_mask, past_key_values
+        )
+        # end
         outputs: BaseModelOutputWithPast = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -208,14 +265,76 @@ class MllmModel(MllmPreTrainedModel):
             past_key_values=past_key_values,
             **kwargs,
         )
+        # spatial
+        if outputs.past_key_values is not None and ahead is not None:
+            outputs.past_key_values.rope_deltas = ahead
+        # end
         return outputs
 
-    def _embed(self, input_ids: Any, pixel_values: Any, original_sizes: Any) -> Tensor:
+    # spatial
+    def positions(
+        self,
+        input_ids: Tensor | None,
+        pixel_values: Any,
+        original_sizes: Tensor | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        cache: Any = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return positions [3, B, T] (time, row, column), and what `placed_after` returns besides.
+
+        Of embeddings without ids nobody knows which are images: all count as text.
+        """
+        if input_ids is None:
+            return position_ids, None
+        none = pixel_values is None and original_sizes is None
+        layouts = [] if none else self.layouts(pixel_values, original_sizes)
+        grids = view_grids(self.vision_tower, self.config.connector, layouts)
+        slots = input_ids == self.config.image_token_id
+        order = standing_tokens(layouts)
+        return placed_after(slots, grids, order, position_ids, attention_mask, cache)
+
+    def get_rope_index(
+        self,
+        input_ids: Tensor,
+        original_sizes: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Return positions [3, B, T] and [B, 1], how far each row's are ahead of plain ones.
+
+        The name is the one of Qwen2-VL's class; vLLM asks for it.
+        """
+        if original_sizes is None and bool((input_ids == self.config.image_token_id).any()):
+            raise ValueError("the positions of image tokens need original_sizes")
+        given = (None, original_sizes, None, attention_mask)
+        positions, ahead = self.positions(input_ids, *given)
+        assert positions is not None
+        assert ahead is not None
+        return positions, ahead
+
+    # end
+    def _embed(
+        self,
+        input_ids: Any,
+        pixel_values: Any,
+        original_sizes: Any,
+        # asked
+        asked: Any,
+        # end
+    ) -> Tensor:
         """Embed ids [B, T] to [B, T, D], with the image tokens replaced by visual tokens."""
         embeds: Tensor = self.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return embeds
-        images = self.get_image_features(pixel_values, original_sizes, return_dict=True)
+        images = self.get_image_features(
+            pixel_values,
+            original_sizes,
+            # asked
+            asked,
+            # end
+            return_dict=True,
+        )
         tokens = torch.cat(images.pooler_output).to(embeds.device, embeds.dtype)
         slots = input_ids == self.config.image_token_id
         if int(slots.sum()) != len(tokens):
@@ -268,6 +387,9 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        # asked
+        asked: Tensor | None = None,
+        # end
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits [B, T, W] and, with labels [B, T] (not shifted), the mean loss over them.
@@ -284,6 +406,9 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             return_dict=True,
+            # asked
+            asked=asked,
+            # end
             **kwargs,
         )
         whole = isinstance(logits_to_keep, int)
@@ -302,14 +427,25 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, *args: Any, is_first_iteration: bool = False, **kwargs: Any
+        self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
         """Hand the images to the first step only; later ones find them in the cache."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            *args, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,  # type: ignore[arg-type]
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
+        # spatial
+        if kwargs.get("inputs_embeds") is None:
+            names = ("pixel_values", "original_sizes", "position_ids", "attention_mask")
+            places, _ = self.model.positions(input_ids, *map(kwargs.get, names))
+            inputs["position_ids"] = places[..., -inputs["input_ids"].shape[1] :]
+        # end
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs["pixel_values"] = inputs["original_sizes"] = None
+            # asked
+            inputs["asked"] = None
+            # end
         return inputs
 
     def _expand_inputs_for_generation(  # type: ignore[override]
@@ -322,6 +458,9 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
         """Repeat rows for beams or several answers; a row's images stay together."""
         pixel_values = model_kwargs.pop("pixel_values", None)
         original_sizes = model_kwargs.pop("original_sizes", None)
+        # asked
+        asked = model_kwargs.pop("asked", None)
+        # end
         if pixel_values is not None and expand_size > 1:
             assert input_ids is not None
             layouts = self.model.layouts(pixel_values, original_sizes)
@@ -330,6 +469,10 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
             pixel_values, original_sizes = pick_images(
                 pixel_values, original_sizes, layouts, images
             )
+            # asked
+            if asked is not None:
+                asked = asked[rows_of([len(layout.sizes) for layout in layouts], images)]
+            # end
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
@@ -337,6 +480,9 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
             **model_kwargs,
         )
         given = {"pixel_values": pixel_values, "original_sizes": original_sizes}
+        # asked
+        given["asked"] = asked
+        # end
         return input_ids, {**model_kwargs, **given}
 
     def _images_of_rows(self, input_ids: Tensor, layouts: Sequence[Layout]) -> list[list[int]]:

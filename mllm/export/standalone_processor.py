@@ -12,6 +12,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
 from mllm.export.standalone_images import image_layout
+from mllm.export.standalone_questions import question_rows, questions_of
 from mllm.export.standalone_square import (
     MllmImageProcessor,
     image_geometry,
@@ -32,6 +33,10 @@ class MllmProcessor(ProcessorMixin):
         image_processor, tokenizer, chat_template: as in transformers.
         image_token: the placeholder.
         image_text: what is tokenised for an image; holds the image token once.
+        # marked
+        image_mark: what the chat template writes for an image; texts may have it instead of the
+            image token.
+        # end
     """
 
     def __init__(
@@ -41,6 +46,9 @@ class MllmProcessor(ProcessorMixin):
         chat_template: Any = None,
         image_token: str = "<image>",
         image_text: str = "<image>",
+        # marked
+        image_mark: str = "<image>",
+        # end
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_token, self.image_text = image_token, image_text
@@ -48,28 +56,85 @@ class MllmProcessor(ProcessorMixin):
         added = self.tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special}
         self._template_tokens = special.union(self.tokenizer.all_special_tokens) - {image_token}
+        # marked
+        self.image_mark = image_mark
+        self._template_tokens -= {image_mark}
+        # end
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Return input_ids, attention_mask, and of images what the image processor returns."""
-        chosen = "add_special_tokens" in {**kwargs, **(kwargs.get("text_kwargs") or {})}
-        if text is not None and not chosen:
-            texts = [text] if isinstance(text, str) else text
-            templated = any(token in one for one in texts for token in self._template_tokens)
+        texts = [text] if isinstance(text, str) else text or []
+        # marked
+        texts = [one.replace(self.image_mark, self.image_token) for one in texts]
+        text = None if text is None else texts
+        # end
+        templated = any(token in one for one in texts for token in self._template_tokens)
+        if text is not None and "add_special_tokens" not in {
+            **kwargs,
+            **(kwargs.get("text_kwargs") or {}),
+        }:
             kwargs["add_special_tokens"] = not templated
-        return super().__call__(images=images, text=text, **kwargs)  # type: ignore[no-any-return]
+        # before_begin
+        if text is not None and kwargs.get("add_special_tokens"):
+            kwargs["add_special_tokens"], text = False, [self._begun(one) for one in texts]
+        # end
+        # asked
+        questions = self._questions(images, kwargs.pop("questions", None), templated)
+        # end
+        found: BatchFeature = super().__call__(images=images, text=text, **kwargs)
+        # asked
+        if images is not None:
+            layouts = self._layouts(found)
+            found["asked"] = question_rows(questions or [""] * len(layouts), layouts, self.tokenizer)
+        # end
+        return found
 
-    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+    # before_begin
+    def _begun(self, text: str) -> str:
+        """Put the begin token before a text that has none, but after the images there."""
+        at, begin = 0, self.tokenizer.bos_token
+        while text.startswith(self.image_token, at):
+            at += len(self.image_token)
+        return text if text.startswith(begin, at) else f"{text[:at]}{begin}{text[at:]}"
+
+    # end
+    # asked
+    def _questions(self, images: Any, questions: Any, templated: bool) -> list[str]:
+        """Return what is asked about each image; of raw texts with images nothing."""
+        if isinstance(questions, str):
+            questions = [questions]
+        if questions is None and templated and images is not None:
+            raise ValueError(
+                "this model's connector reads what is asked about an image: hand over the "
+                "conversation, apply_chat_template(messages, tokenize=True), or for each image "
+                "what is asked about it, questions=[...]"
+            )
+        return [*(questions or [])]
+
+    # end
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; a template writes all special tokens that there are to be."""
-        given = kwargs.pop("processor_kwargs", None) or {}
+        given = {"add_special_tokens": False, **(kwargs.pop("processor_kwargs", None) or {})}
+        # asked
+        if "padding" in kwargs:  # else transformers takes it instead of `processor_kwargs`
+            given["padding"] = kwargs.pop("padding")
+        single = bool(conversation) and isinstance(conversation[0], dict)
+        several = [conversation] if single else conversation
+        given["questions"] = [question for one in several for question in questions_of(one)]
+        # end
         return super().apply_chat_template(  # type: ignore[misc]
-            *args, processor_kwargs={"add_special_tokens": False, **given}, **kwargs
+            conversation, *args, processor_kwargs=given, **kwargs
         )
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         """Return the text that stands for an image: its image tokens, and marks between them."""
+        return self._written(self._layouts(image_inputs)[image_idx])
+
+    def _layouts(self, image_inputs: Any) -> list[Layout]:
+        """Return the layouts of what the image processor returned."""
         sizes = image_inputs["original_sizes"].tolist()
-        layouts = image_layouts(self._geometry, self.image_processor.connector, sizes)
-        return self._written(layouts[image_idx])
+        return image_layouts(self._geometry, self.image_processor.connector, sizes)
 
     def _written(self, layout: Layout) -> str:
         pieces = [

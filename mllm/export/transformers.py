@@ -60,7 +60,7 @@ def export(model: MultimodalModel, processor: Processor, folder: Path) -> None:
         ValueError: what a folder of this kind cannot hold, with the reason.
     """
     check(model, processor)
-    text = source(model)
+    text = source(model, processor)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{MODULE}.py"
     file.write_text(text, encoding="utf-8")
@@ -80,12 +80,6 @@ def check(model: MultimodalModel, processor: Processor) -> None:
     Raises:
         ValueError: with the reason.
     """
-    text_config = model.config.text_config
-    if is_spatial(text_config):
-        raise ValueError(
-            f"the language model {text_config.model_type} has positions in three directions, which "
-            "an exported model does not make; write the class that it came from"
-        )
     if model.config.fusion:
         raise ValueError(
             f"the fusion {model.config.fusion['name']} reaches into the language model's layers, "
@@ -96,34 +90,13 @@ def check(model: MultimodalModel, processor: Processor) -> None:
             "images.regions: feature puts the mean of visual tokens into the text, and there is no "
             "way to hand transformers a box; decimals and thousandths can be exported"
         )
-    if model.connector.reads_text(model.config.connector):
-        raise ValueError(
-            "the connector reads what is asked about an image, which a processor of transformers "
-            "is not told; connector q_former without text can be exported"
-        )
-    text = processor.template.image_text
-    if text.before_begin:
-        raise ValueError(
-            "images stand before the begin token here, as in BLIP-2, which the exported processor "
-            "does not do; give --to blip2"
-        )
-    if text.asked not in (processor.image_token, text.written):
-        raise ValueError(
-            f"the chat template writes {text.asked!r} for an image, which is neither the image "
-            f"token {processor.image_token!r} nor what is tokenised, {text.written!r}"
-        )
-    if model.config.bidirectional_images:
-        raise ValueError(
-            "the tokens of this model's images see each other in both directions, and an exported "
-            "language model has its ordinary mask; export it --to the class that it began from"
-        )
     body, name = model.language_model.base_model, type(model.language_model).__name__
     alone: Any = AutoModel._model_mapping[type(model.language_model.config)]
     if type(body) is not alone:
         raise ValueError(f"{name}: AutoModel does not build the body of this language model alone")
 
 
-def source(model: MultimodalModel) -> str:
+def source(model: MultimodalModel, processor: Processor) -> str:
     """Return the file of Python."""
     config: Any = model.config
     encoder, images = config.encoder, tiling(config.images)
@@ -141,13 +114,34 @@ def source(model: MultimodalModel) -> str:
     sections = {"tiles"} if images else set()
     if images and TILINGS[images["tiling"]].NEWLINE:
         sections.add("newline")
+    sections |= _particular(model, processor)
     if isinstance(model.encoder.geometry, NativeGeometry):
         sections.add("native")
     text = bundle(header, tables, frozenset(sections))
     for flag in _ATTENTION:
         able = bool(getattr(type(model.language_model), flag))
+        able = able and (flag == "_supports_sdpa" or not config.bidirectional_images)
         text = text.replace(f"    {flag} = True\n", f"    {flag} = {able}\n")
     return text
+
+
+def _particular(model: MultimodalModel, processor: Processor) -> set[str]:
+    """Return the sections for what most models do not have."""
+    config: Any = model.config
+    has = {
+        "asked": model.connector.reads_text(config.connector),
+        "before_begin": processor.template.image_text.before_begin,
+        "blocks": config.bidirectional_images,
+        "marked": _mark(processor) is not None,
+        "spatial": is_spatial(config.text_config),
+    }
+    return {name for name, needed in has.items() if needed}
+
+
+def _mark(processor: Processor) -> str | None:
+    """Return what the chat template writes for an image, if it is not what a text has for one."""
+    text = processor.template.image_text
+    return None if text.asked in (processor.image_token, text.written) else text.asked
 
 
 def tiling(images: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,6 +166,7 @@ def _write_model(module: Any, model: MultimodalModel, processor: Processor, fold
     """Write config.json, generation_config.json and the weights."""
     rule = logits_rule(model.language_model.config)
     head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
     text_config = copy.deepcopy(model.language_model.config)
     text_config._attn_implementation = None
     if rule.times != 1.0:
@@ -185,7 +180,7 @@ def _write_model(module: Any, model: MultimodalModel, processor: Processor, fold
         head_bias=head.bias is not None,
         logits_times=rule.times,
         logits_cap=rule.cap,
-        tie_word_embeddings=text_config.tie_word_embeddings,
+        tie_word_embeddings=head.weight is embedding.weight,
         dtype=model.dtype,
     )
     config.auto_map = {auto: f"{MODULE}.{AUTO_MAP[auto]}" for auto in _MODELS}
@@ -231,12 +226,14 @@ def _write_processor(module: Any, processor: Processor, folder: Path) -> None:
         images=tiling(processor.images),
         connector=processor.connector,
     )
+    mark = _mark(processor)
     exported = module.MllmProcessor(
         images,
         tokenizer,
         chat_template=tokenizer.chat_template,
         image_token=processor.image_token,
         image_text=processor.image_token if asked == written else written,
+        **({} if mark is None else {"image_mark": mark}),
     )
     exported.save_pretrained(folder)
     file = folder / "processor_config.json"

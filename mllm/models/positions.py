@@ -73,14 +73,26 @@ def placed(
             "this language model's positions depend on the images before: with a cache give "
             "position_ids [3, B, T]"
         )
-    if positions is None and mask is not None:
-        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    elif positions is None:
-        positions = torch.arange(slots.shape[1], device=slots.device)
+    if positions is None:
+        positions = plain_positions(slots, mask)
     positions = positions.expand(slots.shape)
     if not grids:
         return positions.expand(3, -1, -1)
     return spatial_positions(positions, slots, grids, tokens, bounds)
+
+
+def plain_positions(slots: Tensor, mask: Tensor | None = None, seen: int = 0) -> Tensor:
+    """Return how many tokens of its row stand before each token, [B, T].
+
+    Args:
+        slots: [B, T], for the shape.
+        mask: [B, T], or [B, S] with what is in a cache; 1 where a row has a token.
+        seen: tokens in a cache.
+    """
+    if mask is not None:
+        counted = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        return counted[:, -slots.shape[1] :]
+    return torch.arange(seen, seen + slots.shape[1], device=slots.device).expand(slots.shape)
 
 
 def spatial_positions(

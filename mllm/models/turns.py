@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -69,10 +70,23 @@ def questions(document: Document) -> list[str]:
 
     Only texts that are not learned count: an answer must not be seen before it is given.
     """
+    return asked_about(
+        [
+            (part.role, None if isinstance(part, Image) else "" if part.learned else part.text)
+            for part in document.parts
+        ]
+    )
+
+
+def asked_about(parts: Sequence[tuple[str | None, str | None]]) -> list[str]:
+    """Return for each image what is said in the turn that shows it; nothing without a role.
+
+    Args:
+        parts: role and text, None for an image.
+    """
     found: list[str] = []
-    for role, run in groupby(document.parts, key=lambda part: part.role):
-        parts = list(run)
-        said = [part.text for part in parts if not isinstance(part, Image) and not part.learned]
-        asked = "" if role is None else "".join(said)
-        found += [asked for part in parts if isinstance(part, Image)]
+    for role, run in groupby(parts, key=lambda part: part[0]):
+        texts = [text for _, text in run]
+        asked = "" if role is None else "".join(text for text in texts if text is not None)
+        found += [asked for text in texts if text is None]
     return found

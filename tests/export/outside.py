@@ -45,7 +45,15 @@ def messages(images: list[str]) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def answer(folder: str, images: list[str], again: str, adapter: str | None) -> dict[str, Any]:
+def answer(
+    folder: str,
+    images: list[str],
+    again: str,
+    adapter: str | None,
+    image: str = "<image>",
+    **by_hand: Any,
+) -> dict[str, Any]:
+    """Load the folder; `image` stands for one in raw texts, `by_hand` goes to the processor."""
     AutoConfig.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -55,10 +63,10 @@ def answer(folder: str, images: list[str], again: str, adapter: str | None) -> d
         turns, tokenize=True, return_dict=True, return_tensors="pt", **options
     )
     text = processor.apply_chat_template(turns, **options)
-    by_hand = processor(text=text, images=images, return_tensors="pt")
-    caption = processor(text="<image>a red chair", images=images[:1], return_tensors="pt")
+    told = processor(text=text, images=images, return_tensors="pt", **by_hand)
+    caption = processor(text=f"{image}\na red chair", images=images[:1], return_tensors="pt")
     both = processor(
-        text=["a red chair", "<image><image>a small parrot"],
+        text=["a red chair", f"{image}{image}\na small parrot"],
         images=images,
         return_tensors="pt",
         padding=True,
@@ -66,7 +74,8 @@ def answer(folder: str, images: list[str], again: str, adapter: str | None) -> d
     limits = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     result = {
         "ids": chat["input_ids"],
-        "ids by hand": by_hand["input_ids"],
+        "ids by hand": told["input_ids"],
+        "logits by hand": model(**told).logits,
         "caption": caption["input_ids"],
         "pixels": chat["pixel_values"],
         "logits": model(**chat).logits,

@@ -66,14 +66,14 @@ def here(model: MultimodalModel, processor: Processor, pictures: list[str]) -> d
     two = Document(
         (
             *Document.caption(images[0], "a").parts[:1],
-            *Document.caption(images[1], "a small parrot").parts,
+            *Document.caption(images[1], "\na small parrot").parts,
         )
     )
     both = processor.prompts([Document(Document.caption(images[0], "a red chair").parts[1:]), two])
     limits: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     return {
         "ids": inputs["input_ids"],
-        "caption": processor.prompt(Document.caption(images[0], "a red chair"))["input_ids"],
+        "caption": processor.prompt(Document.caption(images[0], "\na red chair"))["input_ids"],
         "pixels": inputs["pixels"],
         "logits": model(**inputs).logits,
         "hidden": model.hidden_states(**inputs),

@@ -21,7 +21,6 @@ from mllm.models.native import NativeGeometry
 from mllm.recipe import LoraSection
 from mllm.training import lora
 from tests.export.outsider import ask, here, save_pictures
-from tests.models.conftest import SMALL
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,11 +114,6 @@ def test_fusions_beside_the_sequence_are_refused(build: Callable[..., Any], fusi
         check(*build(fusion=fusion))
 
 
-def test_a_connector_that_reads_text_is_refused(build: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="the connector reads what is asked about an image"):
-        check(*build(connector="q_former", **SMALL["q_former"], text=True))
-
-
 def test_features_of_regions_are_refused_and_boxes_as_text_are_not(
     build: Callable[..., Any],
 ) -> None:
@@ -127,7 +121,7 @@ def test_features_of_regions_are_refused_and_boxes_as_text_are_not(
         check(*build(images={"regions": "feature"}))
     model, processor = build(images={"regions": "thousandths", "clip_tokens": 99})
     check(model, processor)
-    assert "TILINGS" not in source(model)
+    assert "TILINGS" not in source(model, processor)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +139,8 @@ def test_features_of_regions_are_refused_and_boxes_as_text_are_not(
 def test_the_file_reads_as_a_person_s(
     encoder: str, connector: str, images: dict[str, Any], build: Callable[..., Any], tmp_path: Path
 ) -> None:
-    model, _ = build(encoder, connector, images=images)
-    text = source(model)
+    model, processor = build(encoder, connector, images=images)
+    text = source(model, processor)
     file = tmp_path / "modeling.py"
     file.write_text(text)
     options = ["--no-cache", "--config", str(ROOT / "pyproject.toml")]

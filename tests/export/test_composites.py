@@ -117,11 +117,3 @@ def test_blip_2_s_tower_is_exported_with_its_class_token(
     found = ask(tmp_path, {"1": request})["1"]
     own = here(model, processor, pictures)["logits"]
     torch.testing.assert_close(found["logits"], own, rtol=0, atol=1e-5)
-
-
-def test_images_before_the_begin_token_go_to_blip2_only(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
-    model, processor = load(folders["blip2"])
-    with pytest.raises(ValueError, match="give --to blip2"):
-        EXPORTS["transformers"](model, processor, tmp_path / "out")

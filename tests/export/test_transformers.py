@@ -10,7 +10,6 @@ import torch
 
 from mllm.export.transformers import export
 from mllm.models.assemble import assemble
-from mllm.models.positions import is_spatial
 from tests.export.outsider import ask, here, save_pictures
 from tests.models.conftest import SMALL
 from tests.models.families import FAMILIES, save_family
@@ -72,22 +71,8 @@ ASSEMBLIES: dict[str, dict[str, Any]] = {
     **{f"connector {name}": {"connector": name, "encoder": "siglip"} for name in CONNECTORS},
     **{f"native {name}": {"encoder": name, **parts} for name, parts in NATIVE_PARTS.items()},
     **{f"tiling {name}": {"images": images} for name, images in TILINGS.items()},
-    **{
-        f"language model {name}": {"language_model": name}
-        for name, config in FAMILIES.items()
-        if not is_spatial(config)
-    },
+    **{f"language model {name}": {"language_model": name} for name in FAMILIES},
 }
-
-
-def test_positions_in_three_directions_are_refused(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
-    text = save_family(tmp_path / "text", FAMILIES["qwen2_vl_text"])
-    parts = section(folders, encoder="qwen2_vl", language_model=text)
-    with pytest.raises(ValueError, match="qwen2_vl_text has positions in three directions"):
-        export(*assemble(parts), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_every_encoder_of_native_resolution_is_exported() -> None:

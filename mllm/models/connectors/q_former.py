@@ -128,7 +128,8 @@ class QFormer(PretrainedConnector):
             query_length=count,
             attention_mask=sees,
             encoder_hidden_states=padding.spread(features).flatten(1, 2),
-            encoder_attention_mask=None if mask is None else mask.long(),
+            # of four axes: of two it would be spread over the text too, which sees no cells
+            encoder_attention_mask=None if mask is None else mask[:, None, None],
         ).last_hidden_state
         tokens: Tensor = self.language_projection(states[:, :count].flatten(0, 1))
         return tokens
