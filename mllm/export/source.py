@@ -27,7 +27,7 @@ _CLASSES = "mllm.export.standalone"
 _NATIVE = {"standalone_square": "standalone_native", "original_sizes": "image_grid_thw"}
 """What ROOTS say otherwise for encoders of native resolution."""
 
-_SECTIONS = {"asked", "before_begin", "blocks", "marked", "newline", "spatial", "tiles"}
+_SECTIONS = {"asked", "before_begin", "blocks", "marked", "newline", "regions", "spatial", "tiles"}
 """Parts of the ROOTS between `# name` and `# end`, for the models that need them."""
 
 _OWN = ("mllm.", "data_packing.")

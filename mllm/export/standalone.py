@@ -4,9 +4,10 @@
 of this package that the model is made of. Lines between the name of a section and `# end` are for
 models that need them: `# tiles` for those that cut images, `# newline` for those whose lines of
 visual tokens end with a learned row, `# spatial` for language models with positions in three
-directions, `# blocks` where the tokens of an image see each other in both directions, `# asked` for connectors
-that read what is asked about an image. For encoders of native resolution `standalone_native` stands in for
-`standalone_square`, and `original_sizes` is called `image_grid_thw`.
+directions, `# blocks` where the tokens of an image see each other in both directions, `# asked` for
+connectors that read what is asked about an image, `# regions` where a region's feature stands in
+the text. For encoders of native resolution `standalone_native` stands in for `standalone_square`,
+and `original_sizes` is called `image_grid_thw`.
 
 Shapes: B rows, T tokens of a row, D hidden width, W vocabulary; I images.
 """
@@ -37,6 +38,7 @@ from transformers.utils.generic import can_return_tuple
 from mllm.export.standalone_blocks import opened_masks
 from mllm.export.standalone_images import rows_of
 from mllm.export.standalone_positions import placed_after, standing_tokens, view_grids
+from mllm.export.standalone_regions import pick_regions, region_means, with_regions
 from mllm.export.standalone_square import (
     encode_images,
     image_geometry,
@@ -159,6 +161,9 @@ class MllmModel(MllmPreTrainedModel):
         # asked
         asked: Tensor | None = None,
         # end
+        # regions
+        regions: Tensor | None = None,
+        # end
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode images; `pooler_output` is a list with the visual tokens of each.
@@ -167,6 +172,9 @@ class MllmModel(MllmPreTrainedModel):
             pixel_values, original_sizes: what `MllmImageProcessor.preprocess` made of all images.
             # asked
             asked: [V, L], ids of what is asked about each view, -1 behind their end.
+            # end
+            # regions
+            regions: as `region_rows`; their features come after the visual tokens of their images.
             # end
         """
         layouts = self.layouts(pixel_values, original_sizes)
@@ -185,8 +193,14 @@ class MllmModel(MllmPreTrainedModel):
             # end
         )
         made = tokens.split([layout.made for layout in layouts])
+        # regions
+        means = region_means(made, regions)
+        # end
         # newline
         made = [self._ordered(tokens, layout) for tokens, layout in zip(made, layouts, strict=True)]
+        # end
+        # regions
+        made = [torch.cat(both) for both in zip(made, means, strict=True)]
         # end
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(made))  # type: ignore[arg-type]
 
@@ -223,6 +237,9 @@ class MllmModel(MllmPreTrainedModel):
         # asked
         asked: Tensor | None = None,
         # end
+        # regions
+        regions: Tensor | None = None,
+        # end
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Return hidden states [B, T, D] after the final norm.
@@ -235,6 +252,9 @@ class MllmModel(MllmPreTrainedModel):
             # asked
             asked: [V, L], as `get_image_features`.
             # end
+            # regions
+            regions: as `get_image_features`.
+            # end
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -244,14 +264,26 @@ class MllmModel(MllmPreTrainedModel):
                 pixel_values,
                 original_sizes,
                 # asked
-                asked,
+                asked=asked,
+                # end
+                # regions
+                regions=regions,
                 # end
             )
         elif pixel_values is not None:
             raise ValueError("pixel_values need input_ids, which say where the images are")
         # spatial
-        given = (pixel_values, original_sizes, position_ids, attention_mask)
-        position_ids, ahead = self.positions(input_ids, *given, past_key_values)
+        position_ids, ahead = self.positions(
+            input_ids,
+            pixel_values,
+            original_sizes,
+            position_ids,
+            attention_mask,
+            past_key_values,
+            # regions
+            regions,
+            # end
+        )
         # end
         # blocks
         attention_mask = opened_masks(
@@ -266,8 +298,9 @@ class MllmModel(MllmPreTrainedModel):
             **kwargs,
         )
         # spatial
-        if outputs.past_key_values is not None and ahead is not None:
-            outputs.past_key_values.rope_deltas = ahead
+        cache: Any = outputs.past_key_values
+        if cache is not None and ahead is not None:
+            cache.rope_deltas = ahead
         # end
         return outputs
 
@@ -280,6 +313,9 @@ class MllmModel(MllmPreTrainedModel):
         position_ids: Tensor | None,
         attention_mask: Tensor | None,
         cache: Any = None,
+        # regions
+        regions: Tensor | None = None,
+        # end
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return positions [3, B, T] (time, row, column), and what `placed_after` returns besides.
 
@@ -290,6 +326,9 @@ class MllmModel(MllmPreTrainedModel):
         none = pixel_values is None and original_sizes is None
         layouts = [] if none else self.layouts(pixel_values, original_sizes)
         grids = view_grids(self.vision_tower, self.config.connector, layouts)
+        # regions
+        layouts = with_regions(layouts, regions)
+        # end
         slots = input_ids == self.config.image_token_id
         order = standing_tokens(layouts)
         return placed_after(slots, grids, order, position_ids, attention_mask, cache)
@@ -320,7 +359,10 @@ class MllmModel(MllmPreTrainedModel):
         pixel_values: Any,
         original_sizes: Any,
         # asked
-        asked: Any,
+        asked: Any = None,
+        # end
+        # regions
+        regions: Any = None,
         # end
     ) -> Tensor:
         """Embed ids [B, T] to [B, T, D], with the image tokens replaced by visual tokens."""
@@ -331,7 +373,10 @@ class MllmModel(MllmPreTrainedModel):
             pixel_values,
             original_sizes,
             # asked
-            asked,
+            asked=asked,
+            # end
+            # regions
+            regions=regions,
             # end
             return_dict=True,
         )
@@ -390,6 +435,9 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
         # asked
         asked: Tensor | None = None,
         # end
+        # regions
+        regions: Tensor | None = None,
+        # end
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits [B, T, W] and, with labels [B, T] (not shifted), the mean loss over them.
@@ -408,6 +456,9 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
             return_dict=True,
             # asked
             asked=asked,
+            # end
+            # regions
+            regions=regions,
             # end
             **kwargs,
         )
@@ -438,13 +489,22 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
         # spatial
         if kwargs.get("inputs_embeds") is None:
             names = ("pixel_values", "original_sizes", "position_ids", "attention_mask")
-            places, _ = self.model.positions(input_ids, *map(kwargs.get, names))
+            places, _ = self.model.positions(
+                input_ids,
+                *map(kwargs.get, names),
+                # regions
+                regions=kwargs.get("regions"),
+                # end
+            )
             inputs["position_ids"] = places[..., -inputs["input_ids"].shape[1] :]
         # end
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs["pixel_values"] = inputs["original_sizes"] = None
             # asked
             inputs["asked"] = None
+            # end
+            # regions
+            inputs["regions"] = None
             # end
         return inputs
 
@@ -461,9 +521,15 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
         # asked
         asked = model_kwargs.pop("asked", None)
         # end
+        # regions
+        regions = model_kwargs.pop("regions", None)
+        # end
         if pixel_values is not None and expand_size > 1:
             assert input_ids is not None
             layouts = self.model.layouts(pixel_values, original_sizes)
+            # regions
+            layouts = with_regions(layouts, regions)
+            # end
             rows = self._images_of_rows(input_ids, layouts)
             images = [image for row in rows for _ in range(expand_size) for image in row]
             pixel_values, original_sizes = pick_images(
@@ -472,6 +538,9 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
             # asked
             if asked is not None:
                 asked = asked[rows_of([len(layout.sizes) for layout in layouts], images)]
+            # end
+            # regions
+            regions = pick_regions(regions, images)
             # end
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size,
@@ -482,6 +551,9 @@ class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):
         given = {"pixel_values": pixel_values, "original_sizes": original_sizes}
         # asked
         given["asked"] = asked
+        # end
+        # regions
+        given["regions"] = regions
         # end
         return input_ids, {**model_kwargs, **given}
 

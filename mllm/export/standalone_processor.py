@@ -13,6 +13,7 @@ from transformers.processing_utils import MultiModalData
 
 from mllm.export.standalone_images import image_layout
 from mllm.export.standalone_questions import question_rows, questions_of
+from mllm.export.standalone_regions import boxes_of, images_of_regions, region_rows
 from mllm.export.standalone_square import (
     MllmImageProcessor,
     image_geometry,
@@ -20,6 +21,7 @@ from mllm.export.standalone_square import (
     image_rows,
 )
 from mllm.models.geometry import Geometry, Layout
+from mllm.models.regions import REGION_TOKEN
 
 
 class MllmProcessor(ProcessorMixin):
@@ -78,6 +80,10 @@ class MllmProcessor(ProcessorMixin):
         if text is not None and kwargs.get("add_special_tokens"):
             kwargs["add_special_tokens"], text = False, [self._begun(one) for one in texts]
         # end
+        # regions
+        boxes = kwargs.pop("regions", None) or []
+        owners = images_of_regions(texts, self.image_token)
+        # end
         # asked
         questions = self._questions(images, kwargs.pop("questions", None), templated)
         # end
@@ -85,10 +91,31 @@ class MllmProcessor(ProcessorMixin):
         # asked
         if images is not None:
             layouts = self._layouts(found)
-            found["asked"] = question_rows(questions or [""] * len(layouts), layouts, self.tokenizer)
+            found["asked"] = question_rows(
+                questions or [""] * len(layouts), layouts, self.tokenizer
+            )
+        # end
+        # regions
+        if boxes or owners:
+            self._add_regions(found, boxes, owners)
         # end
         return found
 
+    # regions
+    def _add_regions(self, found: Any, boxes: Any, owners: list[int]) -> None:
+        """Add what the model is told about regions, and put image tokens in their places."""
+        sizes = found["original_sizes"].tolist()
+        rule, connector = self._geometry, self.image_processor.connector
+        layouts = self._layouts(found)
+        found["regions"] = region_rows(boxes, owners, layouts, sizes, rule, connector)
+        region, image = self.tokenizer.convert_tokens_to_ids(REGION_TOKEN), self.image_token_id
+        ids = found["input_ids"]
+        if isinstance(ids, list):
+            found["input_ids"] = [[image if one == region else one for one in row] for row in ids]
+        else:
+            ids[ids == region] = image
+
+    # end
     # before_begin
     def _begun(self, text: str) -> str:
         """Put the begin token before a text that has none, but after the images there."""
@@ -116,16 +143,16 @@ class MllmProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; a template writes all special tokens that there are to be."""
         given = {"add_special_tokens": False, **(kwargs.pop("processor_kwargs", None) or {})}
-        # asked
         if "padding" in kwargs:  # else transformers takes it instead of `processor_kwargs`
             given["padding"] = kwargs.pop("padding")
-        single = bool(conversation) and isinstance(conversation[0], dict)
-        several = [conversation] if single else conversation
-        given["questions"] = [question for one in several for question in questions_of(one)]
+        # regions
+        conversation, given["regions"] = boxes_of(conversation)
         # end
-        return super().apply_chat_template(  # type: ignore[misc]
-            conversation, *args, processor_kwargs=given, **kwargs
-        )
+        # asked
+        given["questions"] = questions_of(conversation)
+        # end
+        kwargs["processor_kwargs"] = given
+        return super().apply_chat_template(conversation, *args, **kwargs)  # type: ignore[misc]
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         """Return the text that stands for an image: its image tokens, and marks between them."""

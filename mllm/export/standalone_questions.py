@@ -6,7 +6,7 @@ question.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,16 @@ from mllm.models.geometry import Layout
 from mllm.models.turns import asked_about
 
 
-def questions_of(messages: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return for each image of a conversation what is asked about it; answers are not."""
+def questions_of(conversation: Any) -> list[str]:
+    """Return for each image what is asked about it; answers are not.
+
+    Args:
+        conversation: messages, or several conversations.
+    """
+    if conversation and not isinstance(conversation[0], Mapping):
+        return [question for one in conversation for question in questions_of(one)]
     parts: list[tuple[str | None, str | None]] = []
-    for message in messages:
+    for message in conversation:
         role, content = message["role"], message["content"]
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             said = "" if role == "assistant" else part.get("text") or ""

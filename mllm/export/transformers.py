@@ -85,11 +85,6 @@ def check(model: MultimodalModel, processor: Processor) -> None:
             f"the fusion {model.config.fusion['name']} reaches into the language model's layers, "
             "and an exported model has its visual tokens in the sequence only"
         )
-    if processor.images.get("regions") == "feature":
-        raise ValueError(
-            "images.regions: feature puts the mean of visual tokens into the text, and there is no "
-            "way to hand transformers a box; decimals and thousandths can be exported"
-        )
     body, name = model.language_model.base_model, type(model.language_model).__name__
     alone: Any = AutoModel._model_mapping[type(model.language_model.config)]
     if type(body) is not alone:
@@ -133,6 +128,7 @@ def _particular(model: MultimodalModel, processor: Processor) -> set[str]:
         "before_begin": processor.template.image_text.before_begin,
         "blocks": config.bidirectional_images,
         "marked": _mark(processor) is not None,
+        "regions": processor.images.get("regions") == "feature",
         "spatial": is_spatial(config.text_config),
     }
     return {name for name, needed in has.items() if needed}

@@ -60,13 +60,20 @@ def boxes_of_images(document: Document) -> list[tuple[int, Box]]:
 def inside(
     box: Box, height: int, width: int, geometry: Geometry, output_grid: OutputGrid
 ) -> NDArray[np.int64]:
-    """Return which of an image's visual tokens, as its views make them, lie in a box.
+    """Return which of an image's visual tokens, as its views make them, lie in a box."""
+    sizes = geometry.view_sizes(height, width)
+    grids = [output_grid(geometry.grid(*size)) for size in sizes]
+    return tokens_inside(box, geometry.spans(height, width), grids)
+
+
+def tokens_inside(
+    box: Box, spans: Sequence[Span], grids: Sequence[tuple[int, int]]
+) -> NDArray[np.int64]:
+    """Return which of the visual tokens of views, (rows, columns) of each span, lie in a box.
 
     A token counts where its middle does; where none does, the one whose middle is nearest.
     """
-    sizes = geometry.view_sizes(height, width)
-    grids = [output_grid(geometry.grid(*size)) for size in sizes]
-    middles = np.concatenate([*map(_middles, geometry.spans(height, width), grids)])
+    middles = np.concatenate([*map(_middles, spans, grids)])
     left, top, right, bottom = box
     x, y = middles[:, 0], middles[:, 1]
     found = np.flatnonzero((left <= x) & (x < right) & (top <= y) & (y < bottom))

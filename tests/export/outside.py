@@ -33,15 +33,26 @@ from transformers import (  # noqa: E402
 )
 
 
-def messages(images: list[str]) -> list[dict[str, Any]]:
-    """Two pictures and two questions."""
+def messages(images: list[str], box: list[float] | None) -> list[dict[str, Any]]:
+    """Two pictures and two questions, the second perhaps of a region."""
     first, second = ({"type": "image", "path": path} for path in images)
     question = {"type": "text", "text": "\nWhat is this?"}
+    region = [] if box is None else [{"type": "text", "text": "", "box": box}]
     return [
         {"role": "user", "content": [first, question]},
         {"role": "assistant", "content": [{"type": "text", "text": "It is a dog."}]},
-        {"role": "user", "content": [second, {"type": "text", "text": "\nWhich room?"}]},
+        {"role": "user", "content": [second, {"type": "text", "text": "\nWhich room?"}, *region]},
     ]
+
+
+def stepped(model: Any, chat: Any, answered: torch.Tensor) -> dict[str, Any]:
+    """Logits of the last token of an answer, with a cache that is filled by hand and without."""
+    length = chat["input_ids"].shape[1]
+    found = model(**chat, use_cache=True)
+    for token in answered[:, length:].split(1, dim=1):
+        found = model(input_ids=token, past_key_values=found.past_key_values, use_cache=True)
+    chat = {**chat, "input_ids": answered, "attention_mask": torch.ones_like(answered)}
+    return {"stepped": found.logits[:, -1], "whole": model(**chat).logits[:, -1]}
 
 
 @torch.no_grad()
@@ -51,6 +62,8 @@ def answer(
     again: str,
     adapter: str | None,
     image: str = "<image>",
+    box: list[float] | None = None,
+    step: bool = False,
     **by_hand: Any,
 ) -> dict[str, Any]:
     """Load the folder; `image` stands for one in raw texts, `by_hand` goes to the processor."""
@@ -58,16 +71,18 @@ def answer(
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     options: dict[str, Any] = {"add_generation_prompt": True}
-    turns = messages(images)
+    turns = messages(images, box)
+    region = {} if box is None else {"regions": [box]}
     chat = processor.apply_chat_template(
         turns, tokenize=True, return_dict=True, return_tensors="pt", **options
     )
     text = processor.apply_chat_template(turns, **options)
-    told = processor(text=text, images=images, return_tensors="pt", **by_hand)
+    told = processor(text=text, images=images, return_tensors="pt", **by_hand, **region)
     caption = processor(text=f"{image}\na red chair", images=images[:1], return_tensors="pt")
     both = processor(
-        text=["a red chair", f"{image}{image}\na small parrot"],
+        text=["a red chair", f"{image}{image}\na small parrot{'<region>' if box else ''}"],
         images=images,
+        **region,
         return_tensors="pt",
         padding=True,
     )
@@ -83,6 +98,8 @@ def answer(
         "greedy": model.generate(**chat, **limits),
         "beams": model.generate(**both, **limits, num_beams=2)[:, -4:],
     }
+    if step:
+        result |= stepped(model, chat, result["greedy"])
     if adapter is not None:
         from peft import PeftModel
 

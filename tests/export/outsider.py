@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image as PillowImage
 
-from data_packing.document import Document, Image
+from data_packing.document import Box, Document, Image, Text
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
 
@@ -46,27 +46,31 @@ def ask(root: Path, requests: Mapping[str, Mapping[str, Any]]) -> dict[str, dict
     return {name: torch.load(root / f"{name}.pt", weights_only=False) for name in requests}
 
 
-def conversation(pictures: list[str]) -> Document:
+def conversation(pictures: list[str], box: Box | None = None) -> Document:
     """The conversation of outside.py."""
     first, second = (Image.open(Path(path)) for path in pictures)
+    region = [] if box is None else [Text("", box=box)]
     return Document.conversation(
         [
             ("user", [first, "\nWhat is this?"]),
             ("assistant", "It is a dog."),
-            ("user", [second, "\nWhich room?"]),
+            ("user", [second, "\nWhich room?", *region]),
         ]
     )
 
 
 @torch.no_grad()
-def here(model: MultimodalModel, processor: Processor, pictures: list[str]) -> dict[str, Any]:
+def here(
+    model: MultimodalModel, processor: Processor, pictures: list[str], box: Box | None = None
+) -> dict[str, Any]:
     """What this package makes of the same conversation and caption."""
     images = [Image.open(Path(path)) for path in pictures]
-    inputs = processor.prompt(conversation(pictures))
+    inputs = processor.prompt(conversation(pictures, box))
     two = Document(
         (
             *Document.caption(images[0], "a").parts[:1],
             *Document.caption(images[1], "\na small parrot").parts,
+            *([] if box is None else [Text("", box=box)]),
         )
     )
     both = processor.prompts([Document(Document.caption(images[0], "a red chair").parts[1:]), two])

@@ -114,11 +114,7 @@ def test_fusions_beside_the_sequence_are_refused(build: Callable[..., Any], fusi
         check(*build(fusion=fusion))
 
 
-def test_features_of_regions_are_refused_and_boxes_as_text_are_not(
-    build: Callable[..., Any],
-) -> None:
-    with pytest.raises(ValueError, match="images.regions: feature puts the mean"):
-        check(*build(images={"regions": "feature"}))
+def test_boxes_as_text_need_nothing(build: Callable[..., Any]) -> None:
     model, processor = build(images={"regions": "thousandths", "clip_tokens": 99})
     check(model, processor)
     assert "TILINGS" not in source(model, processor)
