@@ -173,6 +173,34 @@ def test_bounds_of_native_resolution_may_change(build: Callable[..., Any], tmp_p
         model(**found)
 
 
+def test_positions_in_three_directions_are_told_beforehand(
+    build: Callable[..., Any], tmp_path: Path
+) -> None:
+    """It asks with the grids that its cache has, and then hands over embeddings and positions."""
+    text = save_family(tmp_path / "family", FAMILIES["qwen2_5_vl_text"])
+    parts = {**ASSEMBLIES["native pixels"], "language_model": text}
+    export(*build(**parts), tmp_path / "exported")
+    model, processor = (load(kind, tmp_path / "exported") for kind in (AutoModel, AutoProcessor))
+    assert "mrope_section" in model.config.get_text_config().rope_parameters
+    found = processor(text="a<image>b<image>c", images=pictures()[:2], return_tensors="pt")
+    ids, grids = found["input_ids"], found["image_grid_thw"]
+    types = (ids == processor.image_token_id).int()
+    positions, ahead = model.get_rope_index(
+        input_ids=ids, image_grid_thw=grids, video_grid_thw=None, mm_token_type_ids=types
+    )
+    assert positions.shape == (3, *ids.shape)
+    assert ahead.tolist() == [[int(positions.max()) + 1 - ids.shape[1]]]
+    assert not torch.equal(positions[1], positions[2])
+    tokens = torch.cat(
+        model.get_image_features(found["pixel_values"], image_grid_thw=grids).pooler_output
+    )
+    embeds = model.get_input_embeddings()(ids).masked_scatter(types.bool()[..., None], tokens)
+    states = model(inputs_embeds=embeds, position_ids=positions, use_cache=False)[0]
+    torch.testing.assert_close(states, model(**found)[0], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="positions of image tokens need image_grid_thw"):
+        model.get_rope_index(input_ids=ids)
+
+
 @pytest.mark.parametrize("name", ["granite", "minicpm3", "cohere", "gemma2", "phi", "llama"])
 def test_vllm_s_logits_are_the_family_s(
     name: str, build: Callable[..., Any], tmp_path: Path
