@@ -18,17 +18,19 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from mllm.export.source_sections import with_sections
 from mllm.parts import IMAGES
 
-ROOTS = ("mllm.export.standalone_processor", "mllm.export.standalone")
+ROOTS = (
+    "mllm.export.standalone_processor",
+    "mllm.export.standalone",
+    "mllm.export.standalone_generating",
+)
 _CLASSES = "mllm.export.standalone"
 """What the modules are called whose classes are taken whole."""
 
 _NATIVE = {"standalone_square": "standalone_native", "original_sizes": "image_grid_thw"}
 """What ROOTS say otherwise for encoders of native resolution."""
-
-_SECTIONS = {"asked", "before_begin", "blocks", "marked", "newline", "regions", "spatial", "tiles"}
-"""Parts of the ROOTS between `# name` and `# end`, for the models that need them."""
 
 _OWN = ("mllm.", "data_packing.")
 _ALWAYS = {"__init__", "__call__", "__post_init__", "_apply", "forward"}
@@ -90,7 +92,7 @@ def bundle(header: str, tables: Mapping[str, tuple[str, ...]], sections: frozens
     Args:
         header: its docstring's text.
         tables: for each registry (ENCODERS, CONNECTORS, TILINGS) the names that it has there.
-        sections: parts of the ROOTS to take, of _SECTIONS; `native` instead of squares.
+        sections: parts of the ROOTS to take, of SECTIONS; `native` instead of squares.
 
     Raises:
         ValueError: two parts define the same name differently.
@@ -117,7 +119,7 @@ def _module(name: str, sections: frozenset[str]) -> _Module:
     assert spec.origin is not None
     text = Path(spec.origin).read_text(encoding="utf-8")
     if name.startswith(_CLASSES):
-        text = _with_sections(text, sections)
+        text = with_sections(text, sections)
     if name in ROOTS and "native" in sections:
         for ours, theirs in _NATIVE.items():
             text = text.replace(ours, theirs)
@@ -130,21 +132,6 @@ def _module(name: str, sections: frozenset[str]) -> _Module:
             documented = isinstance(statement, ast.Assign | ast.AnnAssign) and _is_text(after)
             module.defined[target] = [statement, *([after] if documented and after else [])]
     return module
-
-
-def _with_sections(text: str, sections: frozenset[str]) -> str:
-    """Leave out the lines of other sections, and the marks; sections may lie in each other."""
-    lines: list[str] = []
-    inside: list[bool] = []
-    for line in text.splitlines():
-        mark = re.fullmatch(r" *# (\w+)", line)
-        if mark and mark[1] in _SECTIONS:
-            inside.append(mark[1] in sections)
-        elif mark and mark[1] == "end":
-            inside.pop()
-        elif all(inside):
-            lines.append(line)
-    return "\n".join(lines)
 
 
 def _take(result: _Bundle, where: str, name: str, sections: frozenset[str]) -> None:
