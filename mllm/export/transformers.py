@@ -237,6 +237,7 @@ def _write_processor(module: Any, processor: Processor, folder: Path) -> None:
         chat_template=tokenizer.chat_template,
         image_token=processor.image_token,
         image_text=processor.image_token if asked == written else written,
+        image_marks=processor.template.image_marks,
     )
     exported.save_pretrained(folder)
     file = folder / "processor_config.json"
