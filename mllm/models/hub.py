@@ -53,6 +53,7 @@ def hub_file(path: str | Path, name: str, what: str, **where: Any) -> Path:
     Raises:
         ValueError: it is not there.
     """
+    check_folder(path, what)
     if Path(path).is_dir():
         return Path(path) / where.get("subfolder", "") / name
     with loading(what, path):

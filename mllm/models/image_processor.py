@@ -94,6 +94,6 @@ def check_images_kwargs(kwargs: Mapping[str, Any]) -> None:
     """
     if kwargs:
         raise ValueError(
-            f"the processor takes no argument {min(kwargs)!r}: how an image is prepared is part of "
+            f"the processor takes no argument {min(kwargs)!r}; how an image is prepared is part of "
             "the model"
         )

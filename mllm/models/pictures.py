@@ -61,7 +61,8 @@ def read_image(source: str | Path | bytes) -> bytes:
             raise ValueError(f"{shown}: No such file or directory") from error
         raise ValueError(f"{shown}: not valid base64: {error}") from error
     except OSError as error:
-        raise ValueError(f"{shown}: {error.strerror or error}") from error
+        reason = getattr(error, "reason", None)  # of an address
+        raise ValueError(f"{shown}: {reason or error.strerror or error}") from error
     except (HTTPException, ValueError) as error:
         raise ValueError(f"{shown}: {error}") from error
 

@@ -23,7 +23,7 @@ from mllm.models.calls import Calls
 from mllm.models.chat_template import with_images
 from mllm.models.clips import thinned
 from mllm.models.connectors import CONNECTORS
-from mllm.models.errors import check_folder, choose, loading, read_json, unknown
+from mllm.models.errors import choose, loading, read_json, unknown
 from mllm.models.expansion import Expander
 from mllm.models.fusion import check_images as check_fusion
 from mllm.models.fusion import fusion_class
@@ -353,7 +353,6 @@ class Processor(Calls, ProcessorMixin):
             ValueError: there is no processor, a file is damaged, or an argument is unknown.
         """
         path = pretrained_model_name_or_path
-        check_folder(path, "processor")
         where = {name: kwargs.pop(name) for name in HUB if kwargs.get(name) is not None}
         limits = {name: kwargs.pop(name) for name in LIMITS if kwargs.get(name) is not None}
         options = {name: kwargs.pop(name) for name in _TOKENIZER if name in kwargs}
