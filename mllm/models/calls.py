@@ -154,10 +154,7 @@ class Calls:
         if unused := unknown_to(template, said.difference(_ANY_TEMPLATE)):
             raise ValueError(f"neither the chat template nor the processor takes {unused[0]!r}")
         write: Any = self.tokenizer.apply_chat_template
-        return [
-            str(write(one, chat_template=template, tokenize=False, **given))
-            for one in turns
-        ]
+        return [str(write(one, chat_template=template, tokenize=False, **given)) for one in turns]
 
     def _batch(
         self, ids_and_documents: Sequence[tuple[NDArray[np.int64], Document]], wanted: Rows

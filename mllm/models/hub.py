@@ -55,6 +55,6 @@ def hub_file(path: str | Path, name: str, what: str, **where: Any) -> Path:
     """
     check_folder(path, what)
     if Path(path).is_dir():
-        return Path(path) / where.get("subfolder", "") / name
+        return Path(path) / str(where.get("subfolder", "")) / name
     with loading(what, path):
-        return Path(cached_file(str(path), name, **where))
+        return Path(str(cached_file(str(path), name, **where)))

@@ -68,7 +68,9 @@ class MultimodalImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: always.
         """
-        raise ValueError("an image processor is saved with its processor: processor.save_pretrained")
+        raise ValueError(
+            "an image processor is saved with its processor: processor.save_pretrained"
+        )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import os.path
 from http.client import HTTPException
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -51,7 +51,7 @@ def read_image(source: str | Path | bytes) -> bytes:
             return bytes_of_base64(text.partition(",")[2])
         if text.startswith("file://"):
             text = url2pathname(urlsplit(text).path)
-        elif isinstance(source, str) and not os.path.isfile(text):
+        elif isinstance(source, str) and not isfile(text):
             coded = bytes_of_base64(text) if len(text) % 4 == 0 or "\n" in text else b""
             if is_image(coded):
                 return coded

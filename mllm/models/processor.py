@@ -48,7 +48,7 @@ _OF_AUTO_CLASSES = {
 """What transformers' Auto classes and pipelines pass on, which changes nothing here."""
 
 
-class Processor(Calls, ProcessorMixin):
+class Processor(Calls, ProcessorMixin):  # type: ignore[misc]
     """Tokenizer, image geometry and connector geometry together; needs no model, can be pickled.
 
     Args:

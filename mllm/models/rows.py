@@ -1,14 +1,13 @@
-"""How rows of ids become one tensor: padding and truncation, by the names that transformers uses."""
+"""How rows of ids become one tensor: padding and truncation, under the names of transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -16,10 +15,21 @@ from mllm.models.expansion import Expanded
 
 _NESTED = ("text_kwargs", "images_kwargs", "common_kwargs")
 _ENDLESS = 10**15  # a tokenizer's `model_max_length` where it has none
-_PADDING = {True: "longest", "longest": "longest", "max_length": "max_length", False: "no"}
-_PADDING |= {"do_not_pad": "no"}
-_TRUNCATION = {None: False, False: False, "do_not_truncate": False, True: True}
-_TRUNCATION |= {"longest_first": True, "only_first": True}
+_PADDING: dict[bool | str, str] = {
+    True: "longest",
+    "longest": "longest",
+    False: "no",
+    "do_not_pad": "no",
+    "max_length": "max_length",
+}
+_TRUNCATION: dict[bool | str | None, bool] = {
+    True: True,
+    "longest_first": True,
+    "only_first": True,
+    None: False,
+    False: False,
+    "do_not_truncate": False,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +56,8 @@ class Rows:
     return_attention_mask: bool = True
 
     def __post_init__(self) -> None:
-        values = {"padding": self.padding, "truncation": self.truncation}
-        for (name, value), known in zip(values.items(), (_PADDING, _TRUNCATION), strict=True):
-            if not isinstance(value, str | bool | None) or value not in known:
-                raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, known))}")
+        _check("padding", self.padding, [*_PADDING])
+        _check("truncation", self.truncation, [*_TRUNCATION])
         if self.padding_side not in (None, "left", "right"):
             raise ValueError(f"padding_side={self.padding_side!r} is neither 'left' nor 'right'")
         for name in ("max_length", "pad_to_multiple_of"):
@@ -99,6 +107,11 @@ class Rows:
         if self.return_attention_mask:
             result["attention_mask"] = torch.from_numpy(mask)
         return result
+
+
+def _check(name: str, value: object, known: list[Any]) -> None:
+    if not isinstance(value, str | bool | None) or value not in known:
+        raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, known))}")
 
 
 def _cut(row: Expanded, limit: int) -> Expanded:

@@ -37,9 +37,9 @@ def both(adds: bool, template: str, image_text: ImageText | None) -> tuple[Proce
 
 
 def ids(processor: Any, text: Any, image: Any, **how: Any) -> list[list[int]]:
-    rows: list[list[int]] = processor(
-        text=text, images=image, return_tensors="pt", **how
-    )["input_ids"].tolist()
+    rows: list[list[int]] = processor(text=text, images=image, return_tensors="pt", **how)[
+        "input_ids"
+    ].tolist()
     return rows
 
 

@@ -152,7 +152,10 @@ def test_files_and_addresses(tmp_path: Path) -> None:
     address = f"http://127.0.0.1:{server.server_port}"
     forms = [
         *(path, str(path), path.as_uri(), data, code, f"data:image/png;base64,{code}"),
-        *("\n".join(code[at : at + 76] for at in range(0, len(code), 76)), f"{address}/a%20photo.png"),
+        *(
+            "\n".join(code[at : at + 76] for at in range(0, len(code), 76)),
+            f"{address}/a%20photo.png",
+        ),
     ]
     for form in forms:
         check(form, np.array(photo()))

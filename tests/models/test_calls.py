@@ -1,4 +1,4 @@
-"""A processor is called as collate functions and generation loops of transformers' users call it."""
+"""A processor is called as the collate functions and loops of transformers' users call it."""
 
 from __future__ import annotations
 
@@ -208,5 +208,3 @@ def test_bounds_of_native_resolution_are_given_on_loading(tmp_path: Any) -> None
     smaller = Processor.from_pretrained(tmp_path, max_pixels=1024)
     assert processor.image_cost(640, 640)[0] == 64
     assert smaller.image_cost(640, 640)[0] == 16
-
-
