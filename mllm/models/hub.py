@@ -37,6 +37,7 @@ def local_folder(path: str | Path, what: str) -> Path:
     check_folder(path, what)
     if Path(path).is_dir():
         return Path(path)
+    hub_file(path, "config.json", what)  # whose errors are the plainest
     with loading(what, path):
         return Path(snapshot_download(str(path), allow_patterns=_WANTED))
 

@@ -87,14 +87,7 @@ class Rows:
             limit = tokenizer.model_max_length
         if self.truncates and limit is not None:
             rows = [_cut(row, limit) for row in rows]
-        length = max(len(row.ids) for row in rows)
-        way = _PADDING[self.padding]
-        if way == "no" and any(len(row.ids) != length for row in rows):
-            raise ValueError("rows of different lengths make no tensor: leave padding=False out")
-        if way == "max_length" and limit is not None:
-            length = max(length, limit)
-        if way != "no":
-            length += -length % (self.pad_to_multiple_of or 1)
+        length = self._length([len(row.ids) for row in rows], limit)
         left = (self.padding_side or tokenizer.padding_side) == "left"
         pad = tokenizer.pad_token_id
         pad = tokenizer.eos_token_id if pad is None else pad
@@ -107,6 +100,21 @@ class Rows:
         if self.return_attention_mask:
             result["attention_mask"] = torch.from_numpy(mask)
         return result
+
+    def _length(self, lengths: list[int], limit: int | None) -> int:
+        """T, of rows of these lengths."""
+        way, longest = _PADDING[self.padding], max(lengths)
+        if way == "no":
+            if min(lengths) != longest:
+                raise ValueError(
+                    "rows of different lengths make no tensor: leave padding=False out"
+                )
+            return longest
+        if way == "max_length":
+            if limit is None:
+                raise ValueError("padding='max_length' needs max_length: the tokenizer has none")
+            longest = max(longest, limit)
+        return longest + -longest % (self.pad_to_multiple_of or 1)
 
 
 def _check(name: str, value: object, known: list[Any]) -> None:

@@ -110,6 +110,7 @@ def test_lengths_are_as_asked(parts: Parts) -> None:
     [
         ({"padding": False}, "rows of different lengths"),
         ({"padding": "maybe"}, "padding='maybe' is none of True"),
+        ({"padding": "max_length"}, "needs max_length: the tokenizer has none"),
         ({"padding_side": "top"}, "neither 'left' nor 'right'"),
         ({"max_length": 9}, "says nothing without truncation=True"),
         ({"max_length": 0, "truncation": True}, "max_length=0 is no number"),
