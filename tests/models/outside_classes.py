@@ -1,42 +1,22 @@
-"""Loads folders in a process that cannot import us: python load_alone.py JOBS RESULT
-
-JOBS is a JSON file and holds `folders`, each with the name of its class, and `documents`: messages
-and paths of images. RESULT is a safetensors file with, for each folder and document, ids, logits,
-and what is generated greedily.
-"""
+"""What transformers' own classes make of folders; runs where ../outside.py says."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+import runpy
+from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
 
-class _Blocked:
-    """Finds nothing of ours, installed or not."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name.partition(".")[0] in ("mllm", "data_packing"):
-            raise ModuleNotFoundError(f"{name} is blocked in this process", name=name)
-        return None
+OWN = Path(__file__).with_name("own_processors.py")
 
 
-sys.meta_path.insert(0, _Blocked())
-
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from transformers import AutoModelForImageTextToText  # noqa: E402
-
-from tests.models.own_processors import own_processor  # noqa: E402
-
-
-def _inputs(processor: Any, messages: list[dict[str, Any]], images: list[str], prompt: bool) -> Any:
+def _by_hand(
+    processor: Any, messages: list[dict[str, Any]], images: list[str], prompt: bool
+) -> Any:
+    """Write the text first, then hand it over with the images."""
     pictures = [Image.open(path).convert("RGB") for path in images]
     text = processor.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
     return processor(
@@ -44,31 +24,51 @@ def _inputs(processor: Any, messages: list[dict[str, Any]], images: list[str], p
     )
 
 
+def _inputs(processor: Any, asked: dict[str, Any]) -> tuple[Any, Any]:
+    """What is computed, and what is gone on from."""
+    if "text" in asked:
+        image = Image.open(asked["image"])
+        inputs = processor(images=image, text=asked["text"], return_tensors="pt")
+        return inputs, inputs
+    messages = asked["messages"]
+    if "images" in asked:
+        images = asked["images"]
+        return (
+            _by_hand(processor, messages, images, prompt=False),
+            _by_hand(processor, messages[:-1], images, prompt=True),
+        )
+    inputs = processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    return inputs, inputs
+
+
 @torch.no_grad()
-def main(jobs: str, result: str) -> None:
-    try:
-        __import__("mllm")
-    except ModuleNotFoundError:
-        pass
-    else:
-        raise AssertionError("mllm can be imported")
-    torch.set_num_threads(1)
-    with open(jobs) as file:
-        given = json.load(file)
-    found: dict[str, torch.Tensor] = {}
-    for key, (folder, name) in given["folders"].items():
-        model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-        assert model.config.model_type == name, model.config.model_type
-        processor = own_processor(folder, name)
-        for number, (messages, images) in enumerate(given["documents"]):
-            inputs = _inputs(processor, messages, images, prompt=False)
-            found[f"{key}.{number}.ids"] = inputs["input_ids"][0]
-            found[f"{key}.{number}.logits"] = model(**inputs).logits[0]
-            prompt = _inputs(processor, messages[:-1], images, prompt=True)
-            wrote = model.generate(**prompt, max_new_tokens=8, do_sample=False)
-            found[f"{key}.{number}.wrote"] = wrote[0, prompt["input_ids"].shape[1] :]
-    save_file({key: value.contiguous() for key, value in found.items()}, result)
+def answer(folder: str, kind: str, documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Load a folder and return ids [T], logits [T, W] and eight new ids of every document.
 
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    Args:
+        kind: its `model_type`.
+        documents: {messages, images}, a whole conversation and the files of its images: computed
+            whole, and its last turn written anew; {messages} with files in them, to be gone on
+            with; or {image, text}.
+    """
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    assert model.config.model_type == kind, model.config.model_type
+    processor = runpy.run_path(str(OWN))["own_processor"](folder, kind)
+    found = []
+    for asked in documents:
+        whole, prompt = _inputs(processor, asked)
+        new = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+        found.append(
+            {
+                "ids": whole["input_ids"][0],
+                "logits": model(**whole).logits[0],
+                "new": new[0, prompt["input_ids"].shape[1] :],
+            }
+        )
+    return {"class": type(model).__name__, "documents": found}
