@@ -3,9 +3,9 @@
 Flamingo, Alayrac et al. 2022, arXiv 2204.14198: the layers are those of section 2.2 (figure 4), a
 token sees the last image before it (section 2.3), the MLP has squared ReLUs as its models do. An
 image takes one token in the text, and its visual tokens are keys and values: those of all its tiles
-where it is cut, as in Llama 3.2's vision models. Tokens that see no image pass such a layer
-unchanged, MLP included (as there): a text without images stays the language model's own, however
-far the gates have opened.
+where it is cut, as in Llama 3.2's vision models (mllama in transformers). Tokens that see no image
+pass such a layer unchanged, MLP included (as there): a text without images stays the language
+model's own, however far the gates have opened.
 
 Shapes: B rows, T tokens of a row, D hidden width; S text tokens that see an image, K visual tokens
 of a call, W their width; H heads, E head width.
