@@ -29,9 +29,11 @@ def save_pictures(root: Path) -> list[str]:
     return paths
 
 
-def ask(root: Path, requests: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def ask(
+    root: Path, requests: Mapping[str, Mapping[str, Any]], script: str = "outside.py"
+) -> dict[str, dict[str, Any]]:
     """Load every folder in one process without this project."""
-    return outside.ask(Path(__file__).with_name("outside.py"), requests, root)
+    return outside.ask(Path(__file__).with_name(script), requests, root)
 
 
 def conversation(pictures: list[str]) -> Document:
