@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ _ANY_TEMPLATE = {"add_generation_prompt", "continue_final_message"}
 """What may be asked of any template."""
 
 
-class Calls:
+class Calls(ABC):
     """Texts and images, or conversations, to what a model takes."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -32,11 +34,13 @@ class Calls:
     expander: Expander
     _reads_text: bool
 
+    @abstractmethod
     def _pixels(self, document: Document) -> list[NDArray[np.uint8]]:
-        raise NotImplementedError
+        """Return the views of a document's images."""
 
+    @abstractmethod
     def _asked(self, document: Document) -> list[NDArray[np.int64]]:
-        raise NotImplementedError
+        """Return what is asked about each view."""
 
     def __call__(
         self,
@@ -121,6 +125,8 @@ class Calls:
         tensors = tensors or return_tensors
         if tensors not in (None, "pt"):
             raise ValueError(f"ids become lists or tensors of torch ('pt'), not {tensors!r}")
+        if not (return_dict or tensors):  # lists, which need no padding
+            wanted = replace(wanted, padding=wanted.padding or True)
         texts = self._rendered(turns, chat_template, kwargs)
         if not tokenize:
             return texts if batch else texts[0]
