@@ -27,14 +27,15 @@ from mllm.models.regions import REGION_TOKEN
 class MllmProcessor(ProcessorMixin):
     """Texts and images to what the model takes.
 
-    A text has the image token once for every image. A text with any other special token was
-    written by the chat template and is tokenised as it is; before any other comes what the
-    tokenizer begins a text with. `add_special_tokens` decides otherwise.
+    A text has the image token once for every image. A text with any other special token, images'
+    marks left aside, was written by the chat template and is tokenised as it is; before any other
+    comes what the tokenizer begins a text with. `add_special_tokens` decides otherwise.
 
     Args:
         image_processor, tokenizer, chat_template: as in transformers.
         image_token: the placeholder.
         image_text: what is tokenised for an image; holds the image token once.
+        image_marks: special tokens that stand around an image in a text, raw or not.
         # marked
         image_mark: what the chat template writes for an image; texts may have it instead of the
             image token.
@@ -48,19 +49,23 @@ class MllmProcessor(ProcessorMixin):
         chat_template: Any = None,
         image_token: str = "<image>",
         image_text: str = "<image>",
+        image_marks: Sequence[str] = (),
         # marked
         image_mark: str = "<image>",
         # end
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_token, self.image_text = image_token, image_text
+        self.image_marks = list(image_marks)
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(image_token)
         added = self.tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special}
-        self._template_tokens = special.union(self.tokenizer.all_special_tokens) - {image_token}
+        special |= set(self.tokenizer.all_special_tokens)
+        self._template_tokens = special - {image_token, *image_marks}
+        plain, begun = (self.tokenizer("a", add_special_tokens=add) for add in (False, True))
+        self._tokenizer_begins = plain["input_ids"] != begun["input_ids"]
         # marked
         self.image_mark = image_mark
-        self._template_tokens -= {image_mark}
         # end
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
@@ -70,30 +75,33 @@ class MllmProcessor(ProcessorMixin):
         texts = [one.replace(self.image_mark, self.image_token) for one in texts]
         text = None if text is None else texts
         # end
-        templated = any(token in one for one in texts for token in self._template_tokens)
-        if text is not None and "add_special_tokens" not in {
-            **kwargs,
-            **(kwargs.get("text_kwargs") or {}),
-        }:
-            kwargs["add_special_tokens"] = not templated
-        # before_begin
-        if text is not None and kwargs.get("add_special_tokens"):
-            kwargs["add_special_tokens"], text = False, [self._begun(one) for one in texts]
-        # end
+        if text is not None and self._tokenizer_begins:
+            nested = kwargs["text_kwargs"] = dict(kwargs.get("text_kwargs") or {})
+            chosen = nested.pop("add_special_tokens", kwargs.get("add_special_tokens"))
+            begins = {self._begins(one, chosen) for one in texts}
+            if len(begins) > 1:
+                raise ValueError(
+                    "some of the texts are to get a begin token and others are not: process those "
+                    "of the chat template and raw ones apart"
+                )
+            kwargs["add_special_tokens"] = True in begins
+            # before_begin
+            if kwargs["add_special_tokens"]:
+                kwargs["add_special_tokens"], text = False, [self._begun(one) for one in texts]
+            # end
         # regions
         boxes = kwargs.pop("regions", None) or []
         owners = images_of_regions(texts, self.image_token)
         # end
         # asked
-        questions = self._questions(images, kwargs.pop("questions", None), templated)
+        questions = self._questions(images, kwargs.pop("questions", None), texts)
         # end
         found: BatchFeature = super().__call__(images=images, text=text, **kwargs)
         # asked
         if images is not None:
             layouts = self._layouts(found)
-            found["asked"] = question_rows(
-                questions or [""] * len(layouts), layouts, self.tokenizer
-            )
+            questions = questions or [""] * len(layouts)
+            found["asked"] = question_rows(questions, layouts, self.tokenizer)
         # end
         # regions
         if boxes or owners:
@@ -101,6 +109,25 @@ class MllmProcessor(ProcessorMixin):
         # end
         return found
 
+    def _begins(self, text: str, chosen: bool | None) -> bool:
+        """Whether a text gets the begin token; `chosen` by the caller, or None."""
+        if text.startswith(self.tokenizer.bos_token or "\0"):
+            return False
+        return self._is_raw(text) if chosen is None else chosen
+
+    def _is_raw(self, text: str) -> bool:
+        """Whether a text was not written by the chat template."""
+        return not any(token in text for token in self._template_tokens)
+
+    # before_begin
+    def _begun(self, text: str) -> str:
+        """Put the begin token before a text that has none, but after the images there."""
+        at, begin = 0, self.tokenizer.bos_token
+        while text.startswith(self.image_token, at):
+            at += len(self.image_token)
+        return text if text.startswith(begin, at) else f"{text[:at]}{begin}{text[at:]}"
+
+    # end
     # regions
     def _add_regions(self, found: Any, boxes: Any, owners: list[int]) -> None:
         """Add what the model is told about regions, and put image tokens in their places."""
@@ -116,30 +143,18 @@ class MllmProcessor(ProcessorMixin):
             ids[ids == region] = image
 
     # end
-    # before_begin
-    def _begun(self, text: str) -> str:
-        """Put the begin token before a text that has none, but after the images there."""
-        at, begin = 0, self.tokenizer.bos_token
-        while text.startswith(self.image_token, at):
-            at += len(self.image_token)
-        return text if text.startswith(begin, at) else f"{text[:at]}{begin}{text[at:]}"
-
-    # end
     # asked
-    def _questions(self, images: Any, questions: Any, templated: bool) -> list[str]:
+    def _questions(self, images: Any, questions: Any, texts: Sequence[str]) -> list[str]:
         """Return what is asked about each image; of raw texts with images nothing."""
-        if isinstance(questions, str):
-            questions = [questions]
-        if questions is None and templated and images is not None:
+        if questions is None and images is not None and not all(map(self._is_raw, texts)):
             raise ValueError(
                 "this model's connector reads what is asked about an image: hand over the "
                 "conversation, apply_chat_template(messages, tokenize=True), or for each image "
                 "what is asked about it, questions=[...]"
             )
-        return [*(questions or [])]
+        return [questions] if isinstance(questions, str) else [*(questions or [])]
 
     # end
-
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; a template writes all special tokens that there are to be."""
         given = {"add_special_tokens": False, **(kwargs.pop("processor_kwargs", None) or {})}
