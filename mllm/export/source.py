@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from mllm.export import source_fused as fused
 from mllm.parts import IMAGES
 
 ROOTS = ("mllm.export.standalone_processor", "mllm.export.standalone")
@@ -27,7 +28,7 @@ _CLASSES = "mllm.export.standalone"
 _NATIVE = {"standalone_square": "standalone_native", "original_sizes": "image_grid_thw"}
 """What ROOTS say otherwise for encoders of native resolution."""
 
-_SECTIONS = {"tiles", "newline"}
+_SECTIONS = {"tiles", "newline", "in_sequence", "fused"}
 _OWN = ("mllm.", "data_packing.")
 _ALWAYS = {"__init__", "__call__", "__post_init__", "_apply", "forward"}
 """Members that others call: torch, dataclasses, Python."""
@@ -39,12 +40,13 @@ _OF_SQUARES = {"VisionEncoder.GEOMETRY", "VisionEncoder.square", "VisionTransfor
 """What encoders of native resolution inherit and do not use."""
 
 _CHECKS = {"self.check", "check_images"}
-"""Statements that refuse what a recipe may not say; a saved model was checked."""
+"""Calls that refuse what a recipe may not say; a saved model was checked."""
 
 _DOCS = {
     "VisionEncoder": "A vision encoder; `width` features per cell.",
     "Connector": "From features [C, Dv] of views, each a grid, to their visual tokens [sum M, D].",
     "TiledGeometry": "An image as several squares of the encoder; `spec` has the options by name.",
+    **fused.DOCS,
 }
 """Docstrings that speak of training."""
 
@@ -53,7 +55,8 @@ _REPLACED = {
 def chosen(options: Mapping[str, Any], given: Mapping[str, Any], name: str) -> Any:
     """Return what is given for an option, or its default."""
     value = given.get(name)
-    return options[name] if value is None else value'''
+    return options[name] if value is None else value''',
+    **fused.REPLACED,
 }
 """`OPTIONS` are written as name → default, without what a recipe's author reads about them."""
 
@@ -87,8 +90,10 @@ def bundle(header: str, tables: Mapping[str, tuple[str, ...]], sections: frozens
 
     Args:
         header: its docstring's text.
-        tables: for each registry (ENCODERS, CONNECTORS, TILINGS) the names that it has there.
-        sections: parts of the ROOTS to take: `tiles`, `newline`; `native` instead of squares.
+        tables: for each registry (ENCODERS, CONNECTORS, FUSIONS, TILINGS) the names that it has
+            there.
+        sections: parts of the ROOTS to take: `tiles`, `newline`, `in_sequence` or `fused`;
+            `native` instead of squares.
 
     Raises:
         ValueError: two parts define the same name differently.
@@ -117,7 +122,8 @@ def _module(name: str, sections: frozenset[str]) -> _Module:
     if name.startswith(_CLASSES):
         left_out = "|".join(_SECTIONS - sections) or "(?!)"
         text = re.sub(rf"^ *# ({left_out})\n(.*\n)*?^ *# end\n", "", text, flags=re.MULTILINE)
-        text = re.sub(r"^ *# (tiles|newline|end)\n", "", text, flags=re.MULTILINE)
+        marks = "|".join((*_SECTIONS, "end"))
+        text = re.sub(rf"^ *# ({marks})\n", "", text, flags=re.MULTILINE)
     if name in ROOTS and "native" in sections:
         for ours, theirs in _NATIVE.items():
             text = text.replace(ours, theirs)
@@ -289,6 +295,8 @@ def _literal(value: object) -> str:
 
 
 def _is_check(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.If):
+        return ast.unparse(statement.test) in fused.NEVER
     call = statement.value if isinstance(statement, ast.Expr) else None
     return isinstance(call, ast.Call) and ast.unparse(call.func) in _CHECKS
 

@@ -3,7 +3,8 @@
 `mllm.export.source` writes this module and `standalone_processor` into the folder, after the parts
 of this package that the model is made of. Lines between `# tiles` and `# end` are for models that
 cut images, those between `# newline` and `# end` for models whose lines of visual tokens end with a
-learned row. For encoders of native resolution `standalone_native` stands in for
+learned row, and of `# in_sequence` and `# fused` one is for models whose images reach the language
+model in its sequence alone, the other (with `standalone_fused`) for all others. For encoders of native resolution `standalone_native` stands in for
 `standalone_square`, and `original_sizes` is called `image_grid_thw`.
 
 Shapes: B rows, T tokens of a row, D hidden width, W vocabulary; I images.
@@ -32,6 +33,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from mllm.export.standalone_fused import fuse_images, run_fused
 from mllm.export.standalone_square import (
     encode_images,
     image_geometry,
@@ -43,6 +45,7 @@ from mllm.export.standalone_square import (
 from mllm.models.connectors import CONNECTORS
 from mllm.models.encoders import ENCODERS
 from mllm.models.families import LogitsRule
+from mllm.models.fusion import FUSIONS
 from mllm.models.geometry import Layout
 from mllm.models.standing import Newline, standing
 
@@ -54,6 +57,9 @@ class MllmConfig(PreTrainedConfig):
         encoder: what the vision encoder is built from: `name`, `geometry` and what its class adds.
         connector: what the connector is built from: `name` and its options.
         images: how images are cut into tiles; empty for not at all.
+        # fused
+        fusion: how visual tokens reach the language model: `name` and its options.
+        # end
         text_config: configuration of the language model.
         image_token_id: the id that a visual token takes the place of.
         head_bias: whether the output layer has a bias.
@@ -66,6 +72,9 @@ class MllmConfig(PreTrainedConfig):
     encoder: dict[str, Any] = field(default_factory=dict)
     connector: dict[str, Any] = field(default_factory=dict)
     images: dict[str, Any] = field(default_factory=dict)
+    # fused
+    fusion: dict[str, Any] = field(default_factory=dict)
+    # end
     text_config: Any = None
     image_token_id: int = -1
     head_bias: bool = False
@@ -90,7 +99,9 @@ class MllmPreTrainedModel(PreTrainedModel):
     input_modalities: ClassVar[list[str]] = ["image", "text"]  # type: ignore[misc]
     supports_gradient_checkpointing = True
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]  # type: ignore[misc]
+    # in_sequence
     _supports_attention_backend = True
+    # end
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -118,6 +129,10 @@ class MllmModel(MllmPreTrainedModel):
         self.language_model = AutoModel.from_config(text)
         embedding: Any = self.language_model.get_input_embeddings()
         width = embedding.embedding_dim
+        # fused
+        self.fusion = FUSIONS[config.fusion["name"]](config.fusion, text, width)
+        width = self.fusion.visual_width
+        # end
         self.connector = CONNECTORS[config.connector["name"]](
             config.connector, self.vision_tower.width, width
         )
@@ -127,6 +142,9 @@ class MllmModel(MllmPreTrainedModel):
             self.connector.newline = Newline(width)
         # end
         self.post_init()
+        # fused
+        self._no_split_modules = {*(self._no_split_modules or ()), *self.fusion.WHOLE}
+        # end
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's token embedding."""
@@ -140,7 +158,11 @@ class MllmModel(MllmPreTrainedModel):
     def layouts(self, pixel_values: Tensor, original_sizes: Tensor | None) -> list[Layout]:
         """Return the layout of every image."""
         sizes = sizes_of(pixel_values, original_sizes)
-        return image_layouts(self.geometry, self.config.connector, sizes)
+        layouts = image_layouts(self.geometry, self.config.connector, sizes)
+        # fused
+        layouts = [self.fusion.layout(layout) for layout in layouts]
+        # end
+        return layouts
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def get_image_features(
@@ -197,19 +219,31 @@ class MllmModel(MllmPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is not None and pixel_values is not None:
+            raise ValueError("pixel_values need input_ids, which say where the images are")
+        kwargs |= {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+        }
+        # in_sequence
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids, pixel_values, original_sizes)
-        elif pixel_values is not None:
-            raise ValueError("pixel_values need input_ids, which say where the images are")
         outputs: BaseModelOutputWithPast = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
+            inputs_embeds=inputs_embeds, **kwargs
         )
+        # end
+        # fused
+        images = None
+        if pixel_values is not None:
+            shown = self.get_image_features(pixel_values, original_sizes, return_dict=True)
+            images = shown.pooler_output
+        fused = fuse_images(self, input_ids, images, inputs_embeds, past_key_values)
+        outputs = run_fused(self.language_model, fused, **kwargs)
+        # end
         return outputs
 
+    # in_sequence
     def _embed(self, input_ids: Any, pixel_values: Any, original_sizes: Any) -> Tensor:
         """Embed ids [B, T] to [B, T, D], with the image tokens replaced by visual tokens."""
         embeds: Tensor = self.get_input_embeddings()(input_ids)
@@ -224,6 +258,8 @@ class MllmModel(MllmPreTrainedModel):
                 "visual tokens: write the text with this model's processor and do not cut it"
             )
         return embeds.masked_scatter(slots[..., None], tokens)
+
+    # end
 
 
 class MllmForConditionalGeneration(MllmPreTrainedModel, GenerationMixin):

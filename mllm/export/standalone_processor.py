@@ -18,6 +18,7 @@ from mllm.export.standalone_square import (
     image_layouts,
     image_rows,
 )
+from mllm.models.fusion import FUSIONS
 from mllm.models.geometry import Geometry, Layout
 
 
@@ -32,6 +33,9 @@ class MllmProcessor(ProcessorMixin):
         image_processor, tokenizer, chat_template: as in transformers.
         image_token: the placeholder.
         image_text: what is tokenised for an image; holds the image token once.
+        # fused
+        fusion: the model's, which says how many image tokens an image takes.
+        # end
     """
 
     def __init__(
@@ -41,9 +45,15 @@ class MllmProcessor(ProcessorMixin):
         chat_template: Any = None,
         image_token: str = "<image>",
         image_text: str = "<image>",
+        # fused
+        fusion: dict[str, Any] | None = None,
+        # end
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_token, self.image_text = image_token, image_text
+        # fused
+        self.fusion = dict(fusion or {})
+        # end
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(image_token)
         added = self.tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special}
@@ -72,6 +82,9 @@ class MllmProcessor(ProcessorMixin):
         return self._written(layouts[image_idx])
 
     def _written(self, layout: Layout) -> str:
+        # fused
+        layout = FUSIONS[self.fusion["name"]].layout(layout)
+        # end
         pieces = [
             self.image_token * piece if isinstance(piece, int) else piece
             for piece in layout.writing

@@ -86,11 +86,6 @@ def check(model: MultimodalModel, processor: Processor) -> None:
             f"the language model {text_config.model_type} has positions in three directions, which "
             "an exported model does not make; write the class that it came from"
         )
-    if model.config.fusion:
-        raise ValueError(
-            f"the fusion {model.config.fusion['name']} reaches into the language model's layers, "
-            "and an exported model has its visual tokens in the sequence only"
-        )
     if processor.images.get("regions") == "feature":
         raise ValueError(
             "images.regions: feature puts the mean of visual tokens into the text, and there is no "
@@ -131,14 +126,15 @@ def source(model: MultimodalModel) -> str:
     tables = {
         "ENCODERS": tuple(dict.fromkeys(part["name"] for part in reversed(parts))),
         "CONNECTORS": (config.connector["name"],),
+        "FUSIONS": (config.fusion["name"],) if config.fusion else (),
         "TILINGS": (images["tiling"],) if images else (),
     }
     header = _HEADER.format(
         encoder=" and ".join(part["name"] for part in parts[1:] or parts),
-        connector=config.connector["name"],
+        connector=", ".join([config.connector["name"], *tables["FUSIONS"]]),
         language_model=config.text_config.model_type,
     )
-    sections = {"tiles"} if images else set()
+    sections = {"fused" if config.fusion else "in_sequence", *(["tiles"] if images else [])}
     if images and TILINGS[images["tiling"]].NEWLINE:
         sections.add("newline")
     if isinstance(model.encoder.geometry, NativeGeometry):
@@ -155,6 +151,11 @@ def tiling(images: Mapping[str, Any]) -> dict[str, Any]:
     if images.get("tiling") is None:
         return {}
     return {name: value for name, value in images.items() if name not in ("regions", "clip_tokens")}
+
+
+def _fusion(spec: dict[str, Any]) -> dict[str, Any]:
+    """The argument that exported classes have for a fusion; none for in the sequence."""
+    return {"fusion": spec} if spec else {}
 
 
 def _load(file: Path) -> ModuleType:
@@ -185,6 +186,7 @@ def _write_model(module: Any, model: MultimodalModel, processor: Processor, fold
         head_bias=head.bias is not None,
         logits_times=rule.times,
         logits_cap=rule.cap,
+        **_fusion(model.config.fusion),
         tie_word_embeddings=text_config.tie_word_embeddings,
         dtype=model.dtype,
     )
@@ -206,6 +208,7 @@ def _renamed(model: MultimodalModel) -> Iterator[tuple[str, Tensor]]:
         f"{body}.": "model.language_model.",
         "encoder.": "model.vision_tower.",
         "connector.": "model.connector.",
+        "fusion.": "model.fusion.",
     }
     for name, weight in model.state_dict().items():
         old = next(prefix for prefix in places if name.startswith(prefix))
@@ -237,6 +240,7 @@ def _write_processor(module: Any, processor: Processor, folder: Path) -> None:
         chat_template=tokenizer.chat_template,
         image_token=processor.image_token,
         image_text=processor.image_token if asked == written else written,
+        **_fusion(processor.fusion),
     )
     exported.save_pretrained(folder)
     file = folder / "processor_config.json"
