@@ -3,9 +3,10 @@
 `mllm.export.source` writes this module and `standalone_processor` into the folder, after the parts
 of this package that the model is made of. Lines between `# tiles` and `# end` are for models that
 cut images, those between `# newline` and `# end` for models whose lines of visual tokens end with a
-learned row, and of `# in_sequence` and `# fused` one is for models whose images reach the language
-model in its sequence alone, the other (with `standalone_fused`) for all others. For encoders of native resolution `standalone_native` stands in for
-`standalone_square`, and `original_sizes` is called `image_grid_thw`.
+learned row, after `# fused` for models whose images reach the language model's layers (they have
+`standalone_fused` too), after `# in_sequence` for all others. For encoders of native resolution
+`standalone_native` stands in for `standalone_square`, and `original_sizes` is called
+`image_grid_thw`.
 
 Shapes: B rows, T tokens of a row, D hidden width, W vocabulary; I images.
 """

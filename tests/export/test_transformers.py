@@ -12,7 +12,7 @@ from mllm.export.transformers import export
 from mllm.models.assemble import assemble
 from mllm.models.positions import is_spatial
 from tests.export.outsider import ask, here, save_pictures
-from tests.models.conftest import SMALL
+from tests.models.conftest import SMALL, open_gates
 from tests.models.families import FAMILIES, save_family
 from tests.models.native_folders import NATIVE
 
@@ -50,6 +50,29 @@ NATIVE_PARTS: dict[str, dict[str, Any]] = {
 }
 """What each encoder of native resolution is exported with."""
 
+CROSS = {"name": "cross_attention", "every": 1, "inner": 16}
+STACK = {"name": "deepstack", "layers": [0, 1]}
+FUSED: dict[str, dict[str, Any]] = {
+    "cross_attention": {"fusion": CROSS},
+    "cross_attention native": {
+        "encoder": "siglip2_naflex",
+        "fusion": {**CROSS, "only_immediate": False},
+    },
+    "cross_attention opt": {"language_model": "opt", "fusion": {**CROSS, "every": 2}},
+    "cross_attention gemma2": {"language_model": "gemma2", "fusion": {**CROSS, "heads": 2}},
+    "deepstack": {"fusion": STACK},
+    "deepstack native": {
+        "encoder": "qwen3_vl",
+        "connector": "patch_merger",
+        "fusion": {"name": "deepstack"},
+    },
+    "deepstack gpt_neox": {"language_model": "gpt_neox", "fusion": {**STACK, "layers": [1]}},
+    **{
+        f"deepstack {name}": {"images": images, "fusion": STACK} for name, images in TILINGS.items()
+    },
+}
+"""Fusions that reach into the language model's layers."""
+
 
 def section(folders: dict[str, Path], **parts: Any) -> dict[str, Any]:
     name = parts.get("encoder", "clip")
@@ -64,6 +87,7 @@ def section(folders: dict[str, Path], **parts: Any) -> dict[str, Any]:
         "connector": {"name": connector, **options},
         "language_model": {"path": parts.get("language_model", folders["llama"])},
         "images": parts.get("images", {}),
+        "fusion": parts.get("fusion", {}),
     }
 
 
@@ -72,6 +96,7 @@ ASSEMBLIES: dict[str, dict[str, Any]] = {
     **{f"connector {name}": {"connector": name, "encoder": "siglip"} for name in CONNECTORS},
     **{f"native {name}": {"encoder": name, **parts} for name, parts in NATIVE_PARTS.items()},
     **{f"tiling {name}": {"images": images} for name, images in TILINGS.items()},
+    **{f"fusion {name}": parts for name, parts in FUSED.items()},
     **{
         f"language model {name}": {"language_model": name}
         for name, config in FAMILIES.items()
@@ -108,6 +133,7 @@ def compared(
             parts = {**parts, "language_model": folder}
         torch.manual_seed(5)
         model, processor = assemble(section(folders, **parts))
+        open_gates(model)
         export(model, processor, root / name)
         own[name] = here(model, processor, pictures)
         again = str(root / f"{name} again") if name in SAVED_AGAIN else ""
@@ -123,6 +149,8 @@ def compared(
 
 SAVED_AGAIN = (
     "encoder clip",
+    "fusion cross_attention",
+    "fusion deepstack any_resolution",
     "native qwen2_5_vl",
     "tiling any_resolution",
     "language model mixtral",
