@@ -127,6 +127,7 @@ def fused(folder: str, images: list[str], image_token_id: int) -> dict[str, Any]
             device_map={**dict.fromkeys(parts, "cpu"), "model.fusion": "disk"},
             offload_folder=f"{folder} offloaded",
         )
+        result["whole modules"] = sorted(split._no_split_modules)
         result["offloaded"] = split(**both).logits
     result["gradients"] = gradients(model, both)
     model.gradient_checkpointing_enable()

@@ -137,6 +137,7 @@ def test_every_weight_learns_and_checkpointing_changes_nothing(
 def test_a_fusion_on_another_device_computes_the_same(name: str, found: dict[str, Any]) -> None:
     outside, _ = found[name]
     close(outside["offloaded"], outside["logits"])
+    assert ("GatedLayer" in outside["whole modules"]) == ("image" in name)
 
 
 @pytest.mark.parametrize("name", ASSEMBLIES)
