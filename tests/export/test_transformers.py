@@ -63,8 +63,10 @@ FUSED: dict[str, dict[str, Any]] = {
     "deepstack": {"fusion": STACK},
     "deepstack native": {
         "encoder": "qwen3_vl",
+        "encoder_options": {"deepstack": True},
         "connector": "patch_merger",
-        "fusion": {"name": "deepstack"},
+        "options": {"levels": 3},
+        "fusion": STACK,
     },
     "deepstack gpt_neox": {"language_model": "gpt_neox", "fusion": {**STACK, "layers": [1]}},
     **{
