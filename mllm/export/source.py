@@ -28,7 +28,7 @@ _CLASSES = "mllm.export.standalone"
 _NATIVE = {"standalone_square": "standalone_native", "original_sizes": "image_grid_thw"}
 """What ROOTS say otherwise for encoders of native resolution."""
 
-_SECTIONS = {"tiles", "newline", "in_sequence", "fused"}
+_SECTIONS = {"tiles", "ordered", "newline", "in_sequence", "fused"}
 _OWN = ("mllm.", "data_packing.")
 _ALWAYS = {"__init__", "__call__", "__post_init__", "_apply", "forward"}
 """Members that others call: torch, dataclasses, Python."""
@@ -92,8 +92,8 @@ def bundle(header: str, tables: Mapping[str, tuple[str, ...]], sections: frozens
         header: its docstring's text.
         tables: for each registry (ENCODERS, CONNECTORS, FUSIONS, TILINGS) the names that it has
             there.
-        sections: parts of the ROOTS to take: `tiles`, `newline`, `in_sequence` or `fused`;
-            `native` instead of squares.
+        sections: parts of the ROOTS to take: `tiles`, `ordered`, `newline`, `in_sequence` or
+            `fused`; `native` instead of squares.
 
     Raises:
         ValueError: two parts define the same name differently.

@@ -1,12 +1,12 @@
 """The model classes of an exported folder, as plain transformers loads them.
 
 `mllm.export.source` writes this module and `standalone_processor` into the folder, after the parts
-of this package that the model is made of. Lines between `# tiles` and `# end` are for models that
-cut images, those between `# newline` and `# end` for models whose lines of visual tokens end with a
-learned row, after `# fused` for models whose images reach the language model's layers (they have
-`standalone_fused` too), after `# in_sequence` for all others. For encoders of native resolution
-`standalone_native` stands in for `standalone_square`, and `original_sizes` is called
-`image_grid_thw`.
+of this package that the model is made of. Lines up to `# end` are for some models only: those after
+`# tiles` for models that cut images, `# ordered` for models that leave some visual tokens out,
+`# newline` for models whose lines of visual tokens end with a learned row, `# fused` for models
+whose images reach the language model's layers (they have `standalone_fused` too), `# in_sequence`
+for all others. For encoders of native resolution `standalone_native` stands in for
+`standalone_square`, and `original_sizes` is called `image_grid_thw`.
 
 Shapes: B rows, T tokens of a row, D hidden width, W vocabulary; I images.
 """
@@ -139,8 +139,7 @@ class MllmModel(MllmPreTrainedModel):
         )
         self.geometry = image_geometry(config.encoder["geometry"], config.images)
         # newline
-        if self.geometry.NEWLINE:
-            self.connector.newline = Newline(width)
+        self.connector.newline = Newline(width)
         # end
         self.post_init()
         # fused
@@ -184,18 +183,19 @@ class MllmModel(MllmPreTrainedModel):
         like = next(self.connector.parameters())
         tokens = self.connector(features.flatten(0, -2).to(like.device, like.dtype), grids)
         made = tokens.split([layout.made for layout in layouts])
-        # newline
+        # ordered
         made = [self._ordered(tokens, layout) for tokens, layout in zip(made, layouts, strict=True)]
         # end
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(made))  # type: ignore[arg-type]
 
-    # newline
+    # ordered
     def _ordered(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Put the visual tokens of an image into the order in which they stand in the text."""
-        newline: Any = getattr(self.connector, "newline", None)
-        if newline is None or layout.order is None:
+        if layout.order is None:
             return tokens
-        return standing(newline(tokens), torch.from_numpy(layout.order).to(tokens.device), None)
+        newline: Any = getattr(self.connector, "newline", None)
+        rows = tokens if newline is None else newline(tokens)
+        return standing(rows, torch.from_numpy(layout.order).to(tokens.device), None)
 
     # end
     @can_return_tuple  # type: ignore[untyped-decorator]

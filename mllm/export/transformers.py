@@ -136,7 +136,7 @@ def source(model: MultimodalModel) -> str:
     )
     sections = {"fused" if config.fusion else "in_sequence", *(["tiles"] if images else [])}
     if images and TILINGS[images["tiling"]].NEWLINE:
-        sections.add("newline")
+        sections |= {"ordered", *(["newline"] if hasattr(model.connector, "newline") else [])}
     if isinstance(model.encoder.geometry, NativeGeometry):
         sections.add("native")
     text = bundle(header, tables, frozenset(sections))
