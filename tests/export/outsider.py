@@ -32,7 +32,9 @@ def save_pictures(root: Path) -> list[str]:
     return paths
 
 
-def ask(root: Path, requests: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def ask(
+    root: Path, requests: Mapping[str, Mapping[str, Any]], script: str = "outside.py"
+) -> dict[str, dict[str, Any]]:
     """Load every folder in one process without this project."""
     file = root / "requests.json"
     file.write_text(json.dumps(requests))
@@ -40,6 +42,8 @@ def ask(root: Path, requests: Mapping[str, Mapping[str, Any]]) -> dict[str, dict
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
     environment |= {"HF_HOME": str(root / "cache"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-P", str(Path(__file__).with_name("outside.py")), str(file)]
+    if script != "outside.py":
+        command.append(str(Path(__file__).with_name(script)))
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     print(run.stderr)
     assert run.returncode == 0, run.stderr

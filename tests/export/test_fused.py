@@ -30,7 +30,7 @@ Found = dict[str, dict[str, Any]]
 
 
 def batch(processor: Processor, pictures: list[str]) -> dict[str, torch.Tensor]:
-    """The batch of outside.py: no image, three of them, one."""
+    """The batch of fused_outside.py: no image, three of them, one."""
     one, two = (Image.open(Path(path)) for path in pictures)
     documents = [
         Document((Text("a red chair"),)),
@@ -77,12 +77,11 @@ def found(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
             half = model.to(torch.bfloat16)
             own[name]["half"] = half(**batch(processor, pictures)).logits
         requests[name] = {
-            "what": "fused",
             "folder": str(root / name),
             "images": pictures,
             "image_token_id": processor.image_token_id,
         }
-    outside = ask(root, requests)
+    outside = ask(root, requests, "fused_outside.py")
     for name, result in outside.items():
         assert "error" not in result, (name, result["error"])
     return {name: (outside[name], own[name]) for name in ASSEMBLIES}
