@@ -165,7 +165,7 @@ def test_the_file_reads_as_a_person_s(
         assert word not in text
     other = {"q_former": "Resampler", "c_abstractor": "QFormer"}.get(connector, "QFormer")
     assert f"class {other}" not in text
-    assert ("class Newline" in text) == (images.get("tiling") == "any_resolution")
+    assert ("class Newline" in text) == hasattr(model.connector, "newline")
     assert ("class CrossAttention" in text) == (fusion == "cross_attention")
     assert ("class DeepStack" in text) == (fusion == "deepstack")
     assert ("def hooked" in text) == ("self.fusion" in text) == (fusion != "in_sequence")
