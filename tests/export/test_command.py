@@ -140,6 +140,7 @@ def test_features_of_regions_are_refused_and_boxes_as_text_are_not(
         ("clip", "linear", {}, "cross_attention"),
         ("qwen3_vl", "patch_merger", {}, "deepstack"),
         ("clip", "mlp", {"tiling": "any_resolution"}, "deepstack"),
+        ("clip", "mlp", {"tiling": "any_resolution"}, "cross_attention"),
     ],
 )
 def test_the_file_reads_as_a_person_s(

@@ -70,7 +70,9 @@ FUSED: dict[str, dict[str, Any]] = {
     },
     "deepstack gpt_neox": {"language_model": "gpt_neox", "fusion": {**STACK, "layers": [1]}},
     **{
-        f"deepstack {name}": {"images": images, "fusion": STACK} for name, images in TILINGS.items()
+        f"{spec['name']} {name}": {"images": images, "fusion": spec}
+        for name, images in TILINGS.items()
+        for spec in (CROSS, STACK)
     },
 }
 """Fusions that reach into the language model's layers."""
