@@ -12,12 +12,13 @@ import importlib
 import importlib.util
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from mllm.export import source_fused as fused
+from mllm.export.source_imports import MARGIN, import_lines
 from mllm.export.source_sections import with_sections
 from mllm.parts import IMAGES
 
@@ -43,12 +44,13 @@ _OF_SQUARES = {"VisionEncoder.GEOMETRY", "VisionEncoder.square", "VisionTransfor
 """What encoders of native resolution inherit and do not use."""
 
 _CHECKS = {"self.check", "check_images"}
-"""Statements that refuse what a recipe may not say; a saved model was checked."""
+"""Calls that refuse what a recipe may not say; a saved model was checked."""
 
 _DOCS = {
     "VisionEncoder": "A vision encoder; `width` features per cell.",
     "Connector": "From features [C, Dv] of views, each a grid, to their visual tokens [sum M, D].",
     "TiledGeometry": "An image as several squares of the encoder; `spec` has the options by name.",
+    **fused.DOCS,
 }
 """Docstrings that speak of training."""
 
@@ -57,11 +59,10 @@ _REPLACED = {
 def chosen(options: Mapping[str, Any], given: Mapping[str, Any], name: str) -> Any:
     """Return what is given for an option, or its default."""
     value = given.get(name)
-    return options[name] if value is None else value'''
+    return options[name] if value is None else value''',
+    **fused.REPLACED,
 }
 """`OPTIONS` are written as name → default, without what a recipe's author reads about them."""
-
-_MARGIN = 100
 
 
 @dataclass(slots=True)
@@ -91,7 +92,8 @@ def bundle(header: str, tables: Mapping[str, tuple[str, ...]], sections: frozens
 
     Args:
         header: its docstring's text.
-        tables: for each registry (ENCODERS, CONNECTORS, TILINGS) the names that it has there.
+        tables: for each registry (ENCODERS, CONNECTORS, FUSIONS, TILINGS) the names that it has
+            there.
         sections: parts of the ROOTS to take, of SECTIONS; `native` instead of squares.
 
     Raises:
@@ -108,7 +110,7 @@ def bundle(header: str, tables: Mapping[str, tuple[str, ...]], sections: frozens
             break
         used = result.used
     body = re.sub(r"  # type: ignore\[[\w, -]+\]", "", "\n\n".join(_spaced(result.blocks)))
-    return f'"""{header}"""\n\n{_imports(result.imports, body)}\n\n{body}\n'
+    return f'"""{header}"""\n\n{import_lines(result.imports)}\n\n{body}\n'
 
 
 @cache
@@ -189,7 +191,7 @@ def _take_table(
     _take_needs(result, where, statement.annotation, sections)
     entries = [f'"{key}": {kind}' for key, kind in chosen.items()]
     line = f"{name}: {ast.unparse(statement.annotation)} = {{{', '.join(entries)}}}"
-    if len(line) > _MARGIN:
+    if len(line) > MARGIN:
         lines = "".join(f"    {entry},\n" for entry in entries)
         line = f"{name}: {ast.unparse(statement.annotation)} = {{\n{lines}}}"
     result.blocks[name] = line
@@ -280,7 +282,7 @@ def _options(where: str, kind: str) -> str:
         if name not in IMAGES
     ]
     line = f"    OPTIONS: ClassVar[dict[str, Any]] = {{{', '.join(entries)}}}"
-    if len(line) <= _MARGIN:
+    if len(line) <= MARGIN:
         return line
     lines = "".join(f"        {entry},\n" for entry in entries)
     return f"    OPTIONS: ClassVar[dict[str, Any]] = {{\n{lines}    }}"
@@ -291,6 +293,8 @@ def _literal(value: object) -> str:
 
 
 def _is_check(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.If):
+        return ast.unparse(statement.test) in fused.NEVER
     call = statement.value if isinstance(statement, ast.Expr) else None
     return isinstance(call, ast.Call) and ast.unparse(call.func) in _CHECKS
 
@@ -361,34 +365,3 @@ def _spaced(blocks: Mapping[str, str]) -> Iterator[str]:
         line = not re.match(r"(@|class |def )", text)
         yield text if line and before else f"\n{text}"
         before = line
-
-
-def _imports(wanted: set[tuple[str, str]], body: str) -> str:
-    """The lines that import, as a person sorts them."""
-    groups: tuple[list[str], list[str]] = ([], [])
-    modules = sorted({module for module, _ in wanted}, key=str.lower)
-    for whole in (True, False):
-        for module in modules:
-            names = sorted({name for source, name in wanted if source == module}, key=_isort)
-            plain = [name for name in names if name == "" or name.startswith("as ")]
-            rest = [name for name in names if name not in plain]
-            group = groups[module.split(".")[0] not in sys.stdlib_module_names]
-            if whole:
-                group += [f"import {module} {name}".rstrip() for name in plain]
-            elif rest and module != "__future__":
-                group.append(_import_from(module, rest))
-    lines = ["from __future__ import annotations", *("\n".join(group) for group in groups if group)]
-    return "\n\n".join(lines)
-
-
-def _import_from(module: str, names: list[str]) -> str:
-    line = f"from {module} import {', '.join(names)}"
-    if len(line) <= _MARGIN:
-        return line
-    return "\n".join([f"from {module} import (", *(f"    {name}," for name in names), ")"])
-
-
-def _isort(name: str) -> tuple[int, str]:
-    """Constants, then classes, then functions, as ruff sorts them."""
-    constant = name.isupper() and len(name) > 1
-    return (0 if constant else 1 if name[0:1].isupper() else 2, name.lower())

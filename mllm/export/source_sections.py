@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import re
 
-SECTIONS = {"asked", "before_begin", "blocks", "marked", "newline", "regions", "spatial", "tiles"}
-"""What a section begins with, as a comment of its own; it goes on to `# end`."""
+SECTIONS = {
+    "asked": "connectors that read what is asked about an image",
+    "before_begin": "images that stand before the begin token",
+    "blocks": "images whose tokens see each other in both directions",
+    "fused": "images that reach the language model's layers, beside `standalone_fused`",
+    "in_sequence": "images that do not",
+    "marked": "chat templates with a mark of their own for an image",
+    "newline": "lines of visual tokens that end with a learned row",
+    "ordered": "visual tokens that do not stand as they are made",
+    "regions": "features of regions in the text",
+    "spatial": "language models with positions in three directions",
+    "tiles": "images that are cut",
+}
+"""Section → what it is for. It begins with its name as a comment and goes on to `# end`."""
 
 
 def with_sections(text: str, sections: frozenset[str]) -> str:

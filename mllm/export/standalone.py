@@ -2,12 +2,8 @@
 
 `mllm.export.source` writes this module and `standalone_processor` into the folder, after the parts
 of this package that the model is made of. Lines between the name of a section and `# end` are for
-models that need them: `# tiles` for those that cut images, `# newline` for those whose lines of
-visual tokens end with a learned row, `# spatial` for language models with positions in three
-directions, `# blocks` where the tokens of an image see each other in both directions, `# asked` for
-connectors that read what is asked about an image, `# regions` where a region's feature stands in
-the text. For encoders of native resolution `standalone_native` stands in for `standalone_square`,
-and `original_sizes` is called `image_grid_thw`.
+models that need them; `source_sections` has the names. For encoders of native resolution
+`standalone_native` stands in for `standalone_square`, and `original_sizes` is `image_grid_thw`.
 
 Shapes: B rows, T tokens of a row, D hidden width, W vocabulary; I images.
 """
@@ -33,6 +29,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from mllm.export.standalone_blocks import opened_masks
+from mllm.export.standalone_fused import fuse_images, run_fused
 from mllm.export.standalone_positions import placed_after, standing_tokens, view_grids
 from mllm.export.standalone_regions import region_means, with_regions
 from mllm.export.standalone_square import (
@@ -44,6 +41,7 @@ from mllm.export.standalone_square import (
 )
 from mllm.models.connectors import CONNECTORS
 from mllm.models.encoders import ENCODERS
+from mllm.models.fusion import FUSIONS
 from mllm.models.geometry import Layout
 from mllm.models.standing import Newline, standing
 
@@ -55,6 +53,9 @@ class MllmConfig(PreTrainedConfig):
         encoder: what the vision encoder is built from: `name`, `geometry` and what its class adds.
         connector: what the connector is built from: `name` and its options.
         images: how images are cut into tiles; empty for not at all.
+        # fused
+        fusion: how visual tokens reach the language model: `name` and its options.
+        # end
         text_config: configuration of the language model.
         image_token_id: the id that a visual token takes the place of.
         head_bias: whether the output layer has a bias.
@@ -67,6 +68,9 @@ class MllmConfig(PreTrainedConfig):
     encoder: dict[str, Any] = field(default_factory=dict)
     connector: dict[str, Any] = field(default_factory=dict)
     images: dict[str, Any] = field(default_factory=dict)
+    # fused
+    fusion: dict[str, Any] = field(default_factory=dict)
+    # end
     text_config: Any = None
     image_token_id: int = -1
     head_bias: bool = False
@@ -95,7 +99,9 @@ class MllmPreTrainedModel(PreTrainedModel):
     input_modalities: ClassVar[list[str]] = ["image", "text"]  # type: ignore[misc]
     supports_gradient_checkpointing = True
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]  # type: ignore[misc]
+    # in_sequence
     _supports_attention_backend = True
+    # end
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -123,15 +129,21 @@ class MllmModel(MllmPreTrainedModel):
         self.language_model = AutoModel.from_config(text)
         embedding: Any = self.language_model.get_input_embeddings()
         width = embedding.embedding_dim
+        # fused
+        self.fusion = FUSIONS[config.fusion["name"]](config.fusion, text, width)
+        width = self.fusion.visual_width
+        # end
         self.connector = CONNECTORS[config.connector["name"]](
             config.connector, self.vision_tower.width, width
         )
         self.geometry = image_geometry(config.encoder["geometry"], config.images)
         # newline
-        if self.geometry.NEWLINE:
-            self.connector.newline = Newline(width)
+        self.connector.newline = Newline(width)
         # end
         self.post_init()
+        # fused
+        self._no_split_modules = {*(self._no_split_modules or ()), *self.fusion.WHOLE}
+        # end
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's token embedding."""
@@ -145,7 +157,11 @@ class MllmModel(MllmPreTrainedModel):
     def layouts(self, pixel_values: Tensor, original_sizes: Tensor | None) -> list[Layout]:
         """Return the layout of every image."""
         sizes = sizes_of(pixel_values, original_sizes)
-        return image_layouts(self.geometry, self.config.connector, sizes)
+        layouts = image_layouts(self.geometry, self.config.connector, sizes)
+        # fused
+        layouts = [self.fusion.layout(layout) for layout in layouts]
+        # end
+        return layouts
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def get_image_features(
@@ -190,7 +206,7 @@ class MllmModel(MllmPreTrainedModel):
         # regions
         means = region_means(made, regions)
         # end
-        # newline
+        # ordered
         made = [self._ordered(tokens, layout) for tokens, layout in zip(made, layouts, strict=True)]
         # end
         # regions
@@ -209,13 +225,14 @@ class MllmModel(MllmPreTrainedModel):
         return text, (asked >= 0).to(like.device)
 
     # end
-    # newline
+    # ordered
     def _ordered(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Put the visual tokens of an image into the order in which they stand in the text."""
-        newline: Any = getattr(self.connector, "newline", None)
-        if newline is None or layout.order is None:
+        if layout.order is None:
             return tokens
-        return standing(newline(tokens), torch.from_numpy(layout.order).to(tokens.device), None)
+        newline: Any = getattr(self.connector, "newline", None)
+        rows = tokens if newline is None else newline(tokens)
+        return standing(rows, torch.from_numpy(layout.order).to(tokens.device), None)
 
     # end
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -252,19 +269,7 @@ class MllmModel(MllmPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self._embed(
-                input_ids,
-                pixel_values,
-                original_sizes,
-                # asked
-                asked=asked,
-                # end
-                # regions
-                regions=regions,
-                # end
-            )
-        elif pixel_values is not None:
+        if inputs_embeds is not None and pixel_values is not None:
             raise ValueError("pixel_values need input_ids, which say where the images are")
         # spatial
         position_ids, ahead = self.positions(
@@ -279,18 +284,43 @@ class MllmModel(MllmPreTrainedModel):
             # end
         )
         # end
+        images = None
+        if pixel_values is not None:
+            shown = self.get_image_features(
+                pixel_values,
+                original_sizes,
+                # asked
+                asked=asked,
+                # end
+                # regions
+                regions=regions,
+                # end
+                return_dict=True,
+            )
+            images = shown.pooler_output
+        # in_sequence
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids, images)
+        # end
         # blocks
         attention_mask = opened_masks(
             self.config, input_ids, inputs_embeds, attention_mask, past_key_values
         )
         # end
+        kwargs |= {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+        }
+        # in_sequence
         outputs: BaseModelOutputWithPast = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
+            inputs_embeds=inputs_embeds, **kwargs
         )
+        # end
+        # fused
+        fused = fuse_images(self, input_ids, images, inputs_embeds, past_key_values)
+        outputs = run_fused(self.language_model, fused, **kwargs)
+        # end
         # spatial
         cache: Any = outputs.past_key_values
         if cache is not None and ahead is not None:
@@ -319,6 +349,9 @@ class MllmModel(MllmPreTrainedModel):
             return position_ids, None
         none = pixel_values is None and original_sizes is None
         layouts = [] if none else self.layouts(pixel_values, original_sizes)
+        # fused
+        layouts = layouts if self.fusion.PARTS else []  # one token stands for an image, as text
+        # end
         grids = view_grids(self.vision_tower, self.config.connector, layouts)
         # regions
         layouts = with_regions(layouts, regions)
@@ -347,34 +380,13 @@ class MllmModel(MllmPreTrainedModel):
         return positions, ahead
 
     # end
-    def _embed(
-        self,
-        input_ids: Any,
-        pixel_values: Any,
-        original_sizes: Any,
-        # asked
-        asked: Any = None,
-        # end
-        # regions
-        regions: Any = None,
-        # end
-    ) -> Tensor:
+    # in_sequence
+    def _embed(self, input_ids: Any, images: Any) -> Tensor:
         """Embed ids [B, T] to [B, T, D], with the image tokens replaced by visual tokens."""
         embeds: Tensor = self.get_input_embeddings()(input_ids)
-        if pixel_values is None:
+        if images is None:
             return embeds
-        images = self.get_image_features(
-            pixel_values,
-            original_sizes,
-            # asked
-            asked=asked,
-            # end
-            # regions
-            regions=regions,
-            # end
-            return_dict=True,
-        )
-        tokens = torch.cat(images.pooler_output).to(embeds.device, embeds.dtype)
+        tokens = torch.cat(images).to(embeds.device, embeds.dtype)
         slots = input_ids == self.config.image_token_id
         if int(slots.sum()) != len(tokens):
             raise ValueError(
@@ -382,3 +394,5 @@ class MllmModel(MllmPreTrainedModel):
                 "visual tokens: write the text with this model's processor and do not cut it"
             )
         return embeds.masked_scatter(slots[..., None], tokens)
+
+    # end

@@ -20,6 +20,7 @@ from mllm.export.standalone_square import (
     image_layouts,
     image_rows,
 )
+from mllm.models.fusion import FUSIONS
 from mllm.models.geometry import Geometry, Layout
 from mllm.models.regions import REGION_TOKEN
 
@@ -40,6 +41,9 @@ class MllmProcessor(ProcessorMixin):
         image_mark: what the chat template writes for an image; texts may have it instead of the
             image token.
         # end
+        # fused
+        fusion: the model's, which says how many image tokens an image takes.
+        # end
     """
 
     def __init__(
@@ -53,9 +57,15 @@ class MllmProcessor(ProcessorMixin):
         # marked
         image_mark: str = "<image>",
         # end
+        # fused
+        fusion: dict[str, Any] | None = None,
+        # end
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_token, self.image_text = image_token, image_text
+        # fused
+        self.fusion = dict(fusion or {})
+        # end
         self.image_marks = list(image_marks)
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(image_token)
         added = self.tokenizer.added_tokens_decoder.values()
@@ -179,6 +189,9 @@ class MllmProcessor(ProcessorMixin):
         return image_layouts(self._geometry, self.image_processor.connector, sizes)
 
     def _written(self, layout: Layout) -> str:
+        # fused
+        layout = FUSIONS[self.fusion["name"]].layout(layout)
+        # end
         pieces = [
             self.image_token * piece if isinstance(piece, int) else piece
             for piece in layout.writing

@@ -80,10 +80,10 @@ def check(model: MultimodalModel, processor: Processor) -> None:
     Raises:
         ValueError: with the reason.
     """
-    if model.config.fusion:
+    if model.config.fusion and model.config.bidirectional_images:
         raise ValueError(
-            f"the fusion {model.config.fusion['name']} reaches into the language model's layers, "
-            "and an exported model has its visual tokens in the sequence only"
+            f"the fusion {model.config.fusion['name']} and images whose tokens see each other in "
+            "both directions cannot be exported together"
         )
     body, name = model.language_model.base_model, type(model.language_model).__name__
     alone: Any = AutoModel._model_mapping[type(model.language_model.config)]
@@ -99,16 +99,17 @@ def source(model: MultimodalModel, processor: Processor) -> str:
     tables = {
         "ENCODERS": tuple(dict.fromkeys(part["name"] for part in reversed(parts))),
         "CONNECTORS": (config.connector["name"],),
+        "FUSIONS": (config.fusion["name"],) if config.fusion else (),
         "TILINGS": (images["tiling"],) if images else (),
     }
     header = _HEADER.format(
         encoder=" and ".join(part["name"] for part in parts[1:] or parts),
-        connector=config.connector["name"],
+        connector=", ".join([config.connector["name"], *tables["FUSIONS"]]),
         language_model=config.text_config.model_type,
     )
-    sections = {"tiles"} if images else set()
+    sections = {"fused" if config.fusion else "in_sequence", *(["tiles"] if images else [])}
     if images and TILINGS[images["tiling"]].NEWLINE:
-        sections.add("newline")
+        sections |= {"ordered", *(["newline"] if hasattr(model.connector, "newline") else [])}
     sections |= _particular(model, processor)
     if isinstance(model.encoder.geometry, NativeGeometry):
         sections.add("native")
@@ -147,6 +148,11 @@ def tiling(images: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in images.items() if name not in ("regions", "clip_tokens")}
 
 
+def _fusion(spec: dict[str, Any]) -> dict[str, Any]:
+    """The argument that exported classes have for a fusion; none for in the sequence."""
+    return {"fusion": spec} if spec else {}
+
+
 def _load(file: Path) -> ModuleType:
     """Import the file under a name of its own."""
     spec = importlib.util.spec_from_file_location(f"_exported.{id(file)}", file)
@@ -176,6 +182,7 @@ def _write_model(module: Any, model: MultimodalModel, processor: Processor, fold
         head_bias=head.bias is not None,
         logits_times=rule.times,
         logits_cap=rule.cap,
+        **_fusion(model.config.fusion),
         tie_word_embeddings=head.weight is embedding.weight,
         dtype=model.dtype,
     )
@@ -197,6 +204,7 @@ def _renamed(model: MultimodalModel) -> Iterator[tuple[str, Tensor]]:
         f"{body}.": "model.language_model.",
         "encoder.": "model.vision_tower.",
         "connector.": "model.connector.",
+        "fusion.": "model.fusion.",
     }
     for name, weight in model.state_dict().items():
         old = next(prefix for prefix in places if name.startswith(prefix))
@@ -241,4 +249,5 @@ def make_processor(module: Any, processor: Processor) -> Any:
         image_text=processor.image_token if asked == written else written,
         image_marks=processor.template.image_marks,
         **({} if mark is None else {"image_mark": mark}),
+        **_fusion(processor.fusion),
     )

@@ -17,18 +17,21 @@ from mllm.export import EXPORTS
 from mllm.export.command import write
 from mllm.export.transformers import check, source
 from mllm.models.assemble import load
+from mllm.models.fusion import FUSIONS
 from mllm.models.native import NativeGeometry
 from mllm.recipe import LoraSection
 from mllm.training import lora
 from tests.export.outsider import ask, here, save_pictures
+from tests.models.conftest import open_gates
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def stage(build: Callable[..., Any], tmp_path: Path) -> Path:
-    """A stage's folder with a trained adapter, merged and apart."""
-    model, processor = build()
+def stage(build: Callable[..., Any], tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A stage's folder with a trained adapter, merged and apart; its parameter is a fusion."""
+    model, processor = build(fusion=getattr(request, "param", "in_sequence"))
+    open_gates(model)
     tuned = copy.deepcopy(model).requires_grad_(False)
     config = lora.inject(tuned.language_model, LoraSection(rank=2, alpha=6))
     for name, weight in tuned.named_parameters():
@@ -47,6 +50,7 @@ def run(*arguments: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main()
 
 
+@pytest.mark.parametrize("stage", FUSIONS, indirect=True)
 def test_the_adapter_apart_and_merged_give_the_stage_s_logits(
     stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -108,12 +112,6 @@ def test_weights_are_written_in_the_dtype_that_is_asked_for(stage: Path, tmp_pat
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("fusion", ["cross_attention", "deepstack"])
-def test_fusions_beside_the_sequence_are_refused(build: Callable[..., Any], fusion: str) -> None:
-    with pytest.raises(ValueError, match=f"the fusion {fusion} reaches into"):
-        check(*build(fusion=fusion))
-
-
 def test_boxes_as_text_need_nothing(build: Callable[..., Any]) -> None:
     model, processor = build(images={"regions": "thousandths", "clip_tokens": 99})
     check(model, processor)
@@ -121,21 +119,30 @@ def test_boxes_as_text_need_nothing(build: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("encoder", "connector", "images"),
+    ("encoder", "connector", "images", "fusion"),
     [
-        ("clip", "mlp", {}),
-        ("dinov3_vit", "q_former", {"tiling": "dynamic"}),
-        ("efficientnet_lite", "c_abstractor", {}),
-        ("siglip", "average_pool", {"tiling": "any_resolution"}),
-        ("dinov2", "pixel_shuffle", {"tiling": "split"}),
-        ("qwen2_5_vl", "patch_merger", {}),
-        ("siglip2_naflex", "mlp", {}),
+        ("clip", "mlp", {}, "in_sequence"),
+        ("dinov3_vit", "q_former", {"tiling": "dynamic"}, "in_sequence"),
+        ("efficientnet_lite", "c_abstractor", {}, "in_sequence"),
+        ("siglip", "average_pool", {"tiling": "any_resolution"}, "in_sequence"),
+        ("dinov2", "pixel_shuffle", {"tiling": "split"}, "in_sequence"),
+        ("qwen2_5_vl", "patch_merger", {}, "in_sequence"),
+        ("siglip2_naflex", "mlp", {}, "in_sequence"),
+        ("clip", "linear", {}, "cross_attention"),
+        ("qwen3_vl", "patch_merger", {}, "deepstack"),
+        ("clip", "mlp", {"tiling": "any_resolution"}, "deepstack"),
+        ("clip", "mlp", {"tiling": "any_resolution"}, "cross_attention"),
     ],
 )
 def test_the_file_reads_as_a_person_s(
-    encoder: str, connector: str, images: dict[str, Any], build: Callable[..., Any], tmp_path: Path
+    encoder: str,
+    connector: str,
+    images: dict[str, Any],
+    fusion: str,
+    build: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
-    model, processor = build(encoder, connector, images=images)
+    model, processor = build(encoder, connector, images=images, fusion=fusion)
     text = source(model, processor)
     file = tmp_path / "modeling.py"
     file.write_text(text)
@@ -150,4 +157,9 @@ def test_the_file_reads_as_a_person_s(
         assert word not in text
     other = {"q_former": "Resampler", "c_abstractor": "QFormer"}.get(connector, "QFormer")
     assert f"class {other}" not in text
-    assert ("class Newline" in text) == (images.get("tiling") == "any_resolution")
+    assert ("class Newline" in text) == hasattr(model.connector, "newline")
+    assert ("class CrossAttention" in text) == (fusion == "cross_attention")
+    assert ("class DeepStack" in text) == (fusion == "deepstack")
+    assert ("def hooked" in text) == ("self.fusion" in text) == (fusion != "in_sequence")
+    for word in ("flash_attn_varlen_func", "untouched", "def work", "check_options"):
+        assert word not in text

@@ -11,7 +11,7 @@ import torch
 from mllm.export.transformers import export
 from mllm.models.assemble import assemble
 from tests.export.outsider import ask, here, save_pictures
-from tests.models.conftest import SMALL
+from tests.models.conftest import SMALL, open_gates
 from tests.models.families import FAMILIES, save_family
 from tests.models.native_folders import NATIVE
 
@@ -49,6 +49,33 @@ NATIVE_PARTS: dict[str, dict[str, Any]] = {
 }
 """What each encoder of native resolution is exported with."""
 
+CROSS = {"name": "cross_attention", "every": 1, "inner": 16}
+STACK = {"name": "deepstack", "layers": [0, 1]}
+FUSED: dict[str, dict[str, Any]] = {
+    "cross_attention": {"fusion": CROSS},
+    "cross_attention native": {
+        "encoder": "siglip2_naflex",
+        "fusion": {**CROSS, "only_immediate": False},
+    },
+    "cross_attention opt": {"language_model": "opt", "fusion": {**CROSS, "every": 2}},
+    "cross_attention gemma2": {"language_model": "gemma2", "fusion": {**CROSS, "heads": 2}},
+    "deepstack": {"fusion": STACK},
+    "deepstack native": {
+        "encoder": "qwen3_vl",
+        "encoder_options": {"deepstack": True},
+        "connector": "patch_merger",
+        "options": {"levels": 3},
+        "fusion": STACK,
+    },
+    "deepstack gpt_neox": {"language_model": "gpt_neox", "fusion": {**STACK, "layers": [1]}},
+    **{
+        f"{spec['name']} {name}": {"images": images, "fusion": spec}
+        for name, images in TILINGS.items()
+        for spec in (CROSS, STACK)
+    },
+}
+"""Fusions that reach into the language model's layers."""
+
 
 def section(folders: dict[str, Path], **parts: Any) -> dict[str, Any]:
     name = parts.get("encoder", "clip")
@@ -63,6 +90,7 @@ def section(folders: dict[str, Path], **parts: Any) -> dict[str, Any]:
         "connector": {"name": connector, **options},
         "language_model": {"path": parts.get("language_model", folders["llama"])},
         "images": parts.get("images", {}),
+        "fusion": parts.get("fusion", {}),
     }
 
 
@@ -71,6 +99,7 @@ ASSEMBLIES: dict[str, dict[str, Any]] = {
     **{f"connector {name}": {"connector": name, "encoder": "siglip"} for name in CONNECTORS},
     **{f"native {name}": {"encoder": name, **parts} for name, parts in NATIVE_PARTS.items()},
     **{f"tiling {name}": {"images": images} for name, images in TILINGS.items()},
+    **{f"fusion {name}": parts for name, parts in FUSED.items()},
     **{f"language model {name}": {"language_model": name} for name in FAMILIES},
 }
 
@@ -93,6 +122,7 @@ def compared(
             parts = {**parts, "language_model": folder}
         torch.manual_seed(5)
         model, processor = assemble(section(folders, **parts))
+        open_gates(model)
         export(model, processor, root / name)
         own[name] = here(model, processor, pictures)
         again = str(root / f"{name} again") if name in SAVED_AGAIN else ""
@@ -108,6 +138,8 @@ def compared(
 
 SAVED_AGAIN = (
     "encoder clip",
+    "fusion cross_attention",
+    "fusion deepstack any_resolution",
     "native qwen2_5_vl",
     "tiling any_resolution",
     "language model mixtral",

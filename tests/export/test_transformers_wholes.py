@@ -19,7 +19,7 @@ from mllm.models.assemble import assemble, load
 from mllm.models.chat_template import with_images
 from tests.export.outsider import ask, here, save_pictures
 from tests.models.composite_folders import save_gemma3
-from tests.models.conftest import CHATML, SMALL, Parts
+from tests.models.conftest import CHATML, SMALL, SMALL_FUSION, Parts, open_gates
 from tests.models.families import FAMILIES, save_family
 from tests.models.llava_folders import save_blip2
 from tests.models.qwen_folders import save_qwen_vl
@@ -31,6 +31,7 @@ ASKED = ["\nWhat is this?", "\nWhich room?"]
 WHOLES: dict[str, Callable[[Path], Path]] = {
     "blip2": save_blip2,
     "gemma3": save_gemma3,
+    "qwen3_vl": partial(save_qwen_vl, name="qwen3_vl"),
     "qwen2_vl": partial(save_qwen_vl, name="qwen2_vl"),
     "qwen2_5_vl": partial(save_qwen_vl, name="qwen2_5_vl", tied=True),
 }
@@ -39,6 +40,15 @@ ASSEMBLED: dict[str, dict[str, Any]] = {
     "tiles of qwen3_vl": {
         "language_model": "qwen3_vl_text",
         "images": {"tiling": "any_resolution"},
+    },
+    "cross-attention and positions": {
+        "language_model": "qwen2_vl_text",
+        "fusion": SMALL_FUSION["cross_attention"],
+    },
+    "levels, tiles and positions": {
+        "language_model": "qwen3_vl_text",
+        "images": {"tiling": "any_resolution"},
+        "fusion": SMALL_FUSION["deepstack"],
     },
     "regions": {"images": {"regions": "feature"}},
     "regions of tiles with positions": {
@@ -79,6 +89,7 @@ def assembled(folders: dict[str, Path], root: Path, parts: dict[str, Any]) -> Pa
             "connector": {"name": connector, **SMALL.get(connector, {}), **parts.get("more", {})},
             "language_model": {"path": language_model},
             "images": parts.get("images", {}),
+            "fusion": parts.get("fusion", {}),
         }
     )
 
@@ -104,6 +115,7 @@ def compared(
                 with_images(processor.tokenizer, processor.image_token)
         else:
             model, processor = assembled(folders, root, ASSEMBLED[name])
+            open_gates(model)
         model.generation_config.eos_token_id = None
         export(model, processor, root / name)
         box = BOX if "regions" in name else None

@@ -154,6 +154,16 @@ def test_no_image_needs_more_tokens_than_the_size_that_is_named(folder: Path) ->
     assert max(others) <= most
 
 
+@pytest.mark.parametrize("fusion", ["cross_attention", "deepstack"])
+def test_what_it_has_no_way_for_says_so(
+    fusion: str, build: Callable[..., Any], tmp_path: Path
+) -> None:
+    """It hands a model embeddings alone; what it is told decides between refusing and guessing."""
+    export(*build(fusion=fusion), tmp_path / "exported")
+    model = load(AutoModel, tmp_path / "exported")
+    assert not model.is_backend_compatible()
+
+
 def test_bounds_of_native_resolution_may_change(build: Callable[..., Any], tmp_path: Path) -> None:
     """The model asks for the grid of an image alone, which is told and not guessed."""
     export(*build(**ASSEMBLIES["native pixels"]), tmp_path / "exported")
