@@ -115,10 +115,8 @@ def load(
     if isinstance(config, MultimodalConfig):
         model, processor = _saved(folder, config, dtype, changes, weights)
     elif config.model_type in COMPOSITES:
-        model, processor = COMPOSITES[config.model_type].read(folder, dtype)
+        model, processor = COMPOSITES[config.model_type].read(folder, dtype, weights)
         changed_connector(model.config.connector, changes)  # theirs have no reloadable options
-        if not weights:
-            nn.Module.to(model, "meta")
     else:
         raise ValueError(
             f"{folder} holds a {config.model_type!r} model, neither one that was assembled here "
@@ -249,7 +247,7 @@ def _from_parts(
     model.fusion.to(precision)
     if weights and start is not None and isinstance(model.connector, PretrainedConnector):
         model.connector.load_weights(start)
-    model.generation_config = generation_config(language_model, tokenizer, added)
+    model.generation_config = generation_config(language_model, processor.template, added)
     return model.eval(), processor
 
 

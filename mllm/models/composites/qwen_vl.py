@@ -39,7 +39,6 @@ from mllm.models.composites.folder import (
     check_language,
     read_weights,
     save,
-    tied,
 )
 from mllm.models.composites.text import read_tokenizer
 from mllm.models.config import MultimodalConfig
@@ -56,7 +55,6 @@ from mllm.models.template import ImageText
 
 _IMAGE, _VIDEO = "<|image_pad|>", "<|video_pad|>"
 _START, _END = "<|vision_start|>", "<|vision_end|>"
-_EMBEDDING = "model.language_model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +122,7 @@ _QWEN3 = _Kind(
 
 
 def _read(
-    kind: _Kind, path: str | Path, dtype: torch.dtype | str
+    kind: _Kind, path: str | Path, dtype: torch.dtype | str, weights: bool = True
 ) -> tuple[MultimodalModel, Processor]:
     """From its folder to our model."""
     with loading("model", path):
@@ -148,8 +146,8 @@ def _read(
     processor = Processor(
         tokenizer, geometry, connector, token, image_text=image_text, fusion=fusion
     )
-    weights, generation = read_weights(path, kind.model, dtype)
-    text.tie_word_embeddings = tied(weights, _EMBEDDING)
+    saved = read_weights(path, kind.model, dtype, weights)
+    text.tie_word_embeddings = saved.tied
     ours = MultimodalConfig(
         encoder={"name": kind.name, **spec},
         connector=connector,
@@ -159,7 +157,7 @@ def _read(
         image_token_id=config.image_token_id,
         origin=kind.name,
     )
-    return build(ours, processor, weights, kind.names(text, inner), generation), processor
+    return build(ours, processor, saved, kind.names(text, inner)), processor
 
 
 def _write(kind: _Kind, model: MultimodalModel, processor: Processor, folder: Path) -> None:

@@ -87,10 +87,16 @@ def named_token(tokenizer: PreTrainedTokenizerBase, name: str, path: str | Path)
 def written_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Return a copy for a processor of transformers: it adds nothing to what the template writes.
 
+    It pads on the left, as `generate` of several rows needs it, with the end token if it has no
+    other.
+
     Raises:
         ValueError: the tokenizer cannot be kept from adding its begin token.
     """
     result = copy.deepcopy(tokenizer)
+    result.padding_side = result.init_kwargs["padding_side"] = "left"
+    if result.pad_token_id is None:
+        result.pad_token = result.eos_token
     template = result.chat_template
     if not template or not _adds_begin(result) or _begins(result):
         return result
