@@ -109,10 +109,19 @@ def train_a_step(model: MultimodalModel, processor: Processor) -> None:
     assert moved == {"encoder", "connector", "language_model"}
 
 
-def load_alone(folders: dict[str, tuple[Path, str]], scratch: Path) -> dict[str, Tensor]:
-    """What a process that cannot import us makes of folders of these classes: see load_alone.py."""
+def load_alone(
+    folders: dict[str, tuple[Path, str]], scratch: Path, together: int = 0
+) -> dict[str, Tensor]:
+    """What a process that cannot import us makes of folders of these classes: see load_alone.py.
+
+    Args:
+        folders: key → folder and its `model_type`.
+        scratch: for files.
+        together: ask about so many conversations, and about all of them as one batch too; 0: ask
+            about all, each alone.
+    """
     documents = []
-    for number, document in enumerate(conversations()):
+    for number, document in enumerate(conversations()[: together or None]):
         messages, pictures = messages_of(document)
         paths = [str(scratch / f"{number}-{i}.png") for i in range(len(pictures))]
         for path, image in zip(paths, pictures, strict=True):
@@ -121,6 +130,7 @@ def load_alone(folders: dict[str, tuple[Path, str]], scratch: Path) -> dict[str,
     jobs = {
         "folders": {key: (str(folder), name) for key, (folder, name) in folders.items()},
         "documents": documents,
+        "together": bool(together),
     }
     (scratch / "jobs.json").write_text(json.dumps(jobs))
     script, result = ROOT / "tests" / "models" / "load_alone.py", scratch / "result.safetensors"

@@ -2,7 +2,8 @@
 
 JOBS is a JSON file and holds `folders`, each with the name of its class, and `documents`: messages
 and paths of images. RESULT is a safetensors file with, for each folder and document, ids, logits,
-and what is generated greedily.
+and what is generated greedily; with `together`, also what is generated for all documents as rows of
+one batch, shorter ones padded by the processor.
 """
 
 from __future__ import annotations
@@ -44,6 +45,17 @@ def _inputs(processor: Any, messages: list[dict[str, Any]], images: list[str], p
     )
 
 
+def _together(processor: Any, documents: list[tuple[list[dict[str, Any]], list[str]]]) -> Any:
+    pictures = [[Image.open(path).convert("RGB") for path in paths] for _, paths in documents]
+    texts = [
+        processor.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+        for messages, _ in documents
+    ]
+    return processor(
+        text=texts, images=pictures, return_tensors="pt", padding=True, add_special_tokens=False
+    )
+
+
 @torch.no_grad()
 def main(jobs: str, result: str) -> None:
     try:
@@ -67,6 +79,10 @@ def main(jobs: str, result: str) -> None:
             prompt = _inputs(processor, messages[:-1], images, prompt=True)
             wrote = model.generate(**prompt, max_new_tokens=8, do_sample=False)
             found[f"{key}.{number}.wrote"] = wrote[0, prompt["input_ids"].shape[1] :]
+        if given["together"]:
+            prompts = _together(processor, given["documents"])
+            wrote = model.generate(**prompts, max_new_tokens=8, do_sample=False)
+            found[f"{key}.together"] = wrote[:, prompts["input_ids"].shape[1] :]
     save_file({key: value.contiguous() for key, value in found.items()}, result)
 
 
