@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig
 
 import mllm.models.auto  # noqa: F401  (the Auto classes know the model from here on)
-from mllm.models.composites import COMPOSITES
+from mllm.models.composites import COMPOSITES, UNREADABLE
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, PretrainedConnector
 from mllm.models.encoders import ENCODERS, WITHOUT_PATH
@@ -117,6 +117,10 @@ def load(
     elif config.model_type in COMPOSITES:
         model, processor = COMPOSITES[config.model_type].read(folder, dtype, weights)
         changed_connector(model.config.connector, changes)  # theirs have no reloadable options
+    elif config.model_type in UNREADABLE:
+        raise ValueError(
+            f"{folder} holds a {config.model_type!r} model: {UNREADABLE[config.model_type]}"
+        )
     else:
         raise ValueError(
             f"{folder} holds a {config.model_type!r} model, neither one that was assembled here "

@@ -19,7 +19,7 @@ from tests.models import composite_folders, llava_folders
 from tests.models.composite_checks import conversations, load_alone
 from tests.models.conftest import Parts, llama_config, make_tokenizer, picture
 from tests.models.families import FAMILIES, SMALL, save_family
-from tests.models.qwen_folders import save_qwen_vl
+from tests.models.qwen_folders import KINDS, save_qwen_vl
 
 OPT = OPTConfig(**SMALL, ffn_dim=64, init_std=0.2, dropout=0.0, word_embed_proj_dim=32)
 LANGUAGE_MODELS: dict[str, PreTrainedConfig] = {
@@ -149,7 +149,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "llava_onevision": llava_folders.save_llava_onevision,
         "smolvlm": lambda folder: composite_folders.save_idefics3(folder, "smolvlm"),
     }
-    for name in ("qwen2_5_vl", "qwen2_vl", "qwen3_vl"):
+    for name in KINDS:
         savers[name] = lambda folder: save_qwen_vl(folder, folder.name)
     assert savers.keys() == COMPOSITES.keys()
     return {name: save(root / name) for name, save in savers.items()}
