@@ -274,6 +274,21 @@ def body_and_head(
     ]
 
 
+def one_layer(layer: int | Sequence[int], path: str | Path) -> int:
+    """Return the layer that a `vision_feature_layer` names; a list may name one too.
+
+    Raises:
+        ValueError: it names several.
+    """
+    layers = [layer] if isinstance(layer, int) else list(layer)
+    if len(layers) != 1:
+        raise ValueError(
+            f"{path}: vision_feature_layer {layer}: features of several layers side by side cannot "
+            "be read"
+        )
+    return layers[0]
+
+
 def check_in_sequence(config: MultimodalConfig, name: str) -> None:
     """Refuse a fusion that reaches into the layers of the language model.
 

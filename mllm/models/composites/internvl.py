@@ -22,6 +22,7 @@ from mllm.models.composites.folder import (
     body_and_head,
     build,
     check_language,
+    one_layer,
     read_weights,
     save,
 )
@@ -127,9 +128,7 @@ def _settings(config: Any, path: str | Path) -> tuple[int, int]:
     Raises:
         ValueError: a setting that cannot be built here.
     """
-    layer, ratio = config.vision_feature_layer, config.downsample_ratio
-    if not isinstance(layer, int):
-        raise ValueError(f"{path}: vision_feature_layer {layer}: features of one layer are needed")
+    layer, ratio = one_layer(config.vision_feature_layer, path), config.downsample_ratio
     if layer >= 0:
         layer -= config.vision_config.num_hidden_layers + 1
     if config.vision_feature_select_strategy != "default":

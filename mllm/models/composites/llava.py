@@ -44,6 +44,7 @@ from mllm.models.composites.folder import (
     build,
     check_in_sequence,
     check_language,
+    one_layer,
     read_weights,
     save,
 )
@@ -111,17 +112,13 @@ def _read(
 
 def _tower(config: Any, path: str | Path) -> tuple[str, dict[str, Any]]:
     """Our family and the spec of the encoder."""
-    tower, layer = config.vision_config, config.vision_feature_layer
+    tower, layer = config.vision_config, one_layer(config.vision_feature_layer, path)
     if tower.model_type not in _ENCODERS:
         raise ValueError(
             f"{path}: a vision tower of type {tower.model_type!r} cannot be read, only "
             f"{', '.join(_ENCODERS)}"
         )
     family = _ENCODERS[tower.model_type]
-    if not isinstance(layer, int):
-        raise ValueError(
-            f"{path}: features of several layers side by side ({layer}) cannot be read"
-        )
     if config.projector_hidden_act != "gelu":
         raise ValueError(
             f"{path}: a projector with {config.projector_hidden_act} cannot be read, only gelu"
