@@ -15,9 +15,9 @@ from transformers import AutoModelForImageTextToText, LlamaConfig
 from mllm.models.assemble import load
 from mllm.models.composites import COMPOSITES
 from tests.models import composite_folders, llava_folders
-from tests.models.composite_checks import check_read, same_weights
+from tests.models.composite_checks import check_read, messages_in_files, same_weights
 from tests.models.own_processors import own_processor
-from tests.models.test_composites_llava import logits, messages, questions
+from tests.models.test_composites_llava import logits, questions
 
 Values = dict[str, Any]
 
@@ -124,7 +124,7 @@ def check_llava(folder: Path, name: str, ours: Any, processor: Any, scratch: Pat
     own = AutoModelForImageTextToText.from_pretrained(folder).eval()
     theirs = own_processor(str(folder), name)
     for document in questions():
-        mine, turns = processor.prompt(document), messages(document, scratch)
+        mine, turns = processor.prompt(document), messages_in_files(document, scratch)
         inputs = theirs.apply_chat_template(
             turns,
             add_generation_prompt=True,

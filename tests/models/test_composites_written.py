@@ -178,8 +178,8 @@ def test_rows_of_a_batch_are_answered_as_alone(
     found = load_alone(written, tmp_path, together=2)
     for name in written:
         ends = json.loads((tmp_path / name / "generation_config.json").read_text())["eos_token_id"]
-        for number, row in enumerate(found[f"{name}.together"].tolist()):
-            alone = found[f"{name}.{number}.wrote"].tolist()
+        for number, row in enumerate(found[name]["together"].tolist()):
+            alone = found[name]["documents"][number]["new"].tolist()
             assert row[: len(alone)] == alone, name
             assert len(row) == len(alone) or alone[-1] in ends, name
 
