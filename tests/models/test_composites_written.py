@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, OPTConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    Idefics3ImageProcessorPil,
+    OPTConfig,
+    PreTrainedConfig,
+)
 
 from data_packing.document import Document
 from mllm.models.assemble import assemble, load
@@ -19,6 +24,7 @@ from tests.models import composite_folders, llava_folders
 from tests.models.composite_checks import conversations, load_alone
 from tests.models.conftest import Parts, llama_config, make_tokenizer, picture
 from tests.models.families import FAMILIES, SMALL, save_family
+from tests.models.own_processors import usable
 from tests.models.qwen_folders import KINDS, save_qwen_vl
 
 OPT = OPTConfig(**SMALL, ffn_dim=64, init_std=0.2, dropout=0.0, word_embed_proj_dim=32)
@@ -169,7 +175,10 @@ def test_rows_of_a_batch_are_answered_as_alone(
     tmp_path: Path,
 ) -> None:
     written = {}
-    for name, folder in theirs.items():
+    images = usable(Idefics3ImageProcessorPil)  # from transformers 5.18 on without torchvision
+    usual = {name for name in theirs if images or name not in ("idefics3", "smolvlm")}
+    for name in usual:
+        folder = theirs[name]
         chats = name != "blip-2"  # a folder of its has no chat template
         model, processor = load(folder) if chats else made(folders, name, folders["llama"])
         without_padding(processor)
