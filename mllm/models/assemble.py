@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig
 
 import mllm.models.auto  # noqa: F401  (the Auto classes know the model from here on)
-from mllm.models.composites import COMPOSITES
+from mllm.models.composites import COMPOSITES, UNREADABLE
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, PretrainedConnector
 from mllm.models.encoders import ENCODERS, WITHOUT_PATH
@@ -116,10 +116,12 @@ def load(
     if isinstance(config, MultimodalConfig):
         model, processor = _saved(folder, config, dtype, changes, weights)
     elif config.model_type in COMPOSITES:
-        model, processor = COMPOSITES[config.model_type].read(folder, dtype)
+        model, processor = COMPOSITES[config.model_type].read(folder, dtype, weights)
         changed_connector(model.config.connector, changes)  # theirs have no reloadable options
-        if not weights:
-            nn.Module.to(model, "meta")
+    elif config.model_type in UNREADABLE:
+        raise ValueError(
+            f"{folder} holds a {config.model_type!r} model: {UNREADABLE[config.model_type]}"
+        )
     else:
         raise ValueError(
             f"{folder} holds a {config.model_type!r} model, neither one that was assembled here "
@@ -246,7 +248,7 @@ def _from_parts(
     model.fusion.to(precision)
     if weights and start is not None and isinstance(model.connector, PretrainedConnector):
         model.connector.load_weights(start)
-    model.generation_config = generation_config(language_model, tokenizer, added)
+    model.generation_config = generation_config(language_model, processor.template, added)
     return model.eval(), processor
 
 

@@ -29,6 +29,7 @@ from mllm.models import attention
 from mllm.models.errors import check_language_model, loading
 from mllm.models.families import blueprint, causal_class, check_config, check_model
 from mllm.models.probe import probe
+from mllm.models.template import Template
 
 _ROWS = 64  # the embedding is padded to a multiple: tensor cores want it
 
@@ -147,14 +148,15 @@ def add_special_tokens(
 
 
 def generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, never: list[int]
+    model: PreTrainedModel, template: Template, never: list[int]
 ) -> GenerationConfig:
     """The language model's own, ending turns, never writing what stands for images."""
-    config = model.generation_config or GenerationConfig()
-    ends = config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    config.eos_token_id = sorted(ends)
-    if config.pad_token_id is None:
+    config, tokenizer = model.generation_config or GenerationConfig(), template.tokenizer
+    own = config.eos_token_id
+    ends = {tokenizer.eos_token_id, template.end_of_turn()}
+    ends |= {*(own if isinstance(own, list) else [own])}
+    config.eos_token_id = sorted(end for end in ends if end is not None and end >= 0)
+    if config.pad_token_id is None or config.pad_token_id < 0:
         pad = tokenizer.pad_token_id
         config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
     config.suppress_tokens = sorted({*never, *(config.suppress_tokens or [])})

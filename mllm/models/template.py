@@ -35,6 +35,9 @@ VERSION = 2
 """Part of the fingerprint: counts cached under another version of the rule are not used."""
 
 
+_EXCHANGE = Document.conversation([("user", "Hello"), ("assistant", "Hello")])
+
+
 class ImageText(NamedTuple):
     """What stands for an image in text.
 
@@ -239,6 +242,15 @@ class Template:
         """Ids of every part of a raw document."""
         image = self.image_text.written
         return self._tokens([image if isinstance(p, Image) else p.text for p in document.parts])
+
+    def end_of_turn(self) -> int | None:
+        """Return the special token that answers end with, None where the chat template has none."""
+        try:
+            written = self._write_conversation(_EXCHANGE)
+        except ValueError:  # no chat template, or one that asks for more than a question
+            return None
+        learned: list[int] = written.ids[written.learned].tolist()
+        return learned[-1] if len(learned) > 1 and learned[-1] in self._special_ids else None
 
     # -- conversations ---------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ TESTED = (
     ),
     Kind(("Gemma2",), "as Gemma, and a soft cap on attention and one on the logits"),
     Kind(
-        ("Qwen2-VL (text)", "Qwen2.5-VL (text)", "Qwen3-VL (text)"),
+        ("Qwen2-VL (text)", "Qwen2.5-VL (text)", "Qwen3-VL (text)", "Qwen3-VL-MoE (text)"),
         "positions in three directions, see below",
     ),
     Kind(("gpt-oss",), "windows and attention sinks"),

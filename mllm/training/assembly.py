@@ -19,8 +19,9 @@ from mllm.models.assemble import assemble as build
 from mllm.models.processor import Processor
 from mllm.recipe import Parts
 from mllm.training import groups, lora
+from mllm.training.export import weights_id
 from mllm.training.parameters import parameter_table
-from mllm.training.run_folder import full_disk_is_clear, settle, write_atomically
+from mllm.training.run_folder import ASSEMBLED, full_disk_is_clear, settle, write_atomically
 
 DTYPES: dict[str, torch.dtype | str] = {
     "auto": "auto",
@@ -31,7 +32,6 @@ DTYPES: dict[str, torch.dtype | str] = {
 EXAMPLES = ((224, 224), (640, 480), (1920, 1080))
 """(width, height) of images whose tokens are told."""
 
-MARKER = "assembled.json"
 NO_TEMPLATE = (
     "The tokenizer has no chat template. Captions, pages and plain texts can be trained on and "
     "continued; conversations are refused, and so is mllm chat. For those choose an "
@@ -85,7 +85,7 @@ def check_output(output: Path) -> None:
     if not output.is_dir():
         raise ValueError(f"--output {output} is a file; give the name of a folder")
     names = {path.name for path in output.iterdir()}
-    if names and (MARKER not in names or names & {"run.json", "FINISHED"}):
+    if names and (ASSEMBLED not in names or names & {"run.json", "FINISHED"}):
         raise ValueError(
             f"--output {output} holds something else ({min(names)}); give another folder, or "
             "delete it"
@@ -128,7 +128,8 @@ def _saved(model: Any, processor: Processor, parts: Parts, output: Path | None) 
             model.save_pretrained(draft)
             processor.save_pretrained(draft)
             said = parts.model.model_dump(mode="json", by_alias=True, exclude_none=True)
-            write_atomically(draft / MARKER, json.dumps({"model": said}, indent=2) + "\n")
+            facts = {"model": said, "weights": weights_id(draft)}
+            write_atomically(draft / ASSEMBLED, json.dumps(facts, indent=2) + "\n")
             settle(draft)
         yield
         _rename(draft, output)

@@ -27,7 +27,7 @@ def shards(recipe: Recipe) -> list[list[Path]]:
 
 
 def parent_id(recipe: Recipe) -> str | None:
-    """The identity of the stage that `model.from` names, None when it names no stage.
+    """The identity of the stage or assembled model that `model.from` names, None for another model.
 
     Raises:
         ValueError: when there is nothing at that path, or the stage is not finished.
@@ -42,7 +42,7 @@ def parent_id(recipe: Recipe) -> str | None:
         raise ValueError(
             f"model.from: the stage in {folder.path} has not finished; run it to its end first"
         )
-    return None
+    return (folder.assembled() or {}).get("weights")
 
 
 def check_paths(recipes: Sequence[Recipe]) -> None:

@@ -124,7 +124,7 @@ def test_our_own_folder_keeps_it(folder: Path, tmp_path: Path) -> None:
     ("changes", "match"),
     [
         ({"downsample_ratio": 0.3}, "downsample_ratio"),
-        ({"vision_feature_layer": [1, 2]}, "features of one layer"),
+        ({"vision_feature_layer": [1, 2]}, "features of several layers"),
         ({"vision_feature_select_strategy": "full"}, "keeps the class token"),
         ({"projector_hidden_act": "relu"}, "only gelu"),
         ({"vision_config": {"image_size": [32, 64]}}, "only squares"),

@@ -23,6 +23,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+from mllm.models.composites import writing
 from mllm.models.composites.base import Composite
 from mllm.models.composites.folder import (
     Names,
@@ -53,7 +54,9 @@ _NAMES: Names = (
 )
 
 
-def read(path: str | Path, dtype: torch.dtype | str) -> tuple[MultimodalModel, Processor]:
+def read(
+    path: str | Path, dtype: torch.dtype | str, weights: bool = True
+) -> tuple[MultimodalModel, Processor]:
     """From its folder to our model."""
     with loading("model", path):
         config: Any = AutoConfig.from_pretrained(path)
@@ -86,8 +89,8 @@ def read(path: str | Path, dtype: torch.dtype | str) -> tuple[MultimodalModel, P
         image_token_id=config.image_token_id,
         origin=BLIP2.name,
     )
-    weights, generation = read_weights(path, Blip2ForConditionalGeneration, dtype)
-    return build(ours, processor, weights, _NAMES, generation), processor
+    saved = read_weights(path, Blip2ForConditionalGeneration, dtype, weights)
+    return build(ours, processor, saved, _NAMES), processor
 
 
 def _image_first(path: str | Path) -> bool:
@@ -99,6 +102,7 @@ def write(model: MultimodalModel, processor: Processor, folder: Path) -> None:
     """From our model to its folder."""
     ours = model.config
     _check(ours)
+    writing.check_positions_and_width(model, BLIP2.name)
     connector, spec = ours.connector, ours.encoder
     queries = QFormer.number(connector, "visual_tokens")
     text = text_config(model)

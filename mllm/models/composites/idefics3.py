@@ -36,7 +36,6 @@ from mllm.models.composites.folder import (
     check_language,
     read_weights,
     save,
-    tied,
 )
 from mllm.models.composites.text import check_token, read_tokenizer
 from mllm.models.config import MultimodalConfig
@@ -74,7 +73,7 @@ class _Kind:
 
 
 def _read(
-    kind: _Kind, path: str | Path, dtype: torch.dtype | str
+    kind: _Kind, path: str | Path, dtype: torch.dtype | str, weights: bool = True
 ) -> tuple[MultimodalModel, Processor]:
     """From its folder to our model."""
     with loading("model", path):
@@ -88,8 +87,8 @@ def _read(
     connector = {"name": "pixel_shuffle", "factor": config.scale_factor, "layers": 1, "bias": False}
     geometry = ImageGeometry.from_dict(spec["geometry"])
     processor = Processor(tokenizer, geometry, connector, token, images)
-    weights, generation = read_weights(path, kind.model, dtype)
-    text.tie_word_embeddings = tied(weights, f"{_BODY}embed_tokens.weight")
+    saved = read_weights(path, kind.model, dtype, weights)
+    text.tie_word_embeddings = saved.tied
     ours = MultimodalConfig(
         encoder={"name": "idefics3", **spec},
         connector=connector,
@@ -99,7 +98,7 @@ def _read(
         image_token_id=config.image_token_id,
         origin=kind.name,
     )
-    return build(ours, processor, weights, _names(kind, text), generation), processor
+    return build(ours, processor, saved, _names(kind, text)), processor
 
 
 def _write(kind: _Kind, model: MultimodalModel, processor: Processor, folder: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLVisionConfig,
     Qwen2VLVisionConfig,
+    Qwen3VLMoeVisionConfig,
     Qwen3VLVisionConfig,
     Qwen3VLVisionModel,
 )
@@ -142,6 +143,13 @@ class Qwen3VLEncoder(Qwen2VLEncoder):
     OPTIONS = ENCODERS["qwen3_vl"].options
     MODEL = Qwen3VLVisionModel
     CONFIG = Qwen3VLVisionConfig
+
+    @classmethod
+    def _own(cls, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Read the tower beside a mixture of experts: another name for the same fields."""
+        if type(config) is not Qwen3VLMoeVisionConfig:
+            return config
+        return Qwen3VLVisionConfig(**{**config.to_dict(), "model_type": cls.CONFIG.model_type})
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__(spec)
