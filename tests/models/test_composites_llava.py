@@ -30,13 +30,14 @@ from mllm.models.composites import COMPOSITES
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
 from tests.models import llava_folders
+from tests.models.begin_tokenizers import BEGIN, begin_tokenizer
 from tests.models.composite_checks import (
     ask_classes,
     check_answers,
     messages_in_files,
     same_weights,
 )
-from tests.models.conftest import Parts, picture
+from tests.models.conftest import CHATML, Parts, picture
 from tests.models.llava_folders import SAVERS
 
 ASSEMBLED = {
@@ -366,3 +367,19 @@ def test_a_template_without_a_begin_token_is_written_so(
             return_dict=True,
         )
         assert inputs["input_ids"] == mine.prompt(document)["input_ids"].tolist()
+
+
+def test_a_template_of_texts_gets_the_begin_token_that_its_tokenizer_adds(
+    tmp_path: Path,
+) -> None:
+    llava_folders.save_llava(tmp_path)
+    tokenizer = begin_tokenizer(True, CHATML)  # fails on parts
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path)
+    _, processor = load(tmp_path)
+    for document in questions():
+        ids = processor.prompt(document)["input_ids"][0].tolist()
+        text = processor.tokenizer.decode(ids)
+        assert text.startswith(f"{BEGIN}<|im_start|>user")
+        assert text.count(BEGIN) == 1
+        assert (processor.image_token_id in ids) is bool(document.images)

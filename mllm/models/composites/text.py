@@ -49,11 +49,11 @@ def read_tokenizer(
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
     if not tokenizer.chat_template:
         tokenizer.chat_template = _older_template(path)
+    asked = token if asked_id is None else tokenizer.convert_ids_to_tokens(asked_id)
+    with_images(tokenizer, str(asked))
     template: Any = tokenizer.chat_template
     if isinstance(template, str) and _adds_begin(tokenizer) and not _begins(tokenizer):
         tokenizer.chat_template = _BEGIN + template
-    asked = token if asked_id is None else tokenizer.convert_ids_to_tokens(asked_id)
-    with_images(tokenizer, str(asked))
     return tokenizer, str(token)
 
 
