@@ -34,6 +34,11 @@ class Calls(ABC):
     expander: Expander
     _reads_text: bool
 
+    @property
+    @abstractmethod
+    def _regions(self) -> str:
+        """How boxes are written."""
+
     @abstractmethod
     def _pixels(self, document: Document) -> list[NDArray[np.uint8]]:
         """Return the views of a document's images."""
@@ -116,7 +121,7 @@ class Calls(ABC):
                 template nor the processor knows.
         """
         batch = is_batch(conversation)
-        turns = [plain(one) for one in (conversation if batch else [conversation])]
+        turns = [plain(one, self._regions) for one in (conversation if batch else [conversation])]
         asked = {name: kwargs.pop(name) for name in rows.TAKEN if name in kwargs}
         given = rows.spread({**asked, **(processor_kwargs or {})})
         begins, tensors = given.pop("add_special_tokens", False), given.pop("return_tensors", None)

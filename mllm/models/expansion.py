@@ -97,6 +97,12 @@ class Expander:
         if self.region_id is not None:
             placeholders = is_image | (ids == self.region_id)
             boxes = boxes_of_images(document)
+            if (marks := int((ids == self.region_id).sum())) != len(boxes):
+                raise ValueError(
+                    f"the text holds {marks} regions, but {len(boxes)} boxes are given: hand over "
+                    'the conversation, {"type": "text", "text": "", "box": [left, top, right, '
+                    "bottom]} for each"
+                )
         result = Expanded(ids, places=np.flatnonzero(placeholders))
         layouts = [self.layout(image.height, image.width) for image in document.images]
         firsts = [*accumulate((layout.made for layout in layouts), initial=0)]

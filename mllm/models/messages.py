@@ -8,6 +8,7 @@ from typing import Any
 
 from data_packing.document import Document, DocumentError, Image, Part, Text
 from mllm.models.pictures import pixels_of, read_image
+from mllm.models.regions import spelled
 
 _FIELDS = ("image", "path", "url", "base64")
 _SHOWN = 80  # characters of what was asked for, in a message
@@ -18,13 +19,16 @@ def is_batch(conversation: Any) -> bool:
     return bool(conversation) and not isinstance(conversation[0], Mapping)
 
 
-def plain(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages as chat templates know them: `image_url` as an image, no key that is None."""
+def plain(messages: Iterable[Mapping[str, Any]], regions: str) -> list[dict[str, Any]]:
+    """Return messages as chat templates know them: `image_url` as an image, no key that is None.
+
+    A part with a `box` has as its text what stands for one, in the style `regions`.
+    """
     turns = []
     for message in messages:
         turn = {name: value for name, value in message.items() if value is not None}
         if not isinstance(turn.get("content", ""), str):
-            turn["content"] = [_with_image(part) for part in turn["content"]]
+            turn["content"] = [_with_box(_with_image(part), regions) for part in turn["content"]]
         turns.append(turn)
     return turns
 
@@ -35,10 +39,12 @@ def document_of(messages: Iterable[Mapping[str, Any]]) -> Document:
     Args:
         messages: `role` and `content`; the content is a text, or a list of parts as transformers'
             processors take it: `{"type": "text", "text": …}` and `{"type": "image", …}` with the
-            image under `image`, `path`, `url` or `base64`.
+            image under `image`, `path`, `url` or `base64`. A text with a `box`, as `Text.box`,
+            stands for a region of the last image before it.
 
     Raises:
-        ValueError: a part of another kind, or an image that is missing or cannot be read.
+        ValueError: a part of another kind, an image that is missing or cannot be read, or a box
+            that is none or has no image before it.
     """
     turns = [(message["role"], _parts(message.get("content", ""))) for message in messages]
     return Document.conversation(turns)
@@ -111,7 +117,7 @@ def _parts(content: Any) -> list[Part]:
     for part in content:
         kind = part.get("type")
         if kind == "text":
-            parts.append(Text(part["text"]))
+            parts.append(Text(part["text"], box=part.get("box")))
         elif kind == "image":
             given = [name for name in _FIELDS if part.get(name) is not None]
             if not given:
@@ -128,3 +134,17 @@ def _with_image(part: Any) -> Any:
         return part
     given = part.get("image_url")
     return {"type": "image", "url": given.get("url") if isinstance(given, Mapping) else given}
+
+
+def _with_box(part: Any, regions: str) -> Any:
+    """A part of a message, with what stands for its box as the text; the box as a tuple."""
+    if not isinstance(part, Mapping) or part.get("box") is None:
+        return part
+    try:
+        left, top, right, bottom = map(float, part["box"])
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"a box is left, top, right, bottom as fractions of the image, got {part['box']!r}"
+        ) from None
+    box = left, top, right, bottom
+    return {**part, "text": spelled(box, regions), "box": box}

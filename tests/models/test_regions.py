@@ -18,7 +18,7 @@ from mllm.models.assemble import load
 from mllm.models.geometry import ImageGeometry
 from mllm.models.images import Images
 from mllm.models.modeling import MultimodalModel
-from mllm.models.regions import inside
+from mllm.models.regions import STYLES, inside, spelled
 from mllm.models.tiles import tiled
 from tests.models.conftest import Parts, picture
 
@@ -243,3 +243,35 @@ def test_another_budget_is_another_count(build: Callable[..., Parts]) -> None:
     assert len(prints) == 4
     with pytest.raises(ValueError, match="clip_tokens must be a whole number"):
         build(images={"clip_tokens": 0})
+
+
+def messages(box: Any) -> list[dict[str, Any]]:
+    """What `grounded` says, as transformers' users write it."""
+    region = {"type": "text", "text": "", "box": box}
+    before, after = ({"type": "text", "text": text} for text in ("What is at ", "?"))
+    image = {"type": "image", "image": picture(1, 40, 40).data}
+    return [{"role": "user", "content": [image, before, region, after]}]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_message_has_boxes_as_a_document_has(build: Callable[..., Parts], style: str) -> None:
+    _, processor = build("siglip", "mlp", images={"regions": style})
+    theirs = processor.apply_chat_template(
+        messages([*BOX]), tokenize=True, return_dict=True, add_generation_prompt=True
+    )
+    asked = Document.conversation([("user", [picture(1, 40, 40), *grounded().parts[1:4]])])
+    ours = processor.prompt(asked)
+    assert theirs.keys() >= ours.keys()
+    for name, values in ours.items():
+        torch.testing.assert_close(theirs[name], values)
+    text = processor.apply_chat_template(messages([*BOX]))
+    assert f"What is at {spelled(BOX, style)}?" in text
+
+
+def test_a_message_with_a_box_that_is_none(build: Callable[..., Parts]) -> None:
+    _, processor = build("siglip", "mlp", images=FEATURE)
+    for box in ([0.5, 0.1], "left", [0.5, 0.1, 0.2, 0.3]):
+        with pytest.raises(ValueError, match="a box is left, top, right, bottom as fractions"):
+            processor.apply_chat_template(messages(box), tokenize=True)
+    with pytest.raises(ValueError, match="the text holds 1 regions, but 0 boxes are given"):
+        processor(text="What is at <region>?")
