@@ -77,7 +77,7 @@ def loading(what: str, path: str | Path) -> Iterator[None]:
             "copy or download it again"
         ) from error
     except (OSError, KeyError, json.JSONDecodeError, struct.error) as error:
-        said = _first_line(error) + (" is missing" if isinstance(error, KeyError) else "")
+        said = _first_line(error) + (" is missing or not known" if type(error) is KeyError else "")
         if isinstance(error, OSError) and not Path(path).parent.exists():
             said += " (and there is no folder of this name)"
         raise ValueError(f"cannot load {what} from {path}: {said}") from error
@@ -88,6 +88,11 @@ def loading(what: str, path: str | Path) -> Iterator[None]:
         ) from error
     except ValueError as error:
         raise ValueError(_explained(str(error), what, path)) from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"cannot load {what} from {path}: its files make no sense to transformers "
+            f"({_first_line(error)}); copy the checkpoint's own"
+        ) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise

@@ -29,6 +29,7 @@ from mllm.models.generating import Generating
 from mllm.models.images import Images
 from mllm.models.standing import Newline, standing
 from mllm.models.tiles import TILINGS
+from mllm.models.weight_files import check_weight_files
 
 _NEVER_QUANTISED = ("encoder", "connector", "fusion", "lm_head")
 """What stays whole when a model is loaded in 4 or 8 bits, unless the user names other modules."""
@@ -337,6 +338,7 @@ class MultimodalModel(Generating, PreTrainedModel, GenerationMixin):
         path = pretrained_model_name_or_path
         if path is not None:
             check_folder(path, "model")
+            check_weight_files(path, "model")
         wants_report = kwargs.pop("output_loading_info", False)
         quantisation: Any = kwargs.get("quantization_config")
         if getattr(quantisation, "llm_int8_skip_modules", ()) is None:

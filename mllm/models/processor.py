@@ -22,6 +22,7 @@ from data_packing.sample import IGNORED, Cost, Sample
 from mllm.models import template
 from mllm.models.calls import Calls
 from mllm.models.chat_template import with_images
+from mllm.models.checks import check_tokenizer
 from mllm.models.clips import thinned
 from mllm.models.connectors import CONNECTORS
 from mllm.models.errors import check_folder, choose, loading, read_json, unknown
@@ -301,6 +302,7 @@ class Processor(Calls, PushToHubMixin):
         values = read_json(Path(folder) / _FILE)
         with loading("tokenizer", folder):
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        check_tokenizer(tokenizer, folder)
         return cls(
             tokenizer,
             geometry_from_dict(values["geometry"]),

@@ -25,6 +25,7 @@ from mllm.models.modeling import MultimodalModel
 from mllm.models.probe import probe
 from mllm.models.processor import Processor
 from mllm.models.tiles import special_tokens
+from mllm.models.weight_files import check_all_used, check_weight_files
 
 Names = Sequence[tuple[str, str]]
 
@@ -40,6 +41,7 @@ def read_weights(
     Raises:
         ValueError: files that are missing or damaged, weights that are missing or of another shape.
     """
+    check_weight_files(path, "model")
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -60,6 +62,7 @@ def read_weights(
                 f"{path}: {len(names)} weights of {kind.__name__} are "
                 f"{problem.removesuffix('_keys')}, {names[0]} first"
             )
+    check_all_used(report["unexpected_keys"], model, path, kind.__name__)
     return model.state_dict(), model.generation_config
 
 

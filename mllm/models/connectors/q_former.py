@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, Blip2Config, Blip2QFormerConfig, Blip2QFormerModel
+from transformers import Blip2Config, Blip2QFormerConfig, Blip2QFormerModel
 
+from mllm.models.checks import read_config
 from mllm.models.connectors.cells import sequences
 from mllm.models.connectors.pretrained import PretrainedConnector, read_weights
-from mllm.models.errors import check_folder, loading
+from mllm.models.errors import check_folder
 from mllm.parts import CONNECTORS
 
 NAMES = {
@@ -143,8 +144,7 @@ class QFormer(PretrainedConnector):
         cls.check(spec)
         path = spec["path"]
         check_folder(path, "connector q_former")
-        with loading("connector", path):
-            config = AutoConfig.from_pretrained(path)
+        config = read_config("connector", path)
         if not isinstance(config, Blip2Config):
             raise ValueError(f"{path} holds a {config.model_type!r} model, not a BLIP-2")
         bert = config.qformer_config
