@@ -50,9 +50,10 @@ def read_config(what: str, path: str | Path, **options: Any) -> PreTrainedConfig
     Raises:
         ValueError: missing or damaged, a size that is none, or an activation nobody knows.
     """
-    with loading(what, path):
+    named = Path(path, options["gguf_file"]) if "gguf_file" in options else path
+    with loading(what, named):
         values, _ = PreTrainedConfig.get_config_dict(path, **options)
-        check_sizes(values, path)
+        check_sizes(values, named)
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, **options)
     return config
 

@@ -103,7 +103,7 @@ def loading(what: str, path: str | Path) -> Iterator[None]:
 
 
 def _explained(text: str, what: str, path: str | Path) -> str:
-    """What transformers says in paragraphs, in one line; single lines stay as they are."""
+    """What transformers says in paragraphs, in one line that names the folder."""
     if kind := re.search("has model type `(.*?)` but Transformers does not recognize", text):
         return (
             f"cannot load {what} from {path}: transformers does not know the model type "
@@ -114,7 +114,9 @@ def _explained(text: str, what: str, path: str | Path) -> str:
             f"cannot load {what} from {path}: its tokenizer cannot be read; copy the checkpoint's "
             "tokenizer.json and tokenizer_config.json beside the weights"
         )
-    return text if "\n" not in text else f"cannot load {what} from {path}: {text.splitlines()[0]}"
+    if "\n" not in text and str(path) in text:
+        return text
+    return f"cannot load {what} from {path}: {text.splitlines()[0]}"
 
 
 def _last_line(error: BaseException) -> str:

@@ -41,7 +41,7 @@ def check_weight_files(path: str | Path, what: str) -> None:
 def _shards(folder: Path, what: str) -> list[str]:
     """The files that the index names."""
     if not (folder / _INDEX).is_file():
-        raise ValueError(f"{what} {folder}: {_without(folder)}")
+        raise ValueError(f"{what} {folder}: {_without(folder, what)}")
     places = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(one, str) for one in places.values()):
         raise ValueError(
@@ -57,15 +57,16 @@ def _shards(folder: Path, what: str) -> list[str]:
     return files
 
 
-def _without(folder: Path) -> str:
+def _without(folder: Path, what: str) -> str:
     """What to do with a folder that has no safetensors."""
     others = sorted(file.name for pattern in _UNREAD for file in folder.glob(pattern))
     if not others:
         return f"no file {_FILE}, so there are no weights; copy or download them"
+    kind = "AutoModelForCausalLM" if what == "language model" else "AutoModel"
     return (
-        f"{others[0]} is not read, only safetensors are (nothing is unpickled); convert it with "
-        "transformers, AutoModelForCausalLM (of an encoder AutoModel)"
-        f".from_pretrained({str(folder)!r}).save_pretrained(…), or download {_FILE}"
+        f"{others[0]} is not read, only safetensors are (nothing is unpickled); download {_FILE}, "
+        f"or convert the folder once in Python: from transformers import {kind} as kind; "
+        f"folder = {str(folder)!r}; kind.from_pretrained(folder).save_pretrained(folder)"
     )
 
 

@@ -104,9 +104,9 @@ def test_unknown_parts(folders: dict[str, Path], refused: Callable[..., None]) -
 
 LANGUAGE: dict[str, tuple[dict[str, Any], str]] = {
     "narrower": ({"hidden_size": 64}, "20 weights of the language model have another shape than"),
-    "words": ({"vocab_size": 280}, "another shape than config.json says, model.embed_tokens"),
+    "words": ({"vocab_size": 280}, "has ids up to 299, the embedding has 280 rows (20 words"),
     "layers": ({"num_hidden_layers": 3}, "9 weights are missing, model.layers.2"),
-    "heads": ({"num_attention_heads": 5}, "not a multiple of the number of attention heads (5);"),
+    "heads": ({"num_attention_heads": 5}, "5, which is not a multiple of num_key_value_heads (2);"),
     "type": ({"hidden_size": "many"}, "config.json makes no sense: Field 'hidden_size' expected"),
     "kind": ({"model_type": "lama"}, "transformers does not know the model type 'lama'"),
     "no kind": ({"model_type": None}, "Should have a `model_type` key in its config.json"),
@@ -137,7 +137,7 @@ def test_a_language_model_whose_files_are_damaged(copy: Copy, refused: Callable[
     weights = folder / "model.safetensors"
     for size in (-9, 0):
         weights.write_bytes(weights.read_bytes()[:size])
-        refused("a weights file is damaged or cut short", **language(folder))
+        refused("model.safetensors is damaged or cut short", **language(folder))
     weights.unlink()
     refused("no file named model.safetensors", **language(folder))
     (folder / "config.json").write_text("{")
@@ -154,7 +154,7 @@ def test_an_encoder_and_its_preprocessor(copy: Copy, refused: Callable[..., None
     refused("which says how images are prepared; copy it from the", **encoder(folder))
     file.write_text(text)
     change(folder / "config.json", num_attention_heads=3)
-    refused("not a multiple of the number of attention heads (3);", **encoder(folder))
+    refused("hidden_size 16, which is not a multiple of num_attention_heads (3);", **encoder(folder))
     change(folder / "config.json", num_attention_heads=2, hidden_size=32)
     refused("weights of the encoder have another shape than config.json", **encoder(folder))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -146,9 +145,16 @@ class VisionTransformer(VisionEncoder):
         """
         with building("encoder", path), torch.device("meta"):
             model: nn.Module = cls.MODEL._from_config(
-                copy.deepcopy(config), attn_implementation=cls.ATTENTION
+                cls._config({"config": cls._values(config)}), attn_implementation=cls.ATTENTION
             )
         return model
+
+    @classmethod
+    def _values(cls, config: PreTrainedConfig) -> dict[str, Any]:
+        """What rebuilds a configuration."""
+        values = config.to_diff_dict()
+        values[cls.DEPTH] = cls._depth(config)  # also where it is the class's default
+        return {key: value for key, value in values.items() if key not in _NOT_KEPT}
 
     @classmethod
     def spec_from_folder(cls, path: str | Path, **options: Any) -> dict[str, Any]:
@@ -167,10 +173,8 @@ class VisionTransformer(VisionEncoder):
             )
         cls._cut(config, depth + layer + 1)
         geometry = cls._read_geometry(config, seen, path, options)
-        values = config.to_diff_dict()
-        values[cls.DEPTH] = cls._depth(config)  # also where it is the class's default
         spec = {
-            "config": {key: value for key, value in values.items() if key not in _NOT_KEPT},
+            "config": cls._values(config),
             "layer": layer,
             "geometry": geometry.to_dict(),
         }
