@@ -8,14 +8,21 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from ssl import SSLError
 from typing import Any, TypeVar
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 T = TypeVar("T")
+
+_PATIENCE = 5.0  # seconds for the hub's first answer
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
@@ -136,7 +143,7 @@ def check_folder(path: str | Path, what: str) -> None:
     A hub id looks like `owner/name`; anything absolute, deeper, or starting with a dot is local.
 
     Raises:
-        ValueError: no such folder, or no config.json in it.
+        ValueError: no such folder, or no config.json in it; neither a folder nor a hub to ask.
     """
     folder, text = Path(path), str(path)
     if folder.is_dir():
@@ -147,6 +154,35 @@ def check_folder(path: str | Path, what: str) -> None:
         raise ValueError(f"{what}: {text} is a file; give the folder that holds the model")
     if text.startswith((".", "~")) or folder.is_absolute() or text.count("/") != 1:
         raise ValueError(f"{what}: there is no folder {text}")
+    if why := _unreachable(text):
+        raise ValueError(
+            f"{what}: there is no folder {text} here, and as the id of a model on the hub it "
+            f"cannot be looked up ({why}); correct the path, or connect"
+        )
+
+
+@cache
+def _unreachable(name: str) -> str:
+    """Why the hub cannot be asked for a model; empty where it can, or the model is in the cache.
+
+    One request without repeats: the libraries' own go on for half a minute.
+    """
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return ""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    address = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
+    try:
+        with urlopen(Request(address, method="HEAD"), timeout=_PATIENCE):
+            return ""
+    except HTTPError as error:  # what the hub itself answers the libraries explain
+        behind = error.code in (502, 503, 504)
+        return f"{constants.ENDPOINT}: {error.reason}" if behind else ""
+    except URLError as error:
+        # their certificates may be others
+        return "" if isinstance(error.reason, SSLError) else f"{constants.ENDPOINT}: {error.reason}"
+    except OSError as error:
+        return f"{constants.ENDPOINT}: {error}"
 
 
 def check_language_model(path: str | Path, what: str) -> None:

@@ -294,8 +294,12 @@ class MultimodalModel(Generating, PreTrainedModel, GenerationMixin):
 
         The other arguments are those of `hidden_states`. `inputs_embeds` [B, T, D] stand in for
         ids, visual tokens included. `logits_to_keep`: only the last so many positions (0: all), or
-        the positions themselves.
+        the positions themselves. `output_hidden_states=True` gives the language model's;
+        `output_attentions` is refused (ValueError), for attention keeps no weights.
         """
+        if kwargs.pop("output_attentions", None) or self.config.output_attentions:
+            raise ValueError("output_attentions: attention keeps no weights here; leave it out")
+        kwargs.setdefault("output_hidden_states", self.config.output_hidden_states or None)
         given = {
             "past_key_values": past_key_values,
             "use_cache": use_cache,

@@ -7,7 +7,7 @@ on with it, and what is trained here can be exported:
 - `any_resolution`: LLaVA-NeXT (Liu et al. 2024, llava-vl.github.io/blog/2024-01-30-llava-next);
 - `split`: Idefics3 and SmolVLM (Laurençon et al. 2024, arXiv 2408.12637, section 3.2).
 
-S is the side of the encoder's square, M the visual tokens of a view.
+Legend: S is the side of the encoder's square, M the visual tokens of a view.
 """
 
 from __future__ import annotations
@@ -291,10 +291,11 @@ class SplitTiles(TiledGeometry):
     def __init__(self, square: ImageGeometry, spec: Spec) -> None:
         super().__init__(square, spec)
         self.longest_edge = int(spec.get("longest_edge") or 4 * self.side)
-        if self.longest_edge > self.MOST * self.side:
+        if not self.side <= self.longest_edge <= self.MOST * self.side:
             raise ValueError(
-                f"tiling split: longest_edge {self.longest_edge} is more than {self.MOST} tiles of "
-                f"{self.side} pixels; there are no marks for more"
+                f"tiling split: longest_edge {self.longest_edge} is not between one tile of "
+                f"{self.side} pixels and {self.MOST} of them, {self.MOST * self.side}; there are "
+                "no marks for more"
             )
 
     @classmethod

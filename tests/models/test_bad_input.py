@@ -154,7 +154,9 @@ def test_an_encoder_and_its_preprocessor(copy: Copy, refused: Callable[..., None
     refused("which says how images are prepared; copy it from the", **encoder(folder))
     file.write_text(text)
     change(folder / "config.json", num_attention_heads=3)
-    refused("hidden_size 16, which is not a multiple of num_attention_heads (3);", **encoder(folder))
+    refused(
+        "hidden_size 16, which is not a multiple of num_attention_heads (3);", **encoder(folder)
+    )
     change(folder / "config.json", num_attention_heads=2, hidden_size=32)
     refused("weights of the encoder have another shape than config.json", **encoder(folder))
 

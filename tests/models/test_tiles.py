@@ -272,7 +272,7 @@ def test_the_newline_is_trained(build: Callable[..., Parts]) -> None:
             "[[rows, columns], …], got [[0, 1]]",
         ),
         ({"tiling": "any_resolution", "grids": [[1, 1]], "tiles": 2}, "grids or tiles, not both"),
-        ({"tiling": "split", "longest_edge": 500}, "longest_edge 500 is more than 6 tiles"),
+        ({"tiling": "split", "longest_edge": 500}, "longest_edge 500 is not between one tile"),
     ],
 )
 def test_wrong_options_are_refused(

@@ -93,6 +93,21 @@ def pool(cells: Tensor, grids: Sequence[Grid], side: int) -> Tensor:
     return torch.cat([pooled[i] for i in range(len(grids))])
 
 
+def blocks(grid: Grid, factor: int) -> Grid:
+    """Return (rows, columns) of a grid in blocks of factor x factor cells, the last ones padded.
+
+    Raises:
+        ValueError: one block is more than the whole grid: it would be padding for the most part.
+    """
+    rows, columns = grid
+    if factor > max(grid):
+        raise ValueError(
+            f"factor {factor} is more than the {rows} x {columns} cells that the encoder gives; it "
+            f"can be 1 to {max(grid)}"
+        )
+    return -(-rows // factor), -(-columns // factor)
+
+
 def space_to_depth(cells: Tensor, grids: Sequence[Grid], factor: int) -> Tensor:
     """Join blocks of factor x factor cells [C, W] into one wide cell: [M, factor x factor x W].
 
