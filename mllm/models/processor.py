@@ -86,8 +86,12 @@ class Processor(Calls, PushToHubMixin):
             fusion_class(self.fusion).layout,
         )
         self._reads_text = kind.reads_text(self.connector)
+        sides = 0
         for size in self.geometry.extremes:
             self.layout(*size)
+            for view in self.geometry.view_sizes(*size):
+                sides = max(sides, *self.geometry.grid(*view))
+        kind.check_side(self.connector, sides)
         self._check_regions(self.layout(*self.geometry.smallest))
 
     @property

@@ -15,13 +15,14 @@ from mllm.parts.fusions import FUSIONS
 from mllm.parts.objectives import OBJECTIVES
 from mllm.parts.option import Option, Part
 from mllm.parts.published import PUBLISHED
-from mllm.parts.tilings import IMAGES, TILINGS
+from mllm.parts.tilings import IMAGES, MOST_TILES, TILINGS
 
 __all__ = [
     "CONNECTORS",
     "ENCODERS",
     "FUSIONS",
     "IMAGES",
+    "MOST_TILES",
     "OBJECTIVES",
     "PUBLISHED",
     "REGISTRIES",

@@ -15,10 +15,10 @@ _LAST = Option(LAYER, _COUNTED, default=-1)
 _CLASS_TOKEN = Option(FLAG, "beside every cell, for twice the width", default=False)
 _PIXELS = {
     "min_pixels": Option(
-        WHOLE, "smaller images are scaled up; may change later", None, "its file's", True
+        WHOLE, "smaller images are scaled up; may change later", None, "its file's", True, 10**8
     ),
     "max_pixels": Option(
-        WHOLE, "larger images are scaled down; may change later", None, "its file's", True
+        WHOLE, "larger images are scaled down; may change later", None, "its file's", True, 10**8
     ),
 }
 
@@ -137,7 +137,12 @@ ENCODERS: dict[str, Part] = {
         {
             "layer": _LAYER,
             "max_patches": Option(
-                WHOLE, "images are scaled to so many; may change later", None, "its file's", True
+                WHOLE,
+                "images are scaled to so many; may change later",
+                None,
+                "its file's",
+                True,
+                65536,
             ),
         },
         ("SigLIP 2", "NaFlex"),

@@ -17,13 +17,13 @@ PUBLISHED: dict[str, Part] = {
     "gemma3": _whole("Gemma 3 with images: siglip, gemma3", "gemma-3-4b-it", "Gemma 3"),
     "idefics3": _whole("Idefics3: idefics3, pixel_shuffle, tiles split", "Idefics3-8B-Llama3"),
     "internvl": _whole(
-        "InternVL in transformers' own class (…-hf): internvl, pixel_shuffle",
+        "InternVL in transformers' class: internvl, pixel_shuffle",
         "InternVL3-1B-hf",
         *("InternVL2.5", "InternVL3"),
     ),
     "llava": _whole("LLaVA-1.5: clip or siglip, mlp", "llava-1.5-7b-hf", "LLaVA-1.5"),
     "llava_next": _whole(
-        "LLaVA-NeXT (1.6): clip or siglip, mlp, tiles any_resolution",
+        "LLaVA-NeXT: clip or siglip, mlp, tiles any_resolution",
         "llava-v1.6-mistral-7b-hf",
         "LLaVA-1.6",
     ),

@@ -218,6 +218,16 @@ def test_a_language_model_alone_is_named(stage: Path) -> None:
         load(stage.parents[1] / "parts" / "llama")
 
 
+def test_nothing_to_answer(stage: Path, tmp_path: Path) -> None:
+    for empty in ("", "  "):
+        with pytest.raises(ValueError, match="--question is empty; ask something"):
+            chat(stage, question=empty)
+    generator = Generator.from_pretrained(stage)
+    generator.processor.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    with pytest.raises(DocumentError, match="nothing to go on from: the prompt has no tokens"):
+        generator.answer(Document.conversation([("user", "")]))
+
+
 def test_an_image_that_cannot_be_read(stage: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,63 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from mllm import cli
 from mllm.models.assemble import assemble as build
-from tests.models.conftest import save_language_model
+from tests.models.conftest import change, encoder, language, save_language_model
 
-RUNNER = CliRunner()
 FROM = {"encoder": None, "connector": None, "language_model": None}
 Copy = Callable[[str], Path]
-
-
-@pytest.fixture
-def copy(folders: dict[str, Path], tmp_path: Path) -> Copy:
-    """A folder to spoil: copy("llama")."""
-
-    def made(name: str) -> Path:
-        shutil.copytree(folders[name], tmp_path / name)
-        return tmp_path / name
-
-    return made
-
-
-@pytest.fixture
-def refused(folders: dict[str, Path], tmp_path: Path) -> Callable[..., None]:
-    """Checks what the command says of a model section and that nothing was written."""
-
-    def check(message: str, **changes: Any) -> None:
-        values: dict[str, Any] = {
-            "encoder": {"name": "clip", "path": str(folders["clip"])},
-            "connector": {"name": "mlp"},
-            "language_model": {"path": str(folders["llama"])},
-            **changes,
-        }
-        file, output = tmp_path / "r.yaml", tmp_path / "out" / "start"
-        model = {key: value for key, value in values.items() if value is not None}
-        file.write_text(json.dumps({"model": model}))
-        error = RUNNER.invoke(cli.app, ["assemble", str(file), "--output", str(output)]).exception
-        assert isinstance(error, ValueError)
-        assert message in str(error)
-        assert "\n" not in str(error)
-        assert not output.exists()
-
-    return check
-
-
-def change(file: Path, **values: Any) -> None:
-    """Change or, by None, remove keys of a JSON file."""
-    both = {**json.loads(file.read_text()), **values}
-    file.write_text(json.dumps({key: value for key, value in both.items() if value is not None}))
-
-
-def language(folder: Path) -> dict[str, Any]:
-    return {"language_model": {"path": str(folder)}}
-
-
-def encoder(folder: Path, name: str = "clip") -> dict[str, Any]:
-    return {"encoder": {"name": name, "path": str(folder)}}
 
 
 def test_the_wrong_folder(
@@ -139,7 +87,7 @@ def test_a_language_model_whose_files_are_damaged(copy: Copy, refused: Callable[
         weights.write_bytes(weights.read_bytes()[:size])
         refused("model.safetensors is damaged or cut short", **language(folder))
     weights.unlink()
-    refused("no file named model.safetensors", **language(folder))
+    refused("no file model.safetensors, so there are no weights; copy", **language(folder))
     (folder / "config.json").write_text("{")
     refused("is not a valid JSON file", **language(folder))
 

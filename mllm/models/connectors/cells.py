@@ -94,18 +94,21 @@ def pool(cells: Tensor, grids: Sequence[Grid], side: int) -> Tensor:
 
 
 def blocks(grid: Grid, factor: int) -> Grid:
-    """Return (rows, columns) of a grid in blocks of factor x factor cells, the last ones padded.
+    """Return (rows, columns) of a grid in blocks of factor x factor cells, the last ones padded."""
+    return -(-grid[0] // factor), -(-grid[1] // factor)
+
+
+def check_block(name: str, factor: int, cells: int) -> None:
+    """Refuse a block that is larger than the longest side of any view, in cells.
 
     Raises:
-        ValueError: one block is more than the whole grid: it would be padding for the most part.
+        ValueError: naming the connector, and what is possible.
     """
-    rows, columns = grid
-    if factor > max(grid):
+    if factor > cells:
         raise ValueError(
-            f"factor {factor} is more than the {rows} x {columns} cells that the encoder gives; it "
-            f"can be 1 to {max(grid)}"
+            f"connector {name}: factor {factor} is more than the {cells} cells of a side that the "
+            f"encoder gives; it can be 1 to {cells}"
         )
-    return -(-rows // factor), -(-columns // factor)
 
 
 def space_to_depth(cells: Tensor, grids: Sequence[Grid], factor: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.models.connectors.base import Connector
-from mllm.models.connectors.cells import blocks, space_to_depth
+from mllm.models.connectors.cells import blocks, check_block, space_to_depth
 from mllm.parts import CONNECTORS
 
 _EPSILON = 1e-6  # of all three
@@ -71,6 +71,11 @@ class PatchMerger(Connector):
         shape = (features, width, self.factor, hidden, spec.get("norm") == "rms")
         self.merger = _Merger(*shape, self.norm_after)
         self.inner = nn.ModuleList(_Merger(*shape, True) for _ in range(1, self.levels))
+
+    @classmethod
+    def check_side(cls, spec: Mapping[str, Any], cells: int) -> None:
+        """Refuse a block that is larger than every view: it would be padding for the most part."""
+        check_block("patch_merger", cls.number(spec, "factor"), cells)
 
     @classmethod
     def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mllm.models.connectors.base import Connector
-from mllm.models.connectors.cells import blocks, space_to_depth
+from mllm.models.connectors.cells import blocks, check_block, space_to_depth
 from mllm.parts import CONNECTORS
 
 
@@ -58,6 +58,11 @@ class PixelShuffle(Connector):
             )
         if layers == 2 and spec.get("bias") is False:
             raise ValueError("connector pixel_shuffle: bias: false needs layers: 1")
+
+    @classmethod
+    def check_side(cls, spec: Mapping[str, Any], cells: int) -> None:
+        """Refuse a block that is larger than every view: it would be padding for the most part."""
+        check_block("pixel_shuffle", cls.number(spec, "factor"), cells)
 
     @classmethod
     def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:
