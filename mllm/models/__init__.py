@@ -2,9 +2,10 @@
 
 Reading order:
 
-- an image: geometry.py (one square), native.py (as it is), tiles.py (cut), connectors/ (how many
+- an image: geometry.py (one square), native.py (as it is), tiles/ (cut), connectors/ (how many
   tokens a view makes), expansion.py (which of them stand where), regions.py, clips.py;
-- a text: template.py (a document as token ids), turns.py, chat_template.py, messages.py;
+- a text: template.py (a document as token ids), turns.py, rendering.py, chat_template.py,
+  messages.py;
 - both: processor.py, and calls.py for those who know transformers' processors;
 - the model: encoders/, fusion/, language.py, families.py and probe.py (what can be packed),
   attention.py and backends.py (isolation inside a pack), positions.py, images.py, modeling.py,

@@ -18,7 +18,7 @@ from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, PretrainedConnector
 from mllm.models.encoders import ENCODERS, WITHOUT_PATH
 from mllm.models.errors import check_folder, check_options, choose, loading
-from mllm.models.fusion import DEFAULT, fusion_class
+from mllm.models.fusion import DEFAULT, fusion_class, needed_tokens
 from mllm.models.fusion import check_images as check_fusion
 from mllm.models.language import (
     add_special_tokens,
@@ -29,7 +29,7 @@ from mllm.models.language import (
 from mllm.models.modeling import MultimodalModel
 from mllm.models.native import LIMITS, NativeGeometry
 from mllm.models.processor import IMAGE_TOKEN, Processor, changed_connector
-from mllm.models.tiles import changed_images, check_images, special_tokens
+from mllm.models.tiles import changed_images, check_images
 
 _TRAINING_OPTIONS = ("init",)  # of a connector's section, but not the model's concern
 
@@ -194,7 +194,8 @@ def _cut_anew(
     images = changed_images(processor.images, changes)
     check_images(images)
     language_model: Any = model.language_model
-    never = add_special_tokens(language_model, processor.tokenizer, special_tokens(images))
+    needed = needed_tokens(processor.fusion, images)
+    never = add_special_tokens(language_model, processor.tokenizer, needed)
     model.config.text_config = language_model.config
     model.cut_images(images)
     config: Any = model.generation_config
@@ -230,7 +231,8 @@ def _from_parts(
         build = encoder_class.from_folder if weights else encoder_class.described
         encoder = build(**options).to(precision)
     language_model, tokenizer = load_language_model(language_path, precision, weights)
-    added = add_special_tokens(language_model, tokenizer, (IMAGE_TOKEN, *special_tokens(images)))
+    needed = (IMAGE_TOKEN, *needed_tokens(fusion, images))
+    added = add_special_tokens(language_model, tokenizer, needed)
     processor = Processor(tokenizer, encoder.geometry, connector, images=images, fusion=fusion)
     config = MultimodalConfig(
         encoder={"name": name, **encoder.spec},

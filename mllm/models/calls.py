@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from mllm.models.messages import document_of, images_per_text, is_batch
 from mllm.models.template import Template
 
 
-class Calls:
+class Calls(ABC):
     """Texts and images, or conversations, to what a model takes."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -26,11 +27,13 @@ class Calls:
     expander: Expander
     _reads_text: bool
 
+    @abstractmethod
     def _pixels(self, document: Document) -> list[NDArray[np.uint8]]:
-        raise NotImplementedError
+        """Return the views of a document's images."""
 
+    @abstractmethod
     def _asked(self, document: Document) -> list[NDArray[np.int64]]:
-        raise NotImplementedError
+        """Return what is asked about each view."""
 
     def __call__(
         self,

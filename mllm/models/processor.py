@@ -28,11 +28,11 @@ from mllm.models.connectors import CONNECTORS
 from mllm.models.errors import check_folder, choose, loading, read_json, unknown
 from mllm.models.expansion import Expander
 from mllm.models.fusion import check_images as check_fusion
-from mllm.models.fusion import fusion_class
+from mllm.models.fusion import fusion_class, needed_tokens
 from mllm.models.geometry import Geometry, Layout, geometry_from_dict
 from mllm.models.regions import REGION_TOKEN, STYLES, has_places, with_boxes
 from mllm.models.template import ImageText, Template
-from mllm.models.tiles import special_tokens, tiled
+from mllm.models.tiles import tiled
 from mllm.models.turns import questions
 
 _FILE = "processor_config.json"
@@ -75,7 +75,8 @@ class Processor(Calls, PushToHubMixin):
         kind = choose(CONNECTORS, connector["name"], "connector")
         kind.check(connector)
         known = tokenizer.get_vocab()
-        if missing := [token for token in special_tokens(self.images) if token not in known]:
+        needed = needed_tokens(self.fusion, self.images)
+        if missing := [token for token in needed if token not in known]:
             raise ValueError(f"images: the tokenizer has no token {missing[0]!r}")
         self.expander = Expander(
             self.geometry,

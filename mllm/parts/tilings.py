@@ -18,7 +18,7 @@ MOST_TILES = 64
 TILINGS: dict[str, Part] = {
     "any_resolution": Part(
         "LLaVA-NeXT's: the whole image, then tiles as one map",
-        "models.tiles:AnyResolution",
+        "models.tiles.any_resolution:AnyResolution",
         "{tiling: any_resolution}",
         {
             **IMAGES,
@@ -30,7 +30,7 @@ TILINGS: dict[str, Part] = {
     ),
     "dynamic": Part(
         "InternVL's: tiles in the nearest aspect, then a thumbnail",
-        "models.tiles:DynamicTiles",
+        "models.tiles.dynamic:DynamicTiles",
         "{tiling: dynamic, tiles: 6}",
         {
             **IMAGES,
@@ -42,7 +42,7 @@ TILINGS: dict[str, Part] = {
     "none": Part("no tiles, whatever the saved model does", "", "{tiling: none}", IMAGES),
     "split": Part(
         "Idefics3's and SmolVLM's: tiles with marks, the whole last",
-        "models.tiles:SplitTiles",
+        "models.tiles.split:SplitTiles",
         "{tiling: split, longest_edge: 1536}",
         {
             **IMAGES,

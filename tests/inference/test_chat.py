@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_packing.document import Document, Image
+from data_packing.document import Document, DocumentError, Image
 from mllm.inference import chat as chats
 from mllm.inference.generate import Generator, load
 from tests.evaluation.conftest import square
@@ -221,7 +221,7 @@ def test_a_language_model_alone_is_named(stage: Path) -> None:
 def test_nothing_to_answer(stage: Path, tmp_path: Path) -> None:
     for empty in ("", "  "):
         with pytest.raises(ValueError, match="--question is empty; ask something"):
-            chat(stage, question=empty)
+            chats.chat(stage, question=empty)
     generator = Generator.from_pretrained(stage)
     generator.processor.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
     with pytest.raises(DocumentError, match="nothing to go on from: the prompt has no tokens"):
