@@ -10,7 +10,8 @@ from mllm.export import EXPORTS
 from mllm.export.adapter import HOLDERS, Adapter
 from mllm.models.assemble import load
 from mllm.models.composites import COMPOSITES
-from mllm.models.errors import check_folder, choose, read_json
+from mllm.models.errors import choose, read_json
+from mllm.models.hub import hub_file, local_folder
 from mllm.precisions import AUTO, as_dtype
 from mllm.training.run_folder import NoSpace
 
@@ -33,8 +34,7 @@ def origin(folder: Path) -> str:
     Raises:
         ValueError: it was assembled from parts.
     """
-    check_folder(folder, "model")
-    config = read_json(folder / "config.json")
+    config = read_json(hub_file(folder, "config.json", "model"))
     if config.get("model_type") in COMPOSITES:
         return COMPOSITES[config["model_type"]].name
     if found := config.get("origin"):
@@ -46,7 +46,7 @@ def write(folder: Path, to: str, output: Path, dtype: str = AUTO, adapter: bool 
     """Write a stage's model in another format.
 
     Args:
-        folder: what a stage saved, or a folder to begin from.
+        folder: what a stage saved, or a folder to begin from; or a hub's `owner/name`.
         to: a key of EXPORTS.
         output: a folder that does not exist or is empty; nothing is left there when this fails.
         dtype: of the weights, as `precisions.precision`; `auto` keeps the saved one.
@@ -62,6 +62,7 @@ def write(folder: Path, to: str, output: Path, dtype: str = AUTO, adapter: bool 
     wanted = as_dtype(dtype)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is there already and not empty; give a new folder")
+    folder = local_folder(folder, "model")
     lora = Adapter.read(folder / "lora") if adapter else None
     model, processor = load(folder, dtype=wanted)
     if lora is not None:

@@ -143,7 +143,7 @@ def check_folder(path: str | Path, what: str) -> None:
     A hub id looks like `owner/name`; anything absolute, deeper, or starting with a dot is local.
 
     Raises:
-        ValueError: no such folder, or no config.json in it; neither a folder nor a hub to ask.
+        ValueError: no such folder, or no config.json in it.
     """
     folder, text = Path(path), str(path)
     if folder.is_dir():
@@ -154,9 +154,17 @@ def check_folder(path: str | Path, what: str) -> None:
         raise ValueError(f"{what}: {text} is a file; give the folder that holds the model")
     if text.startswith((".", "~")) or folder.is_absolute() or text.count("/") != 1:
         raise ValueError(f"{what}: there is no folder {text}")
-    if why := _unreachable(text):
+
+
+def check_hub(path: str | Path, what: str) -> None:
+    """Refuse what is no folder while there is no hub to ask for it.
+
+    Raises:
+        ValueError: naming both possibilities.
+    """
+    if not Path(path).exists() and (why := _unreachable(str(path))):
         raise ValueError(
-            f"{what}: there is no folder {text} here, and as the id of a model on the hub it "
+            f"{what}: there is no folder {path} here, and as the id of a model on the hub it "
             f"cannot be looked up ({why}); correct the path, or connect"
         )
 

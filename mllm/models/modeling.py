@@ -338,7 +338,8 @@ class MultimodalModel(Generating, PreTrainedModel, GenerationMixin):
         path = pretrained_model_name_or_path
         if path is not None:
             check_folder(path, "model")
-            check_weight_files(path, "model")
+            if not {"subfolder", "variant"} & kwargs.keys():  # files of other names
+                check_weight_files(path, "model")
         wants_report = kwargs.pop("output_loading_info", False)
         quantisation: Any = kwargs.get("quantization_config")
         if getattr(quantisation, "llm_int8_skip_modules", ()) is None:

@@ -19,6 +19,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -100,6 +101,7 @@ class Template:
         self._special_ids |= set(tokenizer.all_special_ids)
         strings = {token.content for _, token in added if token.special}
         strings |= set(tokenizer.all_special_tokens)
+        self._specials = strings
         longest_first = sorted(strings, key=lambda text: (-len(text), text))
         self._special = re.compile("|".join(map(re.escape, longest_first)))
         probe = tokenizer("a")["input_ids"]
@@ -169,20 +171,36 @@ class Template:
         return Cost(overhead, tuple(zip(counts, images, strict=True)))
 
     def tokenize(
-        self, texts: Sequence[str], add_special_tokens: bool = False
+        self, texts: Sequence[str], add_special_tokens: bool | None = None
     ) -> list[NDArray[np.int64]]:
         """Return the ids of texts in which what the chat template writes stands for an image.
 
         Args:
-            texts: as rendered.
-            add_special_tokens: put the begin token before a text that has none.
+            texts: as rendered, or raw.
+            add_special_tokens: put the begin token before a text that has none; left out, where
+                the text is raw: the chat template writes some special token beside images.
         """
         image, rows = self.image_text, []
-        for ids in self._tokens([text.replace(image.asked, image.written) for text in texts]):
+        written = [text.replace(image.asked, image.written) for text in texts]
+        for text, ids in zip(texts, self._tokens(written), strict=True):
+            begins = add_special_tokens
+            if begins is None:
+                begins = not any(token in text for token in self._own_tokens)
             at = self._begin_at(ids)
-            begin = self._begin if add_special_tokens and ids[at : at + 1] != self._begin else []
+            begin = self._begin if begins and ids[at : at + 1] != self._begin else []
             rows.append(np.array([*ids[:at], *begin, *ids[at:]], dtype=np.int64))
         return rows
+
+    @cached_property
+    def _own_tokens(self) -> list[str]:
+        """The special tokens that no image is made of: who writes one wrote the whole text."""
+        return sorted(self._specials.difference(self.image_marks))
+
+    @cached_property
+    def image_marks(self) -> list[str]:
+        """The special tokens of which what stands for an image is made, sorted."""
+        shown = "".join((self.image_text.asked, self.image_text.written))
+        return sorted(token for token in self._specials if token in shown)
 
     def ids_of(self, text: str) -> list[int]:
         """Return the ids of a text as it is."""
