@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 import mllm.models.auto  # noqa: F401  (the Auto classes know the model from here on)
+from mllm.models.checks import read_config
 from mllm.models.composites import COMPOSITES, UNREADABLE
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, PretrainedConnector
@@ -110,8 +110,7 @@ def load(
         ValueError: not such a folder, damaged files, or an option that cannot change.
     """
     folder = local_folder(folder, "model")
-    with loading("model", folder):
-        config = AutoConfig.from_pretrained(folder)
+    config = read_config("model", folder)
     changes = dict(connector or {})
     if isinstance(config, MultimodalConfig):
         model, processor = _saved(folder, config, dtype, changes, weights)

@@ -136,8 +136,14 @@ class Template:
         the assistant's; a raw document is left open, without the end token.
 
         Raises:
-            as `write`; DocumentError also if the last turn is the assistant's.
+            as `write`; DocumentError also if the last turn is the assistant's, or nothing is said.
         """
+        ids = self._prompt(document)
+        if not len(ids):
+            raise DocumentError("there is nothing to go on from: the prompt has no tokens")
+        return ids
+
+    def _prompt(self, document: Document) -> NDArray[np.int64]:
         self._check(document)
         if not document.is_conversation:
             return self._write_raw(document).ids[:-1]

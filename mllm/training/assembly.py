@@ -10,25 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from data_packing.files import sync_folder
 from mllm.models.assemble import assemble as build
 from mllm.models.processor import Processor
+from mllm.precisions import as_dtype
 from mllm.recipe import Parts
 from mllm.training import groups, lora
 from mllm.training.export import weights_id
 from mllm.training.parameters import parameter_table
 from mllm.training.run_folder import ASSEMBLED, full_disk_is_clear, settle, write_atomically
 
-DTYPES: dict[str, torch.dtype | str] = {
-    "auto": "auto",
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 EXAMPLES = ((224, 224), (640, 480), (1920, 1080))
 """(width, height) of images whose tokens are told."""
 
@@ -50,7 +44,7 @@ def assemble(parts: Parts, output: Path | None, dtype: str, console: Console | N
     Args:
         parts: of the recipe.
         output: the folder to save; None reads no weights and saves nothing.
-        dtype: a key of DTYPES.
+        dtype: as `precisions.precision`.
         console: where to print.
 
     Raises:
@@ -61,7 +55,7 @@ def assemble(parts: Parts, output: Path | None, dtype: str, console: Console | N
     console = console or Console()
     if output is not None:
         check_output(output)
-    model, processor = build(parts.model, DTYPES[dtype], weights=output is not None)
+    model, processor = build(parts.model, as_dtype(dtype), weights=output is not None)
     with _saved(model, processor, parts, output):
         if parts.train:
             _prepare(model, parts)

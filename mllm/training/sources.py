@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from data_packing.shards import expand
-from mllm.models.errors import check_folder, check_language_model
+from mllm.models.errors import check_folder, check_hub, check_language_model
 from mllm.recipe import EncoderSection, ModelSection, Recipe
 from mllm.training.run_folder import RunFolder
 
@@ -99,3 +99,4 @@ def check_model(model: ModelSection, written: Collection[Path] = ()) -> None:
         if path is not None and Path(path).resolve() not in written:
             check = check_language_model if "language_model" in key else check_folder
             check(path, key)
+            check_hub(path, key)

@@ -163,7 +163,6 @@ def test_refuses_a_damaged_folder(folder: Path, tmp_path: Path) -> None:
         ({"connector": {"name": "pixel_shuffle", "layers": 1}}, "layers 1"),
         ({"connector": {"name": "pixel_shuffle", "hidden": 24}}, "hidden 24"),
         ({"connector": {"name": "pixel_shuffle", "factor": 3}}, "powers of 2"),
-        ({"connector": {"name": "pixel_shuffle", "factor": 8}}, "does not divide the 4 cells"),
         ({"images": {"tiling": "split"}}, "tiling split"),
         ({"images": {"tiling": "dynamic", "thumbnail": False}}, "thumbnail: false"),
     ],

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2Processor,
@@ -23,6 +22,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+from mllm.models.checks import read_config
 from mllm.models.composites import writing
 from mllm.models.composites.base import Composite
 from mllm.models.composites.folder import (
@@ -40,7 +40,6 @@ from mllm.models.config import MultimodalConfig
 from mllm.models.connectors.q_former import NAMES, QFormer
 from mllm.models.encoders.blip2 import Blip2Encoder
 from mllm.models.encoders.preprocessor import read_file
-from mllm.models.errors import loading
 from mllm.models.geometry import ImageGeometry
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
@@ -58,8 +57,7 @@ def read(
     path: str | Path, dtype: torch.dtype | str, weights: bool = True
 ) -> tuple[MultimodalModel, Processor]:
     """From its folder to our model."""
-    with loading("model", path):
-        config: Any = AutoConfig.from_pretrained(path)
+    config: Any = read_config("model", path)
     text = copy.deepcopy(config.text_config)
     if text.is_encoder_decoder:
         raise ValueError(

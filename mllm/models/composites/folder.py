@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from mllm.models.checks import read_config
 from mllm.models.config import MultimodalConfig
 from mllm.models.errors import loading
 from mllm.models.families import LogitsRule, blueprint, check_config, check_model, logits_rule
@@ -27,6 +28,7 @@ from mllm.models.modeling import MultimodalModel
 from mllm.models.probe import probe
 from mllm.models.processor import Processor
 from mllm.models.tiles import special_tokens
+from mllm.models.weight_files import check_all_used, check_weight_files
 
 Names = Sequence[tuple[str, str]]
 
@@ -81,6 +83,7 @@ def read_weights(
     """
     if not weights:
         return Saved.of(_described(path, kind, dtype))
+    check_weight_files(path, "model")
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -101,6 +104,7 @@ def read_weights(
                 f"{path}: {len(names)} weights of {kind.__name__} are "
                 f"{problem.removesuffix('_keys')}, {names[0]} first"
             )
+    check_all_used(report["unexpected_keys"], model, path, kind.__name__)
     return Saved.of(model)
 
 
@@ -108,10 +112,9 @@ def _described(
     path: str | Path, kind: type[PreTrainedModel], dtype: torch.dtype | str
 ) -> PreTrainedModel:
     """Build a class's model on the meta device, as its config.json says."""
-    with loading("model", path):
-        config: Any = AutoConfig.from_pretrained(path)
-        with torch.device("meta"):
-            model: Any = kind(config)
+    config: Any = read_config("model", path)
+    with loading("model", path), torch.device("meta"):
+        model: Any = kind(config)
     nn.Module.to(model, dtype=next(filter(_is_dtype, (dtype, config.dtype)), torch.float32))
     with suppress(OSError):  # not every folder has one: the class goes by config.json then
         model.generation_config = GenerationConfig.from_pretrained(path)

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
+from mllm.models.checks import read_config
 from mllm.models.composites import writing
 from mllm.models.composites.base import Composite
 from mllm.models.composites.folder import (
@@ -31,7 +32,6 @@ from mllm.models.composites.text import check_token, named_token, read_tokenizer
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors.gemma3 import Gemma3Projector
 from mllm.models.encoders.siglip import SiglipEncoder
-from mllm.models.errors import loading
 from mllm.models.families import LogitsRule, logits_rule
 from mllm.models.geometry import ImageGeometry
 from mllm.models.modeling import MultimodalModel
@@ -47,8 +47,7 @@ def read(
     path: str | Path, dtype: torch.dtype | str, weights: bool = True
 ) -> tuple[MultimodalModel, Processor]:
     """From its folder to our model."""
-    with loading("model", path):
-        config: Any = AutoConfig.from_pretrained(path)
+    config: Any = read_config("model", path)
     text = copy.deepcopy(config.text_config)
     check_language(text, path)
     if logits_rule(text) != LogitsRule():

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3VisionConfig,
@@ -27,6 +26,7 @@ from transformers import (
 )
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
+from mllm.models.checks import read_config
 from mllm.models.composites import writing
 from mllm.models.composites.base import Composite
 from mllm.models.composites.folder import (
@@ -42,7 +42,6 @@ from mllm.models.config import MultimodalConfig
 from mllm.models.connectors.pixel_shuffle import PixelShuffle
 from mllm.models.encoders.idefics3 import Idefics3Encoder, shares_positions
 from mllm.models.encoders.preprocessor import read_preprocessor
-from mllm.models.errors import loading
 from mllm.models.geometry import ImageGeometry
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import IMAGE_TOKEN, Processor
@@ -76,8 +75,7 @@ def _read(
     kind: _Kind, path: str | Path, dtype: torch.dtype | str, weights: bool = True
 ) -> tuple[MultimodalModel, Processor]:
     """From its folder to our model."""
-    with loading("model", path):
-        config: Any = AutoConfig.from_pretrained(path)
+    config: Any = read_config("model", path)
     text = copy.deepcopy(config.text_config)
     check_language(text, path)
     spec = Idefics3Encoder.spec_from_folder(path)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, InternVLConfig, InternVLForConditionalGeneration
+from transformers import InternVLConfig, InternVLForConditionalGeneration
 
+from mllm.models.checks import read_config
 from mllm.models.composites import writing
 from mllm.models.composites.base import Composite
 from mllm.models.composites.folder import (
@@ -31,7 +32,6 @@ from mllm.models.config import MultimodalConfig
 from mllm.models.connectors.pixel_shuffle import PixelShuffle
 from mllm.models.encoders.internvl import InternVlEncoder
 from mllm.models.encoders.preprocessor import read_preprocessor
-from mllm.models.errors import loading
 from mllm.models.geometry import ImageGeometry
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
@@ -42,8 +42,7 @@ def read(
     path: str | Path, dtype: torch.dtype | str, weights: bool = True
 ) -> tuple[MultimodalModel, Processor]:
     """From its folder to our model."""
-    with loading("model", path):
-        config: Any = AutoConfig.from_pretrained(path)
+    config: Any = read_config("model", path)
     layer, factor = _settings(config, path)
     text = copy.deepcopy(config.text_config)
     check_language(text, path)

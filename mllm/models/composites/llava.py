@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     CLIPImageProcessorPil,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -36,6 +35,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from mllm.models.checks import read_config
 from mllm.models.composites import writing
 from mllm.models.composites.base import Composite
 from mllm.models.composites.folder import (
@@ -54,7 +54,6 @@ from mllm.models.config import MultimodalConfig
 from mllm.models.encoders import ENCODERS
 from mllm.models.encoders.preprocessor import read_preprocessor
 from mllm.models.encoders.vit import VisionTransformer
-from mllm.models.errors import loading
 from mllm.models.geometry import ImageGeometry, Size
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
@@ -85,8 +84,7 @@ def _read(
     kind: _Kind, path: str | Path, dtype: torch.dtype | str, weights: bool = True
 ) -> tuple[MultimodalModel, Processor]:
     """From its folder to our model."""
-    with loading("model", path):
-        config: Any = AutoConfig.from_pretrained(path)
+    config: Any = read_config("model", path)
     family, spec = _tower(config, path)
     geometry = ImageGeometry.from_dict(spec["geometry"])
     images = _tiling(kind, config, geometry, path) if kind.tiles else {}

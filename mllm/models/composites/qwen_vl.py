@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2_5_VLConfig,
@@ -32,6 +31,7 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+from mllm.models.checks import read_config
 from mllm.models.composites import writing
 from mllm.models.composites.base import Composite
 from mllm.models.composites.folder import (
@@ -46,7 +46,6 @@ from mllm.models.composites.text import read_tokenizer
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors.patch_merger import PatchMerger
 from mllm.models.encoders import ENCODERS
-from mllm.models.errors import loading
 from mllm.models.fusion.deepstack import DeepStack
 from mllm.models.fusion.in_sequence import InSequence
 from mllm.models.geometry import RESAMPLING_NAMES
@@ -138,8 +137,7 @@ def _read(
     kind: _Kind, path: str | Path, dtype: torch.dtype | str, weights: bool = True
 ) -> tuple[MultimodalModel, Processor]:
     """From its folder to our model."""
-    with loading("model", path):
-        config: Any = AutoConfig.from_pretrained(path)
+    config: Any = read_config("model", path)
     text = copy.deepcopy(config.text_config)
     check_language(text, path)
     inner = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))

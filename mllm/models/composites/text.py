@@ -17,6 +17,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from mllm.models.chat_template import with_images
+from mllm.models.checks import check_tokenizer
 from mllm.models.errors import loading, read_json
 
 _BEGIN = "{{- bos_token }}"
@@ -39,6 +40,7 @@ def read_tokenizer(
     """
     with loading("tokenizer", path):
         tokenizer = AutoTokenizer.from_pretrained(str(path))
+    check_tokenizer(tokenizer, path)
     token: Any = tokenizer.convert_ids_to_tokens(image_id) if image_id < len(tokenizer) else None
     if not token:
         raise ValueError(

@@ -168,7 +168,7 @@ class Qwen3VLEncoder(Qwen2VLEncoder):
     def _config(cls, spec: Mapping[str, Any]) -> PreTrainedConfig:
         config: Any = super()._config(spec)
         named = [layer for layer in config.deepstack_visual_indexes if layer < config.depth]
-        config.deepstack_visual_indexes = named if spec["deepstack"] else []
+        config.deepstack_visual_indexes = named if spec.get("deepstack", True) else []
         return config  # type: ignore[no-any-return]
 
     @classmethod
