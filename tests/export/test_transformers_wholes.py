@@ -45,6 +45,11 @@ ASSEMBLED: dict[str, dict[str, Any]] = {
         "language_model": "qwen2_vl_text",
         "fusion": SMALL_FUSION["cross_attention"],
     },
+    "questions and cross-attention": {
+        "connector": "q_former",
+        "more": {"text": True},
+        "fusion": SMALL_FUSION["cross_attention"],
+    },
     "levels, tiles and positions": {
         "language_model": "qwen3_vl_text",
         "images": {"tiling": "any_resolution"},

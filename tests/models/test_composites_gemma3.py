@@ -16,7 +16,6 @@ from mllm.export import EXPORTS
 from mllm.models.composites.gemma3 import GEMMA3, read, write
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
-from mllm.models.template import ImageText
 from tests.models.composite_checks import (
     CLOSE,
     check_alone,
@@ -189,18 +188,12 @@ def test_refuses_other_parts(parts: Parts, build: Callable[..., Parts], tmp_path
     refused(model, processor, tmp_path / "out", "see the past alone")
 
 
-def test_its_own_code_cannot_hold_it(parts: Parts, tmp_path: Path) -> None:
+def test_its_own_code_cannot_hold_it_with_a_fusion(parts: Parts, tmp_path: Path) -> None:
     model, processor = parts
-    text = ImageText(processor.image_token, processor.image_token)
-    plain = Processor(
-        processor.tokenizer,
-        model.encoder.geometry,
-        model.config.connector,
-        processor.image_token,
-        image_text=text,
-    )
-    with pytest.raises(ValueError, match="see each other in both directions"):
-        EXPORTS["transformers"](model, plain, tmp_path / "out")
+    model.config.fusion = {"name": "deepstack"}
+    with pytest.raises(ValueError, match="deepstack and images whose tokens see each other"):
+        EXPORTS["transformers"](model, processor, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def refused(model: MultimodalModel, processor: Processor, folder: Path, match: str) -> None:
