@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from mllm.training import comm_op
-from mllm.training.launch import end_session, free_port, launcher
+from mllm.training.launch import end_session, launcher
+from mllm.training.processes import free_port
 from mllm.training.run_folder import RunFolder, read_lines
 from tests.training import second, tiny
 

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from mllm.recipe import load
-from mllm.training import checkpoint
+from mllm.training import checkpoint_index as checkpoint
 from mllm.training.control import PARENT
 from mllm.training.launch import Ranks, gpu_count, train, train_stage
 from mllm.training.run_folder import RunFolder, read_lines
