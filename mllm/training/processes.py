@@ -60,17 +60,16 @@ def _from_slurm(environment: Environment) -> None:
     per_node = tasks_per_node(
         environment.get("SLURM_STEP_TASKS_PER_NODE", environment["SLURM_NTASKS"])
     )
-    local = environment.get("SLURM_LOCALID", "0")
-    if len(environment.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1 and environment.get(
-        "CUDA_VISIBLE_DEVICES"
-    ):
-        local = "0"  # --gpus-per-task: every process sees its own GPU alone
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    alone = len(visible) == 1 and visible != [""]  # --gpus-per-task: every process sees its own
     environment.update(
         RANK=environment["SLURM_PROCID"],
         WORLD_SIZE=environment.get("SLURM_STEP_NUM_TASKS", environment["SLURM_NTASKS"]),
-        LOCAL_RANK=local,
+        LOCAL_RANK="0" if alone else environment.get("SLURM_LOCALID", "0"),
         LOCAL_WORLD_SIZE=str(per_node[int(environment.get("SLURM_NODEID", "0"))]),
     )
+    if "SLURM_CPUS_PER_TASK" in environment:
+        environment.setdefault("OMP_NUM_THREADS", environment["SLURM_CPUS_PER_TASK"])
     job, step = int(environment.get("SLURM_JOB_ID", "0")), int(environment["SLURM_STEP_ID"])
     environment.setdefault("MASTER_ADDR", first_host(nodes))
     environment.setdefault("MASTER_PORT", str(FIRST_PORT + (7 * job + step) % PORTS))
