@@ -11,8 +11,8 @@ import typer
 
 from data_packing.files import explain
 from mllm.data_cli import data
-from mllm.training.launch import gpu_count
 from mllm.training.progress import complain
+from mllm.training.ranks import gpu_count
 from mllm.training.run_folder import NoSpace
 
 app = typer.Typer(
@@ -41,8 +41,8 @@ def train(
     ] = None,
 ) -> None:
     """Train a stage, or all stages of a folder. Run it again to go on where it stopped."""
-    from mllm.training.launch import Ranks
     from mllm.training.launch import train as run
+    from mllm.training.ranks import Ranks
 
     raise typer.Exit(run(recipe, overrides or [], Ranks.choose(gpus, cpus, hostfile)))
 

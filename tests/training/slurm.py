@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 NodeName={host} NodeAddr=127.0.0.1 Port={first} CPUs=8
-NodeName=second NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=8
+NodeName={host}-2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=8
 PartitionName=all Nodes=ALL Default=YES State=UP
 """
 PATIENCE = 60.0  # seconds until both nodes are ready
@@ -48,8 +49,9 @@ def missing() -> str:
 
 
 @contextlib.contextmanager
-def cluster(folder: Path) -> Iterator[dict[str, str]]:
+def cluster() -> Iterator[dict[str, str]]:
     """Start it, and end it. Yields the environment in which Slurm's commands find it."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: it holds sockets
     controller = Path(shutil.which("slurmctld") or "").resolve()
     values = {"host": socket.gethostname().split(".")[0], "user": os.environ.get("USER", "root")}
     ports = {name: free_port() for name in ("port", "first", "second")}
@@ -57,13 +59,13 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     plugins = next(controller.parents[1].glob("lib/*/slurm*"), None)
     if plugins is not None:
         text += f"PluginDir={plugins}\n"
-    for name in ("state", f"spool-{values['host']}", "spool-second"):
-        (folder / name).mkdir(parents=True)
+    for name in ("state", f"spool-{values['host']}", f"spool-{values['host']}-2"):
+        (folder / name).mkdir()
     (folder / "slurm.conf").write_text(text)
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
     daemons = [[str(controller), "-D"]]
     step = next(controller.parent.glob("slurmstepd*"), None)
-    for node in (values["host"], "second"):
+    for node in (values["host"], f"{values['host']}-2"):
         command = [str(shutil.which("slurmd")), "-D", "-N", node]
         daemons.append(command if step is None else [*command, "-d", str(step)])
     started = []
@@ -87,6 +89,7 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
             process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait(environment: dict[str, str]) -> None:

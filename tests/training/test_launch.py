@@ -23,7 +23,8 @@ from rich.console import Console
 from mllm.recipe import load
 from mllm.training import checkpoint_index as checkpoint
 from mllm.training.control import PARENT
-from mllm.training.launch import Ranks, gpu_count, train, train_stage
+from mllm.training.launch import train, train_stage
+from mllm.training.ranks import Ranks, gpu_count
 from mllm.training.run_folder import RunFolder, read_lines
 from mllm.training.sources import check_models
 from tests.training import tiny

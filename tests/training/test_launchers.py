@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mllm.training.launch import Ranks, end_session, launcher, slots
+from mllm.training.launch import end_session, launcher
 from mllm.training.processes import free_port
+from mllm.training.ranks import Ranks, slots
 from mllm.training.run_folder import read_lines
 from tests.training import slurm, tiny
 from tests.training.conftest import LONG, ROOT, Runs, writer
@@ -134,7 +135,7 @@ def test_slurm_stops_a_job_queues_it_again_and_srun_ends_it(
 ) -> None:
     runs, log = Runs(tmp_path), tmp_path / "job.log"
     recipe, folder = writer(home, runs)("long", **LONG), runs.folder("long")
-    with slurm.cluster(tmp_path / "slurm") as environment:
+    with slurm.cluster() as environment:
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
 
         def call(*command: str) -> str:
