@@ -295,8 +295,8 @@ class Loop:
             f"were skipped ({skipped['skipped']}), more in a row than run.max_skipped "
             f"({self.recipe.run.max_skipped}) allows. Documents of the last: "
             f"{some(skipped['documents'])}; those of the others are in {self.folder.metrics}. "
-            "Leave them out, lower the learning rate or raise optimizer.warmup; the same command "
-            f"goes on from the last checkpoint, of step {max(0, self.saved_step)}."
+            "Leave them out, lower the learning rate or raise optimizer.warmup; the last "
+            f"checkpoint is of step {self.saved_step}."
         )
 
     def _due(self) -> bool:

@@ -3,6 +3,7 @@ one that documents can spoil."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -30,7 +31,7 @@ class ToOnes(Objective):
 
 
 class Traps(ToOnes):
-    """As `ToOnes`, but "#" makes the loss infinite, and "%" the gradient of a finite loss."""
+    """As `ToOnes`, but "#" makes the loss infinite, and "%" the gradient; never both."""
 
     def forward(
         self,
@@ -41,11 +42,10 @@ class Traps(ToOnes):
     ) -> Tensor:
         """See `Objective.forward`."""
         loss = super().forward(hidden_TD, labels_T, weights_T, head)
-        nothing = hidden_TD.float().square().sum() * 0
         if (labels_T == token("#")).any():
-            loss = loss - nothing.log()
+            loss = loss + math.inf  # the gradient stays as it is
         if (labels_T == token("%")).any():
-            loss = loss + nothing.sqrt()  # its slope at 0 is infinite
+            loss = loss + (hidden_TD.float().square().sum() * 0).sqrt()  # infinitely steep at 0
         return loss
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mllm.training.checkpoint_index import newest, read_state
 from mllm.training.launch import end_session, launcher
 from mllm.training.processes import free_port
 from mllm.training.ranks import Ranks, slots
@@ -129,12 +131,50 @@ def test_two_nodes_under_torchrun(home: Path, two: Runs, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepspeed", "torchrun"])
+def test_a_launcher_that_is_stopped_lets_its_workers_save(
+    home: Path, tmp_path: Path, name: str
+) -> None:
+    """They signal more processes than the ranks: loaders must outlive that."""
+    runs, log = Runs(tmp_path), tmp_path / "log"
+    recipe = writer(home, runs)("long", **(LONG | {"run__epochs": 100}), data__workers=1)
+    folder, port = runs.folder("long"), str(free_port())
+    start = {
+        "deepspeed": [sys.executable, "-m", "deepspeed.launcher.launch", "--world_info", WORLD],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"],
+    }[name]
+    command = [*start, f"--master_port={port}", SCRIPT, recipe]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            wait_for(lambda: len(read_lines(folder.metrics)) > 5, log)
+            process.terminate()
+            process.wait(PATIENCE)
+        finally:
+            end_session(process)
+    reached = len(read_lines(folder.metrics))
+    assert f"stopped at step {reached}" in log.read_text()
+    home_, warnings = newest(folder.state)
+    assert home_ is not None
+    assert warnings == []
+    assert read_state(home_).step == reached
+
+
+WORLD = base64.urlsafe_b64encode(b'{"localhost": [0, 1]}').decode()
+"""This machine with two workers, as the deepspeed command tells its per-machine launcher."""
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(bool(slurm.missing()), reason=f"not installed: {slurm.missing()}")
 def test_slurm_stops_a_job_queues_it_again_and_srun_ends_it(
     home: Path, two: Runs, tmp_path: Path
 ) -> None:
     runs, log = Runs(tmp_path), tmp_path / "job.log"
-    recipe, folder = writer(home, runs)("long", **LONG), runs.folder("long")
+    recipe = writer(home, runs)("long", **LONG, data__workers=1)
+    folder = runs.folder("long")
     with slurm.cluster() as environment:
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
 

@@ -84,7 +84,7 @@ def test_too_many_in_a_row_stop_the_run_and_it_goes_on_bit_identically(
     assert "step 10 and the 2 steps before it were skipped (the loss is inf)" in message
     assert "run.max_skipped (2)" in message
     assert "Documents of the last: traps-0018;" in message
-    assert "goes on from the last checkpoint, of step 9" in message
+    assert "the last checkpoint is of step 9" in message
 
     def comparable(run: str) -> list[dict[str, object]]:
         timed = ("seconds", "wait", "total_seconds")
