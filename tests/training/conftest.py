@@ -42,7 +42,7 @@ PARTS: dict[str, Any] = {
     **CURVE,
     "train": {
         "encoder": "frozen",
-        "encoder.vision.layers.1": {"lr": 1e-3},
+        "encoder.vision.encoder.layers.0": {"lr": 1e-3},
         "connector": {"lr": 1e-2},
         "language_model": {"lr": 5e-3, "lora": {"rank": 4, "dropout": 0.1}},
     },

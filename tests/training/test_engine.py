@@ -181,7 +181,7 @@ def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(
     reference, whole = two.state("parts"), two.losses("parts")
     batches = [record["learned"] for record in read_lines(two.folder("parts").metrics)]
     groups = {group["name"]: group for group in two.groups("parts")}
-    peaks = {"encoder.vision.layers.1": 1e-3, "connector": 1e-2, "language_model": 5e-3}
+    peaks = {"encoder.vision.encoder.layers.0": 1e-3, "connector": 1e-2, "language_model": 5e-3}
     assert {name: group["peak_lr"] for name, group in groups.items()} == {
         name: peaks[name.removesuffix("/no_decay")] for name in groups
     }
