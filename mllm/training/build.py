@@ -27,19 +27,22 @@ UNBOUNDED = 2**40
 LANGUAGE_MODEL = "language_model"
 
 
-def model(section: ModelSection, recipe: Recipe, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+def model(
+    section: ModelSection, recipe: Recipe, dtype: torch.dtype, weights: bool = True
+) -> tuple[Any, Any, Any]:
     """The model with `requires_grad` set as the recipe says, adapters put in.
 
     Args:
         section: where the parts come from; the recipe's own, unless only a forecast is made.
         dtype: of all weights.
+        weights: False reads none: the model is on the meta device, to be looked at.
 
     Returns:
         Model, processor, and PEFT's configuration of the adapters (None without).
     """
     from mllm.models.assemble import assemble
 
-    built, processor = assemble(section, dtype=dtype)
+    built, processor = assemble(section, dtype=dtype, weights=weights)
     groups.freeze(built, recipe.train)
     how = recipe.train.get(LANGUAGE_MODEL)
     adapter = None

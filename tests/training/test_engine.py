@@ -20,7 +20,7 @@ from mllm import recipe_parts
 from mllm.models.assemble import assemble, load
 from mllm.recipe import load as load_recipe
 from mllm.training import build
-from mllm.training.checkpoint import read_state
+from mllm.training.checkpoint_index import read_state
 from mllm.training.run_folder import read_lines
 from tests.training import tiny
 from tests.training.conftest import BOTH, Runs
