@@ -1,6 +1,7 @@
 """From a recipe to a trained model.
 
 Reading order: build.py (recipe → model and plan), step.py (what DeepSpeed wraps), engine.py and
-masters.py (DeepSpeed), loop.py (the loop), checkpoint.py, export.py, worker.py (what each rank
-runs), launch.py (what the user's command does).
+masters.py (DeepSpeed), loop.py (the loop), checkpoint.py and checkpoint_index.py, export.py,
+stage.py (one rank's way through a stage), worker.py and processes.py (what each rank runs, whoever
+started it), launch.py and ranks.py (what the user's command does).
 """
