@@ -123,7 +123,7 @@ def run_many(ranks: int, recipes: list[str]) -> None:
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=280)
+        output, _ = process.communicate(timeout=800)
     finally:
         end_session(process)
     assert process.returncode == 0, output.decode(errors="replace")[-6000:]
