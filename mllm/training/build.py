@@ -24,9 +24,6 @@ UNBOUNDED = 2**40
 """Vision patches of a pack when the recipe sets no limit."""
 
 
-LANGUAGE_MODEL = "language_model"
-
-
 def model(section: ModelSection, recipe: Recipe, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     """The model with `requires_grad` set as the recipe says, adapters put in.
 
@@ -35,18 +32,13 @@ def model(section: ModelSection, recipe: Recipe, dtype: torch.dtype) -> tuple[An
         dtype: of all weights.
 
     Returns:
-        Model, processor, and PEFT's configuration of the adapters (None without).
+        Model, processor, and PEFT's configuration of the adapters of each key that has some.
     """
     from mllm.models.assemble import assemble
 
     built, processor = assemble(section, dtype=dtype)
     groups.freeze(built, recipe.train)
-    how = recipe.train.get(LANGUAGE_MODEL)
-    adapter = None
-    if how is not None and how.lora is not None:
-        torch.manual_seed(recipe.run.seed)
-        adapter = lora.inject(built.language_model, how.lora)
-    return built, processor, adapter
+    return built, processor, lora.adapt(built, recipe.train, recipe.run.seed)
 
 
 def plan(

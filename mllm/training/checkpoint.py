@@ -2,7 +2,7 @@
 
     state/step-00000100/
         index.json                what is where, its size and its SHA-256; step, cursor, hashes
-        00-0000.safetensors …     "<parameter>/master", "/exp_avg", "/exp_avg_sq", full fp32 tensors
+        00-0000.safetensors …     "<parameter>/master" and its moments, full fp32 tensors
 
 Parameter i is written by rank i % world, so all ranks write at once and none holds more than a
 file's worth. The folder is written under another name and renamed when all of it is on disk.
@@ -234,8 +234,8 @@ def _tensors(home: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
     for file, facts in read_state(home).files.items():
         tensors = safetensors.torch.load_file(home / file)
         for name in facts["parameters"]:
-            keys = ("master", *masters.MOMENTS)
-            yield name, {key: tensors[f"{name}/{key}"] for key in keys}
+            whole = {key.rpartition("/"): tensor for key, tensor in tensors.items()}
+            yield name, {key: tensor for (of, _, key), tensor in whole.items() if of == name}
 
 
 def _check_names(trained: set[str], state: State) -> None:

@@ -17,7 +17,6 @@ from data_packing.pack import Pack
 from data_packing.planned import PlannedStep
 from mllm.recipe import Recipe
 from mllm.training import engine as engines
-from mllm.training import schedule
 from mllm.training.checkpoint import State
 from mllm.training.run_folder import RunFolder, append_line
 
@@ -126,10 +125,7 @@ class Loop:
     ) -> None:
         step = planned.number
         assert step == self.state.step, f"the data is at step {step}, the run at {self.state.step}"
-        factor = schedule.factor(
-            step, self.total_steps, self.recipe.optimizer.warmup, self.recipe.optimizer.schedule
-        )
-        rate = engines.set_lr(self.engine, factor)
+        rate = engines.set_lr(self.engine, step, self.total_steps, self.recipe.optimizer)
         loss, norm = self._propagate(step, packs, agreed.weights)
         self.state.step = step + 1
         self.state.cursor = planned.after.to_json()

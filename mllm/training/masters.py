@@ -24,6 +24,12 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MUON_MOMENTS = ("momentum_buffer",)
+
+
+def moments(parameter: nn.Parameter) -> tuple[str, ...]:
+    """What the optimizer keeps of one parameter."""
+    return MUON_MOMENTS if getattr(parameter, "use_muon", False) else MOMENTS
 
 
 def named_trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -36,17 +42,18 @@ def read(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
     """The full fp32 master and moments of one parameter, on every rank (collective).
 
     Returns:
-        "master", "exp_avg" and "exp_avg_sq", each with the parameter's full shape.
+        "master" and `moments`, each with the parameter's full shape.
     """
+    keys = moments(parameter)
     if engine.zero_optimization_stage() == 0:
         state = engine.optimizer.state[parameter]
-        full = {"master": parameter.data} | {key: state[key] for key in MOMENTS}
+        full = {"master": parameter.data} | {key: state[key] for key in keys}
     else:
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is not None and not mapping.optim_fragment:
             _link(engine)
         full = {"master": safe_get_full_fp32_param(parameter)}
-        full |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+        full |= {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
     shape = full_shape(parameter)
     return {key: value.reshape(shape) for key, value in full.items()}
 
@@ -57,21 +64,21 @@ def write(engine: Any, parameter: nn.Parameter, full: dict[str, Tensor]) -> None
 
     `prepare` must have been called before, and `refresh` must be called after the last one.
     """
-    stage = engine.zero_optimization_stage()
+    stage, keys = engine.zero_optimization_stage(), moments(parameter)
     device = parameter.device
     if stage == 0:
         state = engine.optimizer.state[parameter]
         parameter.data.copy_(full["master"])
-        for key in MOMENTS:
+        for key in keys:
             state[key].copy_(full[key])
     elif stage == 3:
         safe_set_local_fp32_param(parameter, _local_piece(parameter, full["master"]).to(device))
-        for key in MOMENTS:
+        for key in keys:
             piece = _local_piece(parameter, full[key]).to(device)
             safe_set_local_optimizer_state(parameter, piece, key)
     else:
         safe_set_full_fp32_param(parameter, full["master"].to(device))
-        for key in MOMENTS:
+        for key in keys:
             safe_set_full_optimizer_state(parameter, full[key].to(device), key)
 
 
@@ -83,13 +90,16 @@ def prepare(engine: Any, step: int) -> None:
         step: how many steps the state has seen (Adam corrects its bias by it).
     """
     optimizer = _torch_optimizer(engine)
-    for piece in _optimized(engine):
-        optimizer.state[piece] = {
-            "step": torch.tensor(float(step), dtype=torch.float32, device=piece.device),
-            **{
-                key: torch.zeros_like(piece, memory_format=torch.preserve_format) for key in MOMENTS
-            },
+    for piece, group in _optimized(engine):
+        keys = MUON_MOMENTS if group.get("use_muon") else MOMENTS
+        state: dict[str, Any] = {
+            key: torch.zeros_like(piece, memory_format=torch.preserve_format) for key in keys
         }
+        if "use_muon" not in group:
+            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=piece.device)
+        elif not group["use_muon"]:
+            state["step"] = step
+        optimizer.state[piece] = state
     if engine.zero_optimization_stage() in (1, 2):
         _link(engine)
 
@@ -152,14 +162,16 @@ def _torch_optimizer(engine: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def _optimized(engine: Any) -> list[Tensor]:
-    """What AdamW steps: the parameters themselves, or this rank's flat fp32 pieces."""
+def _optimized(engine: Any) -> list[tuple[Tensor, dict[str, Any]]]:
+    """What is stepped, the parameters themselves or this rank's flat fp32 pieces, and its group."""
     optimizer = engine.optimizer
+    groups = optimizer.param_groups
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3, maybe many of one group
+        return [(piece, groups[0]) for piece in optimizer.fp32_partitioned_groups_flat]
     for attribute in (
-        "fp32_partitioned_groups_flat",  # ZeRO-3
         "single_partition_of_fp32_groups",  # ZeRO-1 and 2
         "fp32_groups_flat_partition",  # ZeRO-1 with bf16 weights and fp32 gradients
     ):
         if hasattr(optimizer, attribute):
-            return list(getattr(optimizer, attribute))
-    return [p for group in optimizer.param_groups for p in group["params"]]
+            return list(zip(getattr(optimizer, attribute), groups, strict=True))
+    return [(p, group) for group in groups for p in group["params"]]

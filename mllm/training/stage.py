@@ -27,7 +27,7 @@ from data_packing.loss_weights import Weighting
 from data_packing.plan import Plan
 from data_packing.planned import Cursor
 from mllm.recipe import Recipe
-from mllm.training import build, checkpoint, comm_op, engine, export, groups, loop
+from mllm.training import build, checkpoint, comm_op, engine, export, groups, loop, quantised
 from mllm.training.control import Control
 from mllm.training.run_folder import Lock, RunFolder, append_line, keep_lines_up_to, read_lines
 from mllm.training.sources import parent_id
@@ -66,12 +66,10 @@ class Worker:
 
         control.phase("loading the model")
         precision = self._precision()
-        model, processor, adapter = self._model(engine.DTYPES[precision])
+        model, processor, adapters = self._model(engine.DTYPES[precision])
         placement = self._placement(model, precision, world)
         step = TrainStep(model, recipe.objectives, recipe.data.packing.tokens)
-        parameter_groups = groups.parameter_groups(
-            model, recipe.train, recipe.optimizer.lr, recipe.optimizer.weight_decay
-        )
+        parameter_groups = groups.parameter_groups(model, recipe.train, recipe.optimizer)
         plan = self._plan(model, processor, rank, world)
         home = self._resumed(plan)
         control.phase("checking the weights")
@@ -105,7 +103,7 @@ class Worker:
             }
             if rank == 0:
                 self._write_ledger(plan, state)
-            export.finish(deepspeed_engine, processor, recipe, folder, adapter, facts)
+            export.finish(deepspeed_engine, processor, recipe, folder, adapters, facts)
         deepspeed_engine.destroy()
         control.part()
         dist.barrier()
@@ -132,12 +130,12 @@ class Worker:
         return precision
 
     def _model(self, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-        """Model with `requires_grad` set, processor, and the adapters' configuration."""
+        """Model with `requires_grad` set, processor, and the adapters' configurations."""
         torch.manual_seed(self.recipe.run.seed)
         return build.model(self.recipe.model, self.recipe, dtype)
 
     def _placement(self, model: Any, precision: str, world: int) -> engine.Placement:
-        total = sum(p.numel() for p in model.parameters())
+        total = sum(quantised.numel(p) for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         zero, why = engine.choose_zero(self.recipe, precision, world, total, trained)
         if why:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mllm.recipe import LoraSection, TrainSection
+from mllm.recipe import LoraSection, OptimizerSection, TrainSection
 from mllm.training import groups, lora, schedule
 from mllm.training.loop import seed
 
@@ -45,7 +45,9 @@ def section(lr: float | None = None, **values: Any) -> TrainSection:
 def made(model: nn.Module, train: Mapping[str, TrainSection]) -> dict[str, groups.Group]:
     """Freeze and group; groups by name."""
     groups.freeze(model, train)
-    return {g.name: g for g in groups.parameter_groups(model, train, None, 0.1)}
+    return {
+        g.name: g for g in groups.parameter_groups(model, train, OptimizerSection(weight_decay=0.1))
+    }
 
 
 def test_the_longest_path_wins() -> None:
@@ -91,7 +93,7 @@ def test_adapters_alone_learn() -> None:
     groups.freeze(model, train)
     config = lora.inject(model.language_model, LoraSection(rank=2))
     assert set(config.target_modules or ()) == {"q_proj", "up_proj"}
-    found = groups.parameter_groups(model, train, None, 0.1)
+    found = groups.parameter_groups(model, train, OptimizerSection(weight_decay=0.1))
     names = {name for group in found for name in group.parameters}
     assert len(names) == 4
     assert all(".lora_" in name for name in names)
@@ -105,7 +107,9 @@ def test_a_module_beside_adapters_can_learn_in_full() -> None:
     }
     groups.freeze(model, train)
     lora.inject(model.language_model, LoraSection(rank=2))
-    found = {g.name: g for g in groups.parameter_groups(model, train, None, 0.1)}
+    found = {
+        g.name: g for g in groups.parameter_groups(model, train, OptimizerSection(weight_decay=0.1))
+    }
     assert set(found["language_model.norm/no_decay"].parameters) == {
         "language_model.norm.weight",
         "language_model.norm.bias",
@@ -133,7 +137,7 @@ def test_merging_adds_the_scaled_product_in_fp32() -> None:
     assert set(merged) == {name for name, _ in Whole().named_parameters()}
 
 
-@pytest.mark.parametrize("course", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("course", ["cosine", "linear", "constant", "wsd"])
 def test_the_rate_rises_and_falls(course: Any) -> None:
     factors = [schedule.factor(step, 100, 0.1, course) for step in range(100)]
     assert factors[0] == pytest.approx(1 / 11)
