@@ -2,7 +2,7 @@
 
     state/step-00000100/
         index.json                what is where, its size and its SHA-256; step, cursor, hashes
-        00-0000.safetensors …     "<parameter>/master" and its moments, full fp32 tensors
+        00-0000.safetensors …     "<parameter>/master" and its moments, full tensors
 
 Parameter i is written by rank i % world, so all ranks write at once and none holds more than a
 file's worth. The folder is written under another name and renamed when all of it is on disk.
@@ -84,12 +84,13 @@ def save(engine: Any, state: State, folder: Path) -> Path:
     written: dict[str, dict[str, Any]] = {}
     failure: Exception | None = None
     try:
-        for name, tensors, names in _batches(engine, rank, world):
-            if failure is None:
-                try:
-                    written[name] = _write(draft / name, tensors) | {"parameters": names}
-                except Exception as error:  # every rank must reach the next collective
-                    failure = error
+        with masters.readable(engine):
+            for name, tensors, names in _batches(engine, rank, world):
+                if failure is None:
+                    try:
+                        written[name] = _write(draft / name, tensors) | {"parameters": names}
+                    except Exception as error:  # every rank must reach the next collective
+                        failure = error
     finally:
         everyone: list[Any] = [None] * world
         dist.all_gather_object(everyone, (written, failure is not None))
@@ -122,8 +123,8 @@ def _batches(
             continue
         names.append(name)
         for key, value in full.items():
-            tensors[f"{name}/{key}"] = value.detach().float().cpu().clone()
-            size += 4 * value.numel()
+            tensors[f"{name}/{key}"] = saved = value.detach().cpu().clone()
+            size += saved.nbytes
         if size >= FILE_BYTES:
             yield f"{rank:02d}-{number:04d}.safetensors", tensors, names
             tensors, names, size, number = {}, [], 0, number + 1

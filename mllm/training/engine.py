@@ -13,7 +13,7 @@ import torch
 
 from mllm.recipe import OptimizerSection, Recipe
 from mllm.recipe_train import muon_refusal
-from mllm.training import muon, schedule
+from mllm.training import eight_bit, muon, schedule
 from mllm.training.groups import Group, optimizer_groups
 from mllm.training.step import TrainStep
 
@@ -135,6 +135,7 @@ def config(
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": zero,
+        "zero_allow_untested_optimizer": recipe.optimizer.name == "adamw_8bit",
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
@@ -172,6 +173,8 @@ def make_optimizer(
     """The recipe's optimizer for `groups.optimizer_groups`."""
     if section.name == "muon":
         return muon.optimizer(groups, section.betas, EPSILON)
+    if section.name == "adamw_8bit":
+        return eight_bit.optimizer(groups, section.betas, EPSILON)
     # fused: ten times faster than the default on a CPU
     return torch.optim.AdamW(groups, betas=section.betas, eps=EPSILON, fused=True)
 

@@ -70,7 +70,7 @@ def gather(engine: Any) -> dict[str, Tensor]:
     known = dict(model.named_parameters())
     for name, weight in masters.full_weights(model):
         parameter = known[name]
-        full = masters.read(engine, parameter)["master"] if parameter.requires_grad else weight
+        full = masters.master(engine, parameter) if parameter.requires_grad else weight
         if keep:
             result[name] = quantised.plain(parameter, full).detach().cpu().clone()
     if keep:

@@ -20,12 +20,14 @@ class Group:
 
     Attributes:
         name: the recipe's key; with "/layer_3" under `layer_decay`, with "/muon_64" for matrices of
-            64 columns under Muon, and with "/no_decay" for vectors (norms and biases).
+            64 columns under Muon, with "/embedding" for tables whose moments stay in fp32 where
+            others are in 8 bits, and with "/no_decay" for vectors (norms and biases).
         lr: peak learning rate.
         weight_decay: decoupled weight decay.
         warmup: fraction of the run during which the rate rises.
         parameters: their names in the model, in the model's order.
         muon: what a step of Muon is multiplied with, None for AdamW.
+        eight_bit: whether AdamW's moments are in 8 bits.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Group:
     parameters: tuple[str, ...]
     warmup: float = 0.0
     muon: float | None = None
+    eight_bit: bool = False
 
 
 def longest_match(name: str, keys: Iterable[str]) -> str | None:
@@ -103,6 +106,8 @@ def _each(
     model: nn.Module, train: Mapping[str, TrainSection], optimizer: OptimizerSection
 ) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """Key, name, the end of its group's name and the group's values, of what is trainable."""
+    eight = optimizer.name == "adamw_8bit"
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = muon.matrices(model) if optimizer.name == "muon" else {}
     layers = {
         key: layer_rates(model, key, how.layer_decay)
@@ -127,8 +132,11 @@ def _each(
             end = f"{end}/muon_{columns}"
         elif dimensions(parameter) < 2:
             end, decay = f"{end}/no_decay", 0.0
+        elif eight and id(parameter) in embeddings:
+            end = f"{end}/embedding"
         warmup = optimizer.warmup if how.warmup is None else how.warmup
         values = {"lr": lr, "weight_decay": decay, "warmup": warmup, "muon": scale}
+        values["eight_bit"] = eight and end.rpartition("/")[2] not in ("no_decay", "embedding")
         yield key, name, end, values
 
 
@@ -146,6 +154,7 @@ def optimizer_groups(model: nn.Module, groups: Iterable[Group]) -> list[dict[str
             "peak_lr": group.lr,
             "scale": group.muon or 1.0,
             "muon": group.muon is not None,
+            "eight_bit": group.eight_bit,
             "warmup": group.warmup,
             "weight_decay": group.weight_decay / (group.muon or 1.0),
             "name": group.name,

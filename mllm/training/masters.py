@@ -8,7 +8,8 @@ full tensor per parameter, so that a checkpoint fits any stage and any number of
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -23,13 +24,15 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from mllm.training import eight_bit, muon
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
-MUON_MOMENTS = ("momentum_buffer",)
 
 
-def moments(parameter: nn.Parameter) -> tuple[str, ...]:
-    """What the optimizer keeps of one parameter."""
-    return MUON_MOMENTS if getattr(parameter, "use_muon", False) else MOMENTS
+def kept(parameter: nn.Parameter) -> tuple[str, ...]:
+    """What the optimizer keeps of one parameter, in tensors of its shape."""
+    names: tuple[str, ...] = getattr(parameter, "kept", MOMENTS)
+    return names
 
 
 def named_trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -38,13 +41,23 @@ def named_trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 @torch.no_grad()
+def master(engine: Any, parameter: nn.Parameter) -> Tensor:
+    """The full fp32 master of one parameter, on every rank (collective)."""
+    if engine.zero_optimization_stage() == 0:
+        return parameter.data
+    return cast(Tensor, safe_get_full_fp32_param(parameter)).reshape(full_shape(parameter))
+
+
+@torch.no_grad()
 def read(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
     """The full fp32 master and moments of one parameter, on every rank (collective).
 
+    Call it inside `readable`.
+
     Returns:
-        "master" and `moments`, each with the parameter's full shape.
+        "master" and what is `kept`, each with the parameter's full shape; fp32, or bytes.
     """
-    keys = moments(parameter)
+    keys = kept(parameter)
     if engine.zero_optimization_stage() == 0:
         state = engine.optimizer.state[parameter]
         full = {"master": parameter.data} | {key: state[key] for key in keys}
@@ -54,6 +67,8 @@ def read(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
             _link(engine)
         full = {"master": safe_get_full_fp32_param(parameter)}
         full |= {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
+    if eight_bit.SCALES[0] in keys:
+        full |= {key: full[key].byte() for key in eight_bit.CODES}
     shape = full_shape(parameter)
     return {key: value.reshape(shape) for key, value in full.items()}
 
@@ -64,7 +79,7 @@ def write(engine: Any, parameter: nn.Parameter, full: dict[str, Tensor]) -> None
 
     `prepare` must have been called before, and `refresh` must be called after the last one.
     """
-    stage, keys = engine.zero_optimization_stage(), moments(parameter)
+    stage, keys = engine.zero_optimization_stage(), kept(parameter)
     device = parameter.device
     if stage == 0:
         state = engine.optimizer.state[parameter]
@@ -89,24 +104,25 @@ def prepare(engine: Any, step: int) -> None:
     Args:
         step: how many steps the state has seen (Adam corrects its bias by it).
     """
-    optimizer = _torch_optimizer(engine)
+    optimizer: Any = _torch_optimizer(engine)
     for piece, group in _optimized(engine):
-        keys = MUON_MOMENTS if group.get("use_muon") else MOMENTS
-        state: dict[str, Any] = {
-            key: torch.zeros_like(piece, memory_format=torch.preserve_format) for key in keys
-        }
-        if "use_muon" not in group:
-            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=piece.device)
-        elif not group["use_muon"]:
-            state["step"] = step
-        optimizer.state[piece] = state
+        if "eight_bit" in group and hasattr(optimizer, "fill_qmap"):
+            optimizer.state[piece] = eight_bit.empty(optimizer, piece, group, step)
+        elif group.get("use_muon"):
+            optimizer.state[piece] = {muon.KEPT[0]: torch.zeros_like(piece)}
+        else:
+            count: Any = torch.tensor(float(step), dtype=torch.float32, device=piece.device)
+            optimizer.state[piece] = {"step": step if "use_muon" in group else count} | {
+                key: torch.zeros_like(piece, memory_format=torch.preserve_format) for key in MOMENTS
+            }
     if engine.zero_optimization_stage() in (1, 2):
         _link(engine)
 
 
 @torch.no_grad()
 def refresh(engine: Any) -> None:
-    """Copy the masters into the weights that the model computes with."""
+    """Copy the masters into the weights that the model computes with, and pack what is packed."""
+    _pack(engine)
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage in (1, 2):
         optimizer.update_lp_params()
@@ -116,6 +132,37 @@ def refresh(engine: Any) -> None:
             optimizer._reassign_or_swap_out_partitioned_parameters(i)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+@contextmanager
+def readable(engine: Any) -> Iterator[None]:
+    """While it lasts, `read` finds all that is kept: of moments in 8 bits the scales too."""
+    optimizer = _torch_optimizer(engine)
+    states = [optimizer.state[piece] for piece, group in _optimized(engine) if _packs(group)]
+    for state in states:
+        eight_bit.expand(state)
+    if states and engine.zero_optimization_stage() in (1, 2):
+        _link(engine)
+    try:
+        yield
+    finally:
+        for state in states:
+            for key in eight_bit.SCALES:
+                state.pop(key, None)
+        if states and engine.zero_optimization_stage() in (1, 2):
+            _link(engine)
+
+
+def _pack(engine: Any) -> None:
+    """Moments in 8 bits as the optimizer has them, after all were written."""
+    optimizer = _torch_optimizer(engine)
+    for piece, group in _optimized(engine):
+        if _packs(group):
+            eight_bit.collapse(optimizer.state[piece])
+
+
+def _packs(group: dict[str, Any]) -> bool:
+    return bool(group.get("eight_bit"))
 
 
 @torch.no_grad()
@@ -167,7 +214,9 @@ def _optimized(engine: Any) -> list[tuple[Tensor, dict[str, Any]]]:
     optimizer = engine.optimizer
     groups = optimizer.param_groups
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3, maybe many of one group
-        return [(piece, groups[0]) for piece in optimizer.fp32_partitioned_groups_flat]
+        of = optimizer.sub_group_to_group_id
+        pieces = optimizer.fp32_partitioned_groups_flat
+        return [(piece, groups[of[i]]) for i, piece in enumerate(pieces)]
     for attribute in (
         "single_partition_of_fp32_groups",  # ZeRO-1 and 2
         "fp32_groups_flat_partition",  # ZeRO-1 with bf16 weights and fp32 gradients

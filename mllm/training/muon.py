@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 MOMENTUM = 0.95
+KEPT = ("momentum_buffer",)
 RMS = 0.2
 """Root mean square of AdamW's usual step. Muon's is brought to it, so that one rate and one decay
 serve matrices and vectors (Liu et al. 2025, arXiv 2502.16982, equation 4)."""
@@ -57,6 +58,8 @@ def optimizer(
         group["use_muon"] = group["muon"]
         for parameter in group["params"]:
             parameter.use_muon = group["use_muon"]
+            if group["use_muon"]:
+                parameter.kept = KEPT
         if group["use_muon"]:
             group |= {"momentum": MOMENTUM, "ns_method": "standard"}
         else:

@@ -105,13 +105,12 @@ def unpacked(model: nn.Module) -> Iterator[None]:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if is_quantised(getattr(child, "weight", None))  # type: ignore[arg-type]
+        if isinstance(child, nn.Linear) and is_quantised(child.weight)
     ]
     for parent, name, child in packed:
-        shape: Any = child.weight.quant_state.shape  # type: ignore[union-attr]
-        rows, columns = shape
-        layer = nn.Linear(columns, rows, bias=child.bias is not None, device="meta")
-        setattr(parent, name, layer.to(child.compute_dtype))  # type: ignore[arg-type]
+        bias = child.bias is not None
+        layer = nn.Linear(child.in_features, child.out_features, bias=bias, device="meta")
+        setattr(parent, name, layer)
     try:
         yield
     finally:
