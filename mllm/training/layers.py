@@ -51,7 +51,7 @@ def stack_of(module: nn.Module) -> tuple[str, int] | None:
     stacks = [
         (path, child)
         for path, child in module.named_modules()
-        if isinstance(child, nn.ModuleList | nn.Sequential) and path and len(child) > 1
+        if path and (isinstance(child, nn.ModuleList) or _stages(child))
     ]
     path, stack = max(stacks, key=lambda each: _size(each[1]), default=("", None))
     if stack is None or _size(stack) < MOST * whole:
@@ -61,6 +61,10 @@ def stack_of(module: nn.Module) -> tuple[str, int] | None:
         if apart and _size(child) > LITTLE * whole:
             return None
     return path, len(stack)
+
+
+def _stages(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and len(module) > 1
 
 
 def _size(module: nn.Module) -> int:

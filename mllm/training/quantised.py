@@ -63,6 +63,8 @@ def _in_4_bits(bitsandbytes: Any, linear: Any) -> nn.Module:
     )
     if linear.bias is not None:
         layer.bias = linear.bias
+    # On some processors it would repack its weights in eval mode, for good and not of every shape.
+    layer.support_avx512bf16_for_cpu = False
     moved: nn.Module = layer.to(linear.weight.device).train(linear.training)
     return moved
 

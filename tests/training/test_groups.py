@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mllm.recipe import LoraSection, OptimizerSection, TrainSection
-from mllm.training import groups, lora, schedule
+from mllm.training import groups, lora
 from mllm.training.loop import seed
 
 
@@ -135,18 +135,6 @@ def test_merging_adds_the_scaled_product_in_fp32() -> None:
     merged = lora.merged(weights, model)
     assert torch.equal(merged[f"{prefix}.weight"], (base.float() + 3.0 * (b @ a)).bfloat16())
     assert set(merged) == {name for name, _ in Whole().named_parameters()}
-
-
-@pytest.mark.parametrize("course", ["cosine", "linear", "constant", "wsd"])
-def test_the_rate_rises_and_falls(course: Any) -> None:
-    factors = [schedule.factor(step, 100, 0.1, course) for step in range(100)]
-    assert factors[0] == pytest.approx(1 / 11)
-    assert factors[9] == pytest.approx(10 / 11)
-    assert factors[10] == 1.0
-    assert all(0 < factor <= 1 for factor in factors)
-    end = 1.0 if course == "constant" else schedule.FLOOR
-    assert factors[-1] == pytest.approx(end, abs=0.02)
-    assert schedule.factor(0, 1, 0.0, course) == 1.0
 
 
 def test_a_pack_draws_the_same_masks_wherever_it_is_computed() -> None:
