@@ -2,7 +2,8 @@
 
 NF4 in blocks of 64 whose scales are quantised once more, by bitsandbytes. Such a weight is a uint8
 parameter of another shape that never learns; everything that asks a parameter how large it is, or
-what it holds, asks here.
+what it holds, asks here. The optimizer must not be given one: under ZeRO-2 DeepSpeed would average
+its gradient among the others of the bucket, in bytes, and raise.
 """
 
 from __future__ import annotations

