@@ -27,7 +27,7 @@ from data_packing.loss_weights import Weighting
 from data_packing.plan import Plan
 from data_packing.planned import Cursor
 from mllm.recipe import Recipe
-from mllm.training import build, checkpoint, comm_op, engine, export, groups, loop, quantised
+from mllm.training import build, checkpoint, comm_op, engine, export, groups, loop
 from mllm.training.control import Control
 from mllm.training.run_folder import Lock, RunFolder, append_line, keep_lines_up_to, read_lines
 from mllm.training.sources import parent_id
@@ -135,7 +135,7 @@ class Worker:
         return build.model(self.recipe.model, self.recipe, dtype)
 
     def _placement(self, model: Any, precision: str, world: int) -> engine.Placement:
-        total = sum(quantised.numel(p) for p in model.parameters())
+        total = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         zero, why = engine.choose_zero(self.recipe, precision, world, total, trained)
         if why:
