@@ -1,8 +1,8 @@
 """Encoded image files to pixels, and to their size without decoding them.
 
-JPEG goes through simplejpeg, everything else (and any JPEG that simplejpeg does not take, CMYK for
-one) through Pillow. Only the formats named in FORMATS are opened: Pillow also knows some that run
-other programs.
+JPEG goes through simplejpeg, everything else through Pillow. So do JPEGs of four colours (CMYK,
+YCCK), whose mixture simplejpeg cuts off where Pillow rounds, and any that simplejpeg does not take.
+Only the formats named in FORMATS are opened: Pillow also knows some that run other programs.
 """
 
 from __future__ import annotations
@@ -82,10 +82,11 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """
     with _opened(data, max_pixels) as image:
         orientation = _orientation(image)
-        pixels = _decode_jpeg(data) if image.format in ("JPEG", "MPO") else None
+        fast = image.format in ("JPEG", "MPO") and image.mode != "CMYK"
+        pixels = _decode_jpeg(data) if fast else None
         if pixels is None:
             try:
-                upright = _upright(to_rgb(image), orientation)
+                return rgb_pixels(image)
             except (
                 OSError,
                 SyntaxError,
@@ -95,7 +96,6 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
                 MemoryError,
             ) as error:
                 raise DocumentError(_reason(image.format, error)) from error
-            return np.array(upright, dtype=np.uint8)
     if orientation == 1:
         return pixels
     return np.array(_upright(PillowImage.fromarray(pixels), orientation), dtype=np.uint8)
@@ -178,17 +178,29 @@ def _decode_jpeg(data: bytes) -> NDArray[np.uint8] | None:
     return pixels
 
 
+def rgb_pixels(image: PillowImage.Image) -> NDArray[np.uint8]:
+    """Return a Pillow image of any mode as uint8 [H, W, 3]: upright, transparency over white.
+
+    Raises:
+        ValueError: as `to_rgb`.
+    """
+    orientation = _orientation(image)  # before pixels are loaded, as for a file
+    return np.array(_upright(to_rgb(image), orientation), dtype=np.uint8)
+
+
 def to_rgb(image: PillowImage.Image) -> PillowImage.Image:
     """Return an image of any mode as 8-bit RGB, transparency laid over white.
 
     Raises:
-        ValueError: floating-point pixels.
+        ValueError: floating-point pixels, or the mode LAB.
     """
     if image.mode.startswith("I"):
         grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
         return PillowImage.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range; save the image as 8-bit")
+    if image.mode == "LAB":
+        raise ValueError("Pillow does not turn LAB into RGB by itself; save the image as RGB")
     if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
         coloured = image.convert("RGBA")
         white = PillowImage.new("RGBA", coloured.size, (255, 255, 255, 255))

@@ -197,13 +197,12 @@ def _fusion(model: ModelSection) -> Iterable[tuple[Path_, str]]:
     yield from _options(path, f"fusion {name}", given, FUSIONS[name].options)
     if given.get("every") is not None and given.get("layers") is not None:
         yield (*path, "every"), "model.fusion: give every or layers, not both"
-    cut = images is not None and images.tiling not in (None, "none")
     featured = images is not None and images.options.get("regions") == "feature"
-    if name == "cross_attention" and (cut or featured):
+    if name == "cross_attention" and featured:
         yield (
-            ("model", "images"),
-            f"fusion {name} takes images whole; leave model.images.{'tiling' if cut else 'regions'}"
-            f" out, or use fusion {DEFAULT}",
+            ("model", "images", "regions"),
+            f"fusion {name} has one token for an image and none for a region of it; write "
+            f"model.images.regions as decimals or thousandths, or use fusion {DEFAULT}",
         )
     if name != DEFAULT and connector is not None and connector.init == "ridge":
         yield (

@@ -483,6 +483,7 @@ def test_a_fusion_is_a_part_with_its_own_learning_rate(recipe: Path) -> None:
     assert read.model.fusion is not None
     assert (read.model.fusion.name, read.model.fusion.options) == ("cross_attention", {"every": 2})
     assert read.train["fusion"].lr == 1e-3
+    assert load(recipe, ["model.images={tiling: dynamic, tiles: 4}"]).model.images is not None
     layered = load(
         recipe, ["model.fusion={name: deepstack, layers: [0, 2]}", "train.fusion=frozen"]
     )
@@ -509,7 +510,7 @@ def test_a_fusion_is_a_part_with_its_own_learning_rate(recipe: Path) -> None:
             "a new fusion learns in full: its gates start",
         ),
         ("cross_attention, every: 2", "in_sequence", 7, "in_sequence has nothing to learn"),
-        ("train:", "  images: {tiling: dynamic}\ntrain:", 6, "takes images whole"),
+        ("train:", "  images: {regions: feature}\ntrain:", 6, "none for a region of it; write"),
         (
             "visual_tokens: 16",
             "visual_tokens: 16, init: ridge",

@@ -12,7 +12,8 @@ from mllm.export import EXPORTS
 from mllm.export.adapter import HOLDERS, Adapter
 from mllm.models.assemble import load
 from mllm.models.composites import COMPOSITES
-from mllm.models.errors import check_folder, choose, read_json
+from mllm.models.errors import choose, read_json
+from mllm.models.hub import hub_file, local_folder
 from mllm.training.run_folder import NoSpace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,8 +36,7 @@ def origin(folder: Path) -> str:
     Raises:
         ValueError: it was assembled from parts.
     """
-    check_folder(folder, "model")
-    config = read_json(folder / "config.json")
+    config = read_json(hub_file(folder, "config.json", "model"))
     if config.get("model_type") in COMPOSITES:
         return COMPOSITES[config["model_type"]].name
     if found := config.get("origin"):
@@ -50,7 +50,7 @@ def write(
     """Write a stage's model in another format.
 
     Args:
-        folder: what a stage saved, or a folder to begin from.
+        folder: what a stage saved, or a folder to begin from; or a hub's `owner/name`.
         to: a key of EXPORTS.
         output: a folder that does not exist or is empty; nothing is left there when this fails.
         dtype: of the weights, a key of DTYPES; left out, the saved one.
@@ -66,6 +66,7 @@ def write(
     wanted = "auto" if dtype is None else choose(DTYPES, dtype, "dtype")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is there already and not empty; give a new folder")
+    folder = local_folder(folder, "model")
     lora = Adapter.read(folder / "lora") if adapter else None
     model, processor = load(folder, dtype=wanted)
     if lora is not None:

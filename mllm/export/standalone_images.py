@@ -5,51 +5,50 @@ See `standalone`, with which this becomes one file.
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from transformers.image_transforms import to_pil_image
 
-from data_packing.images import FORMATS, to_rgb
+from data_packing.images import FORMATS
 from mllm.models.connectors import CONNECTORS
 from mllm.models.geometry import Geometry, Layout, OutputGrid
-
-
-def open_image(source: str) -> Image.Image:
-    """Open a path, a URL or base64 (`data:image/png;base64,...`)."""
-    if source.startswith(("http://", "https://")):
-        with urlopen(source) as answer:
-            data = answer.read()
-    elif source.startswith("data:"):
-        data = base64.b64decode(source.partition(",")[2])
-    else:
-        data = Path(source).read_bytes()
-    return Image.open(io.BytesIO(data), formats=FORMATS)
-
-
-def pixels_of(image: Any) -> NDArray[np.uint8]:
-    """Return a Pillow image, array or tensor as uint8 [H, W, 3], upright, on white."""
-    if not isinstance(image, Image.Image):
-        image = to_pil_image(image)
-    return np.array(to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
+from mllm.models.pictures import pixels_of, read_image
 
 
 def opened(images: Any) -> Any:
-    """Open paths, URLs and base64, in lists too; leave what is an image already."""
+    """Return images as uint8 [H, W, 3], whatever they are given as, in lists too."""
     if isinstance(images, list | tuple):
         return [opened(image) for image in images]
-    return open_image(images) if isinstance(images, str) else images
+    if getattr(images, "ndim", 0) == 4:
+        return [pixels_of(image) for image in images]
+    return pixels_of(open_image(images) if isinstance(images, str | Path | bytes) else images)
+
+
+def flat(images: Any) -> list[NDArray[np.uint8]]:
+    """Return the images of `opened` in one list."""
+    if not isinstance(images, list):
+        return [images]
+    return [pixels for image in images for pixels in flat(image)]
+
+
+def open_image(source: str | Path | bytes) -> Image.Image:
+    """Open a file, see `read_image`."""
+    data = read_image(source)
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        name = "bytes" if isinstance(source, bytes) else str(source)[:80]
+        known = ", ".join(FORMATS)
+        raise ValueError(f"image {name}: not an image of a known format ({known})") from error
 
 
 def token_grid(connector: dict[str, Any]) -> OutputGrid:

@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature
-from transformers.image_utils import make_flat_list_of_images
 
-from mllm.export.standalone_images import image_layout, opened, pixels_of, rows_of, token_grid
+from mllm.export.standalone_images import flat, image_layout, opened, rows_of, token_grid
 from mllm.models.geometry import Layout, Size
 from mllm.models.native import NativeGeometry
 
@@ -106,11 +105,11 @@ class MllmImageProcessor(BaseImageProcessor):
         return {"height": height, "width": width}
 
     def fetch_images(self, images: Any) -> Any:
-        """Open what is no image yet; see `opened`."""
+        """Return images as uint8 [H, W, 3]; see `opened`."""
         return opened(images)
 
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """Return the patches of images (Pillow, arrays, tensors, paths or URLs).
+        """Return the patches of images, as `read_image` and `pixels_of` take them.
 
         Other arguments that transformers passes are not used: how an image is prepared is part of
         the model.
@@ -123,8 +122,8 @@ class MllmImageProcessor(BaseImageProcessor):
         rule = image_geometry(self.geometry, self.images)
         mean, std, patch = torch.tensor(rule.mean), torch.tensor(rule.std), rule.patch
         patches, grids = [], []
-        for image in make_flat_list_of_images(self.fetch_images(images)):  # type: ignore[union-attr]
-            view = (torch.from_numpy(rule.views(pixels_of(image))[0]).float() / 255 - mean) / std
+        for pixels in flat(self.fetch_images(images)):
+            view = (torch.from_numpy(rule.views(pixels)[0]).float() / 255 - mean) / std
             rows, columns = rule.grid(*view.shape[:2])
             cells = view.view(rows, patch, columns, patch, 3).transpose(1, 2)
             patches.append(cells.reshape(rows * columns, -1))

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature
-from transformers.image_utils import make_flat_list_of_images
 
-from mllm.export.standalone_images import image_layout, opened, pixels_of, rows_of
+from mllm.export.standalone_images import flat, image_layout, opened, rows_of
 from mllm.models.geometry import Geometry, ImageGeometry, Layout, Size
 from mllm.models.tiles import tiled
 
@@ -112,11 +111,11 @@ class MllmImageProcessor(BaseImageProcessor):
         return {"height": side, "width": side}
 
     def fetch_images(self, images: Any) -> Any:
-        """Open what is no image yet; see `opened`."""
+        """Return images as uint8 [H, W, 3]; see `opened`."""
         return opened(images)
 
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """Return the views of images (Pillow, arrays, tensors, paths or URLs).
+        """Return the views of images, as `read_image` and `pixels_of` take them.
 
         Other arguments that transformers passes are not used: how an image is prepared is part of
         the model.
@@ -127,8 +126,7 @@ class MllmImageProcessor(BaseImageProcessor):
         """
         rule = image_geometry(self.geometry, self.images)
         views, sizes = [], []
-        for image in make_flat_list_of_images(self.fetch_images(images)):  # type: ignore[union-attr]
-            pixels = pixels_of(image)
+        for pixels in flat(self.fetch_images(images)):
             made = rule.views(pixels)
             views += made
             sizes += [pixels.shape[:2]] * len(made)

@@ -220,6 +220,16 @@ def _place(model: nn.Module, wanted: nn.Module) -> str:
 
 def _write_processor(module: Any, processor: Processor, folder: Path) -> None:
     """Write the tokenizer and processor_config.json."""
+    make_processor(module, processor).save_pretrained(folder)
+    file = folder / "processor_config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    auto = {name: f"{MODULE}.{AUTO_MAP[name]}" for name in ("AutoImageProcessor", "AutoProcessor")}
+    values["auto_map"] = values["image_processor"]["auto_map"] = auto
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def make_processor(module: Any, processor: Processor) -> Any:
+    """Return the exported processor, of a module that has its classes."""
     tokenizer: PreTrainedTokenizerBase = copy.deepcopy(processor.tokenizer)
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     if tokenizer.pad_token_id is None:
@@ -231,16 +241,11 @@ def _write_processor(module: Any, processor: Processor, folder: Path) -> None:
         images=tiling(processor.images),
         connector=processor.connector,
     )
-    exported = module.MllmProcessor(
+    return module.MllmProcessor(
         images,
         tokenizer,
         chat_template=tokenizer.chat_template,
         image_token=processor.image_token,
         image_text=processor.image_token if asked == written else written,
+        image_marks=processor.template.image_marks,
     )
-    exported.save_pretrained(folder)
-    file = folder / "processor_config.json"
-    values = json.loads(file.read_text(encoding="utf-8"))
-    auto = {name: f"{MODULE}.{AUTO_MAP[name]}" for name in ("AutoImageProcessor", "AutoProcessor")}
-    values["auto_map"] = values["image_processor"]["auto_map"] = auto
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

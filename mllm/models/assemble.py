@@ -17,9 +17,10 @@ from mllm.models.composites import COMPOSITES
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, PretrainedConnector
 from mllm.models.encoders import ENCODERS, WITHOUT_PATH
-from mllm.models.errors import check_folder, check_options, choose, loading
-from mllm.models.fusion import DEFAULT, fusion_class
+from mllm.models.errors import check_options, choose, loading
+from mllm.models.fusion import DEFAULT, fusion_class, needed_tokens
 from mllm.models.fusion import check_images as check_fusion
+from mllm.models.hub import local_folder
 from mllm.models.language import (
     add_special_tokens,
     generation_config,
@@ -27,9 +28,9 @@ from mllm.models.language import (
     own_dtype,
 )
 from mllm.models.modeling import MultimodalModel
-from mllm.models.native import LIMITS, NativeGeometry
+from mllm.models.native import LIMITS, bounded
 from mllm.models.processor import IMAGE_TOKEN, Processor, changed_connector
-from mllm.models.tiles import changed_images, check_images, special_tokens
+from mllm.models.tiles import changed_images, check_images
 
 _TRAINING_OPTIONS = ("init",)  # of a connector's section, but not the model's concern
 
@@ -95,7 +96,7 @@ def load(
     """Load a stage's folder, or begin from one of a class of transformers (`COMPOSITES`).
 
     Args:
-        folder: what a stage saved, or the folder or hub id of such a class.
+        folder: what a stage saved, or such a class, as a folder or as a hub's `owner/name`.
         dtype: of all weights; "auto" keeps the saved one.
         connector: reloadable options to change, e.g. {"visual_tokens": 144}.
         images: options of the tiling to change, e.g. {"tiles": 6}.
@@ -108,7 +109,7 @@ def load(
     Raises:
         ValueError: not such a folder, damaged files, or an option that cannot change.
     """
-    check_folder(folder, "model")
+    folder = local_folder(folder, "model")
     with loading("model", folder):
         config = AutoConfig.from_pretrained(folder)
     changes = dict(connector or {})
@@ -135,13 +136,7 @@ def _bounded_anew(
     model: MultimodalModel, processor: Processor, limits: Mapping[str, Any]
 ) -> Processor:
     """Change the bounds of images of native resolution."""
-    geometry = model.encoder.geometry
-    if not isinstance(geometry, NativeGeometry):
-        raise ValueError(
-            f"{next(iter(limits))}: this model's encoder takes squares of "
-            f"{model.encoder.image_size} pixels, which have no bounds to change"
-        )
-    geometry = model.encoder.geometry = geometry.within(limits)
+    geometry = model.encoder.geometry = bounded(model.encoder.geometry, limits)
     model.encoder.spec["geometry"] = geometry.to_dict()
     model.config.encoder = {**model.config.encoder, "geometry": geometry.to_dict()}
     return processor.seeing(geometry)
@@ -195,7 +190,8 @@ def _cut_anew(
     images = changed_images(processor.images, changes)
     check_images(images)
     language_model: Any = model.language_model
-    never = add_special_tokens(language_model, processor.tokenizer, special_tokens(images))
+    needed = needed_tokens(processor.fusion, images)
+    never = add_special_tokens(language_model, processor.tokenizer, needed)
     model.config.text_config = language_model.config
     model.cut_images(images)
     config: Any = model.generation_config
@@ -231,7 +227,8 @@ def _from_parts(
         build = encoder_class.from_folder if weights else encoder_class.described
         encoder = build(**options).to(precision)
     language_model, tokenizer = load_language_model(language_path, precision, weights)
-    added = add_special_tokens(language_model, tokenizer, (IMAGE_TOKEN, *special_tokens(images)))
+    needed = (IMAGE_TOKEN, *needed_tokens(fusion, images))
+    added = add_special_tokens(language_model, tokenizer, needed)
     processor = Processor(tokenizer, encoder.geometry, connector, images=images, fusion=fusion)
     config = MultimodalConfig(
         encoder={"name": name, **encoder.spec},

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -111,16 +111,7 @@ def _attend_with_images(
         if softcap is not None or sinks is not None:
             outputs.append(attend_exactly(q, k, v, seen, scaling, softcap, sinks, dropout))
             continue
-        attended = functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=seen,
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        outputs.append(attended.transpose(1, 2))
+        outputs.append(_attend_to(q, k, v, seen, scaling, dropout).transpose(1, 2))
     return torch.cat(outputs, dim=1).contiguous()
 
 
@@ -188,13 +179,20 @@ def attend_exactly_in_documents(
     sinks: Tensor | None,
 ) -> Tensor:
     """`attend_exactly` in each document of a pack: [1, H, T, D] to [1, T, H, E]."""
-    lengths = [high - low for low, high in itertools.pairwise(bounds)]
-    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = []
-    for (q, k, v), length in zip(parts, lengths, strict=True):
-        seen = _past(length, window, query.device)
+    for q, k, v in _documents(query, key, value, bounds):
+        seen = _past(q.shape[2], window, q.device)
         outputs.append(attend_exactly(q, k, v, seen, scaling, softcap, sinks, dropout))
     return torch.cat(outputs, dim=1)
+
+
+def _documents(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Sequence[int]
+) -> Iterator[tuple[Tensor, ...]]:
+    """Queries, keys and values of each document: [1, H, L, D], [1, K, L, D], [1, K, L, E]."""
+    lengths = [high - low for low, high in itertools.pairwise(bounds)]
+    # split, not slices: its backward is one concatenation, not a zero-filled pack per document
+    return zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
 
 
 def _sdpa(
@@ -207,26 +205,33 @@ def _sdpa(
     window: int | None,
     dropout: float,
 ) -> Tensor:
-    lengths = [high - low for low, high in itertools.pairwise(bounds)]
-    # split, not slices: its backward is one concatenation, not a zero-filled pack per document
-    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    grouped = query.shape[1] != key.shape[1]
     outputs = []
-    for (q, k, v), length in zip(parts, lengths, strict=True):
-        mask = _past(length, window, q.device) if window and length > window else None
-        outputs.append(
-            functional.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
-        )
+    for q, k, v in _documents(query, key, value, bounds):
+        length = q.shape[2]
+        seen = _past(length, window, q.device) if window and length > window else None
+        outputs.append(_attend_to(q, k, v, seen, scaling, dropout))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _attend_to(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """Attend to what is seen, bool [L, S], or to the past: [1, H, L, D] to [1, H, L, E]."""
+    return functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=seen,
+        dropout_p=dropout,
+        is_causal=seen is None,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 def _past(length: int, window: int | None, device: torch.device) -> Tensor:

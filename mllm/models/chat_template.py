@@ -7,8 +7,10 @@ servers, hand it over as a list of parts, `{"type": "image"}` and `{"type": "tex
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from jinja2 import Environment, TemplateError, meta
 from transformers import PreTrainedTokenizerBase
 
 _FLATTEN = (
@@ -41,10 +43,10 @@ def with_images(tokenizer: PreTrainedTokenizerBase, asked: str) -> None:
     template: Any = tokenizer.chat_template
     if isinstance(template, dict):
         tokenizer.chat_template = {
-            name: _flattening(tokenizer, one, asked) for name, one in template.items()
+            name: flattening(tokenizer, one, asked) for name, one in template.items()
         }
     elif template:
-        tokenizer.chat_template = _flattening(tokenizer, template, asked)
+        tokenizer.chat_template = flattening(tokenizer, template, asked)
 
 
 def takes_parts(
@@ -67,7 +69,18 @@ def takes_parts(
     return asked in text and "probe" in text and "'type'" not in text
 
 
-def _flattening(tokenizer: PreTrainedTokenizerBase, template: str, asked: str) -> str:
+def unknown_to(template: str, names: Iterable[str]) -> list[str]:
+    """Return which names are no variables of a template; none of one that cannot be parsed."""
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # only parses
+    try:
+        used = meta.find_undeclared_variables(environment.parse(template))
+    except TemplateError:  # tags of transformers' own
+        return []
+    return sorted(set(names) - used)
+
+
+def flattening(tokenizer: PreTrainedTokenizerBase, template: str, asked: str) -> str:
+    """Return a chat template that takes parts; arguments as `takes_parts`."""
     if takes_parts(tokenizer, asked, template):
         return template
     first_line = "\n" if template.startswith("\n") else ""  # a newline after a tag is eaten

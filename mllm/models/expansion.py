@@ -111,7 +111,7 @@ class Expander:
                 filling = self._filling(layout)
                 result.slots.append(_slot(place + grown, len(filling), layout))
                 orders.append(_moved(layout, firsts[number]))
-                bags.append(np.ones(len(orders[-1]), dtype=np.int64))
+                bags.append(_bags(layout, len(orders[-1])))
             else:
                 number, box = next(regions)
                 image = document.images[number]
@@ -121,9 +121,10 @@ class Expander:
                 bags.append(np.array([len(chosen)]))
             result.fillings.append(filling)
             grown += len(filling) - 1
-        if boxes or any(layout.order is not None for layout in layouts):
+        shared = any(len(made) < len(named) for made, named in zip(bags, orders, strict=True))
+        if shared or boxes or any(layout.order is not None for layout in layouts):
             result.order = np.concatenate(orders)
-        if boxes:
+        if shared or boxes:
             result.bags = np.concatenate(bags)
         result.ids = _filled(ids, result.places, result.fillings)
         return result
@@ -151,6 +152,14 @@ def _moved(layout: Layout, first: int) -> NDArray[np.int64]:
     """The order of an image's visual tokens among those of all images of its document."""
     order = np.arange(layout.made, dtype=np.int64) if layout.order is None else layout.order
     return np.where(order < 0, order, order + first)
+
+
+def _bags(layout: Layout, named: int) -> NDArray[np.int64]:
+    """How many of the named visual tokens each of an image's tokens in the text stands for."""
+    if layout.tokens == named:
+        return np.ones(named, dtype=np.int64)
+    assert layout.tokens == 1
+    return np.array([named], dtype=np.int64)
 
 
 def _filled(

@@ -101,8 +101,8 @@ class Generating(GenerationMixin):
         assert images.sizes is not None
         tokens = self.tokens_per_view(images.sizes)
         slots = input_ids == self.config.image_token_id
-        made = sum(tokens)
+        arranged = None
         if images.order is not None:
-            made = len(images.order if images.bags is None else images.bags)
-        wanted = self.fusion.tokens_of_rows(slots, tokens, made)
+            arranged = len(images.order if images.bags is None else images.bags)
+        wanted = self.fusion.tokens_of_rows(slots, tokens, arranged)
         return repeat_rows(images, tokens, wanted, times)

@@ -49,7 +49,7 @@ class Layout:
         grid: (rows, columns) of its visual tokens, (1, all of them) where they make no grid.
         writing: what stands in its slot, in order: so many visual tokens, or a mark as text.
         made: visual tokens that its views make, one view after another.
-        order: for every visual token in the slot its place among those made, -1 for a newline.
+        order: for every visual token that is seen its place among those made, -1 for a newline.
             None: all of them as they are made.
     """
 
@@ -64,6 +64,11 @@ class Layout:
     def tokens(self) -> int:
         """Visual tokens in the slot."""
         return sum(piece for piece in self.writing if isinstance(piece, int))
+
+    @property
+    def visual(self) -> int:
+        """Visual tokens that the language model sees, newlines included, in its slot or not."""
+        return self.made if self.order is None else len(self.order)
 
     @property
     def marks(self) -> tuple[str, ...]:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image as PillowImage
-
 from data_packing.document import Document, DocumentError, Image, Part, Text
+from mllm.models.pictures import pixels_of, read_image
 
 _FIELDS = ("image", "path", "url", "base64")
+_SHOWN = 80  # characters of what was asked for, in a message
 
 
 def is_batch(conversation: Any) -> bool:
     """Return whether it is a list of conversations, not one."""
     return bool(conversation) and not isinstance(conversation[0], Mapping)
+
+
+def plain(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages as chat templates know them: `image_url` as an image, no key that is None."""
+    turns = []
+    for message in messages:
+        turn = {name: value for name, value in message.items() if value is not None}
+        if not isinstance(turn.get("content", ""), str):
+            turn["content"] = [_with_image(part) for part in turn["content"]]
+        turns.append(turn)
+    return turns
 
 
 def document_of(messages: Iterable[Mapping[str, Any]]) -> Document:
@@ -33,62 +40,67 @@ def document_of(messages: Iterable[Mapping[str, Any]]) -> Document:
     Raises:
         ValueError: a part of another kind, or an image that is missing or cannot be read.
     """
-    turns = [(message["role"], _parts(message["content"])) for message in messages]
+    turns = [(message["role"], _parts(message.get("content", ""))) for message in messages]
     return Document.conversation(turns)
 
 
 def image_of(value: Any) -> Image:
-    """Return an image from a Pillow image, an array, a path, bytes, a data URL, or our own.
+    """Return an image from whatever people hand over; see `pictures`.
 
     Args:
-        value: an array is uint8, [H, W, 3] or [H, W]. Addresses of the network are not fetched:
-            what is not on this machine is the caller's to get.
+        value: a path, an address or base64, the bytes of a file, a Pillow image, an array, a
+            tensor, or our own.
 
     Raises:
         ValueError: nothing that can be read as an image.
     """
     if isinstance(value, Image):
         return value
-    if isinstance(value, bytes):
-        return Image.from_bytes(value)
-    if isinstance(value, np.ndarray):
-        if value.dtype != np.uint8 or value.ndim not in (2, 3):
-            raise ValueError(
-                f"an image as an array is uint8 [H, W, 3], got {value.dtype} {list(value.shape)}"
-            )
-        value = PillowImage.fromarray(value)
-    if isinstance(value, PillowImage.Image):
-        buffer = io.BytesIO()
-        value.save(buffer, "PNG", exif=value.getexif())
-        return Image.from_bytes(buffer.getvalue())
-    if isinstance(value, str | Path):
-        return _from_text(str(value))
-    raise ValueError(f"an image cannot be read from {type(value).__name__}")
+    if isinstance(value, str | Path | bytes):
+        data = read_image(value)
+        try:
+            return Image.from_bytes(data)
+        except DocumentError as error:
+            name = "bytes" if isinstance(value, bytes) else str(value)[:_SHOWN]
+            raise ValueError(f"image {name}: {error}") from error
+    pixels = pixels_of(value)
+    height, width, _ = pixels.shape
+    return Image.from_bytes(b"P6 %d %d 255\n" % (width, height) + pixels.tobytes())
+
+
+def all_images(images: Any) -> list[Image]:
+    """Return one image, a list, an array of four axes or lists of them as one list.
+
+    Raises:
+        ValueError: as `image_of`.
+    """
+    if getattr(images, "ndim", 0) == 4:
+        images = list(images)
+    if isinstance(images, list | tuple):
+        return [image for several in images for image in all_images(several)]
+    return [image_of(images)]
 
 
 def images_per_text(images: Any, counts: Sequence[int]) -> list[list[Image]]:
     """Deal images to texts, which hold so many placeholders each.
 
     Args:
-        images: None, one, a list, or a list of lists, one for each text.
+        images: None, one, a list, an array of four axes, or a list of lists, one for each text.
 
     Raises:
         ValueError: more or fewer images than placeholders.
     """
-    if images is None:
-        images = []
-    elif not isinstance(images, list | tuple):
-        images = [images]
-    if images and isinstance(images[0], list | tuple):
-        nested = [[image_of(one) for one in row] for row in images]
+    if isinstance(images, list | tuple) and images and isinstance(images[0], list | tuple):
+        nested = [all_images(row) for row in images]
         if [*map(len, nested)] != [*counts]:
             raise ValueError(
                 f"the texts hold {[*counts]} images, but {[*map(len, nested)]} are given"
             )
         return nested
-    if len(images) != sum(counts):
-        raise ValueError(f"the texts hold {sum(counts)} images, but {len(images)} are given")
-    flat = iter([image_of(one) for one in images])
+    given = [] if images is None else all_images(images)
+    if len(given) != sum(counts):
+        raise ValueError(f"the texts hold {sum(counts)} images, but {len(given)} are given")
+    flat = iter(given)
     return [[next(flat) for _ in range(count)] for count in counts]
 
 
@@ -104,23 +116,15 @@ def _parts(content: Any) -> list[Part]:
             given = [name for name in _FIELDS if part.get(name) is not None]
             if not given:
                 raise ValueError(f"an image of a message has none of {', '.join(_FIELDS)}")
-            value = part[given[0]]
-            parts.append(_decoded(value) if given[0] == "base64" else image_of(value))
+            parts.append(image_of(part[given[0]]))
         else:
             raise ValueError(f"a part of a message is text or image, not {kind!r}")
     return parts
 
 
-def _from_text(text: str) -> Image:
-    if text.startswith("data:"):
-        return _decoded(text.partition(",")[2])
-    if text.startswith(("http://", "https://")):
-        raise ValueError(f"{text} is not fetched: download it and give the path, or the image")
-    return Image.open(text.removeprefix("file://"))
-
-
-def _decoded(text: str) -> Image:
-    try:
-        return Image.from_bytes(base64.b64decode(text, validate=True))
-    except binascii.Error as error:
-        raise DocumentError(f"an image is not valid base64: {error}") from error
+def _with_image(part: Any) -> Any:
+    """A part of a message, with OpenAI's spelling of an image turned into transformers'."""
+    if not isinstance(part, Mapping) or part.get("type") != "image_url":
+        return part
+    given = part.get("image_url")
+    return {"type": "image", "url": given.get("url") if isinstance(given, Mapping) else given}

@@ -27,7 +27,7 @@ from mllm.models.families import causal_class, check_config, output_layer
 from mllm.models.fusion import Fused, Fusion, Visual, check_images, fusion_class, hooked
 from mllm.models.generating import Generating
 from mllm.models.images import Images
-from mllm.models.standing import Newline, standing
+from mllm.models.standing import Newline
 from mllm.models.tiles import TILINGS
 
 _NEVER_QUANTISED = ("encoder", "connector", "fusion", "lm_head")
@@ -107,7 +107,7 @@ class MultimodalModel(Generating, PreTrainedModel, GenerationMixin):
         """Take images as they are cut by this `images:` section; a new newline is random."""
         check_images(self.config.fusion, images)
         self.config.images = images
-        needed = "tiling" in images and TILINGS[images["tiling"]].NEWLINE
+        needed = "tiling" in images and TILINGS[images["tiling"]].NEWLINE and self.fusion.PARTS
         if needed and not hasattr(self.connector, "newline"):
             self.connector.newline = Newline(self.fusion.visual_width).to(self.dtype)
         elif not needed and hasattr(self.connector, "newline"):
@@ -253,21 +253,17 @@ class MultimodalModel(Generating, PreTrainedModel, GenerationMixin):
             if images.pixels is None and not self.training:
                 return None
             # every rank runs the vision path in every call, or sharded weights would wait for ever
-            blank = Images(*self.encoder.blank(device))
-            return Visual(self._standing(blank), ())
-        tokens = self._standing(images)
-        return Visual(tokens, tuple(self.tokens_per_view(images.sizes.cpu())))
+            pixels, sizes = self.encoder.blank(device)
+            return Visual(self._rows(pixels, sizes)[: sum(self.tokens_per_view(sizes))], ())
+        rows = self._rows(images.pixels, images.sizes, images.asked)
+        views = tuple(self.tokens_per_view(images.sizes.cpu()))
+        return self.fusion.arranged(rows, images.order, images.bags, views)
 
-    def _standing(self, images: Images) -> Tensor:
-        """Return what stands at the image tokens [K, E]."""
-        assert images.pixels is not None
-        assert images.sizes is not None
-        tokens = self.image_features(images.pixels, images.sizes, images.asked)
+    def _rows(self, pixels: Tensor, sizes: Tensor, asked: Tensor | None = None) -> Tensor:
+        """Return what can stand at image tokens: visual tokens of all views, and the newline."""
+        tokens = self.image_features(pixels, sizes, asked)
         newline: Newline | None = getattr(self.connector, "newline", None)
-        rows = tokens if newline is None else newline(tokens)
-        if images.order is None or not len(images.order):
-            return rows[: len(tokens)]
-        return standing(rows, images.order, images.bags)
+        return tokens if newline is None else newline(tokens)
 
     # -- what transformers expects ---------------------------------------------------------------
 

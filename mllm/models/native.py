@@ -181,3 +181,18 @@ class NativeGeometry(Geometry):
 
     def _scaled(self, side: int, scale: float) -> int:
         return max(self.block, ceil(side * scale / self.block) * self.block)
+
+
+def bounded(geometry: Geometry, limits: Mapping[str, Any]) -> NativeGeometry:
+    """Return a geometry with other bounds; see `NativeGeometry.within`.
+
+    Raises:
+        ValueError: it has no bounds, or not these.
+    """
+    if not isinstance(geometry, NativeGeometry):
+        side = geometry.smallest[0]
+        raise ValueError(
+            f"{next(iter(limits))}: this model's encoder takes squares of {side} pixels, which "
+            "have no bounds to change"
+        )
+    return geometry.within(limits)

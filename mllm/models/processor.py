@@ -13,8 +13,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils.hub import PushToHubMixin
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from data_packing.document import Document, DocumentError
 from data_packing.images import decode
@@ -24,21 +23,32 @@ from mllm.models.calls import Calls
 from mllm.models.chat_template import with_images
 from mllm.models.clips import thinned
 from mllm.models.connectors import CONNECTORS
-from mllm.models.errors import check_folder, choose, loading, read_json, unknown
+from mllm.models.errors import choose, loading, read_json, unknown
 from mllm.models.expansion import Expander
 from mllm.models.fusion import check_images as check_fusion
-from mllm.models.fusion import fusion_class
+from mllm.models.fusion import fusion_class, needed_tokens
 from mllm.models.geometry import Geometry, Layout, geometry_from_dict
+from mllm.models.hub import HUB, hub_file
+from mllm.models.image_processor import MultimodalImageProcessor
+from mllm.models.images import NAMES
+from mllm.models.native import LIMITS, bounded
 from mllm.models.regions import REGION_TOKEN, STYLES, has_places, with_boxes
+from mllm.models.rows import Rows
 from mllm.models.template import ImageText, Template
-from mllm.models.tiles import special_tokens, tiled
+from mllm.models.tiles import tiled
 from mllm.models.turns import questions
 
 _FILE = "processor_config.json"
 IMAGE_TOKEN = "<image>"
+_TOKENIZER = ("model_max_length", "padding_side", "truncation_side")
+_OF_AUTO_CLASSES = {
+    *("_commit_hash", "_from_auto", "_from_pipeline", "backend", "code_revision", "config"),
+    *("trust_remote_code", "use_fast", *HUB, *LIMITS),
+}
+"""What transformers' Auto classes and pipelines pass on, which changes nothing here."""
 
 
-class Processor(Calls, PushToHubMixin):
+class Processor(Calls, ProcessorMixin):  # type: ignore[misc]
     """Tokenizer, image geometry and connector geometry together; needs no model, can be pickled.
 
     Args:
@@ -49,6 +59,9 @@ class Processor(Calls, PushToHubMixin):
         images: the `images:` section: how images are cut into tiles; empty for not at all.
         image_text: what is written for an image, around its token.
         fusion: the fusion's `name` and options; empty for in the sequence.
+
+    Attributes:
+        image_processor: the image half alone, as transformers' processors have it.
 
     Raises:
         ValueError: parts that do not fit, or a tokenizer without a token that is needed.
@@ -64,17 +77,21 @@ class Processor(Calls, PushToHubMixin):
         image_text: ImageText | None = None,
         fusion: Mapping[str, Any] | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
         self.connector, self.images = dict(connector), dict(images or {})
         self.fusion = dict(fusion or {})
         check_fusion(self.fusion, self.images)
         self.geometry = tiled(geometry, self.images)
+        seen = MultimodalImageProcessor(self.geometry)
+        self.tokenizer = tokenizer
+        self.tokenizer.padding_side = "left"  # as generation needs rows
+        super().__init__(seen, tokenizer, chat_template=tokenizer.chat_template)
         self.template = Template(tokenizer, image_token, image_text)
         with_images(tokenizer, self.template.image_text.asked)
         kind = choose(CONNECTORS, connector["name"], "connector")
         kind.check(connector)
         known = tokenizer.get_vocab()
-        if missing := [token for token in special_tokens(self.images) if token not in known]:
+        needed = needed_tokens(self.fusion, self.images)
+        if missing := [token for token in needed if token not in known]:
             raise ValueError(f"images: the tokenizer has no token {missing[0]!r}")
         self.expander = Expander(
             self.geometry,
@@ -88,6 +105,28 @@ class Processor(Calls, PushToHubMixin):
         for size in self.geometry.extremes:
             self.layout(*size)
         self._check_regions(self.layout(*self.geometry.smallest))
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """Return what it is made of, as transformers asks."""
+        return ["image_processor", "tokenizer"]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What the model takes."""
+        return ["input_ids", "attention_mask", *NAMES]
+
+    @property
+    def chat_template(self) -> Any:
+        """The tokenizer's: there is one for training, chat and export."""
+        return self.tokenizer.chat_template
+
+    @chat_template.setter
+    def chat_template(self, value: Any) -> None:
+        self.tokenizer.chat_template = value
+        if hasattr(self, "template"):
+            with_images(self.tokenizer, self.template.image_text.asked)
+            self.template = Template(self.tokenizer, self.image_token, self.template.image_text)
 
     @property
     def _regions(self) -> str:
@@ -203,7 +242,8 @@ class Processor(Calls, PushToHubMixin):
             DocumentError: one of them cannot be used, or ends with an answer.
         """
         ready = [self._ready(document)[0] for document in documents]
-        return self._batch([(self.template.prompt(one), one) for one in ready])
+        rows = Rows(padding_side="left")
+        return self._batch([(self.template.prompt(one), one) for one in ready], rows)
 
     def _pixels(self, document: Document) -> list[NDArray[np.uint8]]:
         """The views of the document's images, uint8 [H, W, 3] each."""
@@ -263,53 +303,81 @@ class Processor(Calls, PushToHubMixin):
             self.tokenizer, geometry, self.connector, token, images, text, self.fusion
         )
 
-    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Write the tokenizer's files and processor_config.json (last, atomically)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(str(folder))
-        values = {
+    def to_dict(self) -> dict[str, Any]:
+        """Return what processor_config.json holds."""
+        return {
             "geometry": self.geometry.to_dict(),
             "images": self.images,
             "connector": self.connector,
             "fusion": self.fusion,
             "image_token": self.image_token,
             "image_text": self.template.image_text._asdict(),
+            "image_processor": {"image_processor_type": type(self.image_processor).__name__},
         }
+
+    def save_pretrained(
+        self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Write the tokenizer's files and processor_config.json (last, atomically).
+
+        Args:
+            save_directory: the folder.
+            push_to_hub: also send it to a hub.
+            kwargs: for `push_to_hub`; its `repo_id` is the folder's name if left out.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(str(folder))
         draft = folder / f"{_FILE}.partial"
-        draft.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        draft.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         os.replace(draft, folder / _FILE)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+        return [str(folder / _FILE)]
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
-        folder: str | Path,
+        pretrained_model_name_or_path: str | Path,
         connector: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Self:
         """Load what `save_pretrained` wrote.
 
         Args:
-            folder: a stage's folder.
+            pretrained_model_name_or_path: a stage's folder, or a hub's `owner/name`.
             connector: options of the connector to change, e.g. {"visual_tokens": 144}.
-            kwargs: what AutoProcessor passes on; ignored.
+            kwargs: where files come from (`mllm.models.hub.HUB`); `padding_side` and others of the
+                tokenizer; bounds of images of native resolution, e.g. `max_pixels`.
 
         Raises:
-            ValueError: the folder has no processor, or a file is damaged.
+            ValueError: there is no processor, a file is damaged, or an argument is unknown.
         """
-        check_folder(folder, "processor")
-        values = read_json(Path(folder) / _FILE)
-        with loading("tokenizer", folder):
-            tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        return cls(
+        path = pretrained_model_name_or_path
+        where = {name: kwargs.pop(name) for name in HUB if kwargs.get(name) is not None}
+        limits = {name: kwargs.pop(name) for name in LIMITS if kwargs.get(name) is not None}
+        options = {name: kwargs.pop(name) for name in _TOKENIZER if name in kwargs}
+        side = options.pop("padding_side", "left")
+        pipelines = "_from_pipeline" in kwargs  # it hands the model's arguments to everything
+        if (unused := kwargs.keys() - _OF_AUTO_CLASSES) and not pipelines:
+            raise unknown("argument of the processor", min(unused), (*HUB, *LIMITS, *_TOKENIZER))
+        values = read_json(hub_file(path, _FILE, "processor", **where))
+        with loading("tokenizer", path):
+            tokenizer = AutoTokenizer.from_pretrained(str(path), **where, **options)
+        geometry = geometry_from_dict(values["geometry"])
+        if limits:
+            geometry = bounded(geometry, limits)
+        made = cls(
             tokenizer,
-            geometry_from_dict(values["geometry"]),
+            geometry,
             changed_connector(values["connector"], connector or {}),
             values["image_token"],
             values.get("images"),
             ImageText(**values["image_text"]) if "image_text" in values else None,
             values.get("fusion"),
         )
+        made.tokenizer.padding_side = side
+        return made
 
 
 def changed_connector(spec: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -20,20 +20,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from data_packing.document import Document, DocumentError, Image, Text
 from data_packing.sample import Cost
-from mllm.models.chat_template import takes_parts
-from mllm.models.turns import Turn, turns_of
-
-_FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What the Python inside a template raises on a text that it was not written for."""
+from mllm.models.rendering import Renderer
+from mllm.models.turns import turns_of
 
 VERSION = 2
 """Part of the fingerprint: counts cached under another version of the rule are not used."""
@@ -94,6 +90,7 @@ class Template:
             raise ValueError(
                 f"the text of an image, {self.image_text.written!r}, must hold {image_token!r} once"
             )
+        self.renderer = Renderer(tokenizer, self.image_text.asked, self.image_text.written)
         if image_token not in tokenizer.get_vocab():
             raise ValueError(f"the tokenizer has no token {image_token!r}")
         self.image_id: int = tokenizer.get_vocab()[image_token]
@@ -104,6 +101,7 @@ class Template:
         self._special_ids |= set(tokenizer.all_special_ids)
         strings = {token.content for _, token in added if token.special}
         strings |= set(tokenizer.all_special_tokens)
+        self._specials = strings
         longest_first = sorted(strings, key=lambda text: (-len(text), text))
         self._special = re.compile("|".join(map(re.escape, longest_first)))
         probe = tokenizer("a")["input_ids"]
@@ -113,11 +111,6 @@ class Template:
         self._image_ids = self._tokens([self.image_text.written])[0]
         if self._image_ids.count(self.image_id) != 1:
             raise ValueError(f"{image_token!r} is no special token of the tokenizer")
-
-    @cached_property
-    def takes_parts(self) -> bool:
-        """Whether the chat template is handed images as parts, not as text."""
-        return takes_parts(self.tokenizer, self.image_text.asked)
 
     def write(self, document: Document) -> Written:
         """Return the ids of a document and which are learned.
@@ -148,7 +141,7 @@ class Template:
         messages = turns_of(document)
         if messages[-1].role == "assistant":
             raise DocumentError("a prompt ends with the user's turn, this one with an answer")
-        text = self._render(messages, generation_prompt=True)
+        text = self.renderer.render(messages, generation_prompt=True)
         return np.array(self._tokens([text])[0], dtype=np.int64)
 
     def cost(self, document: Document) -> Cost:
@@ -172,20 +165,36 @@ class Template:
         return Cost(overhead, tuple(zip(counts, images, strict=True)))
 
     def tokenize(
-        self, texts: Sequence[str], add_special_tokens: bool = False
+        self, texts: Sequence[str], add_special_tokens: bool | None = None
     ) -> list[NDArray[np.int64]]:
         """Return the ids of texts in which what the chat template writes stands for an image.
 
         Args:
-            texts: as rendered.
-            add_special_tokens: put the begin token before a text that has none.
+            texts: as rendered, or raw.
+            add_special_tokens: put the begin token before a text that has none; left out, where
+                the text is raw: the chat template writes some special token beside images.
         """
         image, rows = self.image_text, []
-        for ids in self._tokens([text.replace(image.asked, image.written) for text in texts]):
+        written = [text.replace(image.asked, image.written) for text in texts]
+        for text, ids in zip(texts, self._tokens(written), strict=True):
+            begins = add_special_tokens
+            if begins is None:
+                begins = not any(token in text for token in self._own_tokens)
             at = self._begin_at(ids)
-            begin = self._begin if add_special_tokens and ids[at : at + 1] != self._begin else []
+            begin = self._begin if begins and ids[at : at + 1] != self._begin else []
             rows.append(np.array([*ids[:at], *begin, *ids[at:]], dtype=np.int64))
         return rows
+
+    @cached_property
+    def _own_tokens(self) -> list[str]:
+        """The special tokens that no image is made of: who writes one wrote the whole text."""
+        return sorted(self._specials.difference(self.image_marks))
+
+    @cached_property
+    def image_marks(self) -> list[str]:
+        """The special tokens of which what stands for an image is made, sorted."""
+        shown = "".join((self.image_text.asked, self.image_text.written))
+        return sorted(token for token in self._specials if token in shown)
 
     def ids_of(self, text: str) -> list[int]:
         """Return the ids of a text as it is."""
@@ -237,7 +246,7 @@ class Template:
         messages = turns_of(document)
         if messages[-1].role == "system" and len(messages) == 1:
             raise DocumentError("a conversation of nothing but a system prompt")
-        text = self._render(messages)
+        text = self.renderer.render(messages)
         bounds: list[int] = []
         answers: dict[int, bool] = {}
         for number, message in enumerate(messages):
@@ -248,9 +257,11 @@ class Template:
                         'with a turn of the user, or mark the answer "loss": false'
                     )
                 start = (
-                    self._prefix(text, messages[:number], generation_prompt=True) if number else 0
+                    self.renderer.prefix(text, messages[:number], generation_prompt=True)
+                    if number
+                    else 0
                 )
-                stop = self._prefix(text, messages[: number + 1])
+                stop = self.renderer.prefix(text, messages[: number + 1])
                 bounds += [start, stop]
                 answers[start] = message.learned == {True}
         ids: list[int] = []
@@ -273,9 +284,11 @@ class Template:
         if len(pieces) == 1:
             return [total], 0
         messages = turns_of(document)
-        text = self._render(messages)
+        text = self.renderer.render(messages)
         number_of = {message.first_part: number for number, message in enumerate(messages)}
-        bounds = [self._prefix(text, messages[: number_of[start]]) for start, _ in pieces[1:]]
+        bounds = [
+            self.renderer.prefix(text, messages[: number_of[start]]) for start, _ in pieces[1:]
+        ]
         counts = [
             sum(token != self.image_id for token in segment)
             for _, segment in self._segments(text, bounds)
@@ -330,43 +343,6 @@ class Template:
             if token in self._special_ids and token != self.image_id
         ]
         return ends[-1] + 1 if ends else len(answer)
-
-    def _prefix(self, text: str, messages: list[Turn], generation_prompt: bool = False) -> int:
-        """Length of the first turns as rendered, checked to be how the whole begins."""
-        start = self._render(messages, generation_prompt)
-        if not text.startswith(start):
-            raise DocumentError(
-                "the chat template writes earlier turns differently once later ones follow, so "
-                "the answers cannot be told apart"
-            )
-        return len(start)
-
-    def _render(self, messages: list[Turn], generation_prompt: bool = False) -> str:
-        if not self.tokenizer.chat_template:
-            raise ValueError(
-                "the tokenizer has no chat template, so it cannot write a conversation: choose an "
-                "instruction-tuned language model or add a chat_template.jinja to its folder"
-            )
-        self.tokenizer.get_chat_template()  # several and no default: no fault of the document
-        image = self.image_text
-        turns: list[Any] = [
-            {
-                "role": message.role,
-                "content": message.as_parts() if self.takes_parts else message.as_text(image.asked),
-            }
-            for message in messages
-        ]
-        try:
-            text: Any = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=generation_prompt
-            )
-        except TemplateError as error:
-            raise DocumentError(f"the chat template refuses it: {error}") from error
-        except _FAILURES as error:
-            what = f"{type(error).__name__}: {error}"
-            raise DocumentError(f"the chat template fails on it: {what}") from error
-        assert isinstance(text, str)
-        return text.replace(image.asked, image.written)
 
     # -- shared ----------------------------------------------------------------------------------
 

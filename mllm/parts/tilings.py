@@ -15,7 +15,7 @@ IMAGES: dict[str, Option] = {
 TILINGS: dict[str, Part] = {
     "any_resolution": Part(
         "LLaVA-NeXT's: the whole image, then tiles as one map",
-        "models.tiles:AnyResolution",
+        "models.tiles.any_resolution:AnyResolution",
         "{tiling: any_resolution}",
         {
             **IMAGES,
@@ -25,7 +25,7 @@ TILINGS: dict[str, Part] = {
     ),
     "dynamic": Part(
         "InternVL's: tiles in the nearest aspect, then a thumbnail",
-        "models.tiles:DynamicTiles",
+        "models.tiles.dynamic:DynamicTiles",
         "{tiling: dynamic, tiles: 6}",
         {
             **IMAGES,
@@ -37,7 +37,7 @@ TILINGS: dict[str, Part] = {
     "none": Part("no tiles, whatever the saved model does", "", "{tiling: none}", IMAGES),
     "split": Part(
         "Idefics3's and SmolVLM's: tiles with marks, the whole last",
-        "models.tiles:SplitTiles",
+        "models.tiles.split:SplitTiles",
         "{tiling: split, longest_edge: 1536}",
         {
             **IMAGES,

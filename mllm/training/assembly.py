@@ -93,14 +93,15 @@ def check_output(output: Path) -> None:
 
 
 def image_table(processor: Processor) -> Table:
-    """What images of some sizes cost."""
+    """What images of some sizes cost: tokens of the text, and what the language model sees."""
     table = Table(title="An image")
-    for name in ("pixels", "tokens", "views", "vision patches"):
+    for name in ("pixels", "tokens", "visual tokens", "views", "vision patches"):
         table.add_column(name, justify="right")
     for width, height in EXAMPLES:
         tokens, patches = processor.image_cost(height, width)
-        views = len(processor.layout(height, width).sizes)
-        table.add_row(f"{width} × {height}", f"{tokens:,}", f"{views:,}", f"{patches:,}")
+        layout = processor.layout(height, width)
+        counts = (tokens, layout.visual, len(layout.sizes), patches)
+        table.add_row(f"{width} × {height}", *(f"{count:,}" for count in counts))
     return table
 
 

@@ -104,7 +104,7 @@ def plan(
         epochs=run.epochs,
         token_budget=run.tokens,
         across_documents=packing.across_documents,
-        balance=pack_cost(recipe, model),
+        balance=pack_cost(recipe, model, processor),
         max_refused=recipe.data.max_refused if judge else 1.0,
         seen=seen,
         tell=tell,

@@ -5,8 +5,8 @@ pass, W more where gradients pass through it and W more where it learns. Attenti
 of L tokens takes layers x width x L^2 in the forward pass (two products, half of each masked) and
 twice that in the backward pass. An image takes what the encoder's forward pass takes, three times
 where the encoder learns; torch counts it on tensors without data. The connector is left out: it is
-small beside either. Layers of a fusion count as if every token saw one image. Where a machine's own
-speeds matter more, a recipe gives other numbers.
+small beside either. Layers of a fusion count as if every token saw one image of common size, all
+its tiles included. Where a machine's own speeds matter more, a recipe gives other numbers.
 """
 
 from __future__ import annotations
@@ -28,11 +28,16 @@ FORWARD, THROUGH, LEARNS = 1, 1, 1
 """Multiplications of a weight: forward, for the gradient of its input, for its own gradient."""
 
 
-def pack_cost(recipe: Recipe, model: Any) -> PackCost | None:
+COMMON = (480, 640)
+"""(height, width) of the image that every token sees, as far as a fusion's cost goes."""
+
+
+def pack_cost(recipe: Recipe, model: Any, processor: Any) -> PackCost | None:
     """The cost that the recipe gives, or that of the model as it is trained; None for `false`.
 
     Args:
         model: a MultimodalModel with `requires_grad` set, adapters put in.
+        processor: its own, which knows what an image becomes.
     """
     balance = recipe.data.packing.balance
     if balance.off:
@@ -43,7 +48,7 @@ def pack_cost(recipe: Recipe, model: Any) -> PackCost | None:
     tokens = token_cost(model.language_model)
     pairs = pair_cost(model.language_model.config)
     patches = patch_cost(model.encoder)
-    more_tokens, more_patches = fusion_cost(model)
+    more_tokens, more_patches = fusion_cost(model, processor)
     tokens, patches = tokens + more_tokens, patches + more_patches
     return PackCost(1.0, _rounded(pairs / tokens), _rounded(patches / tokens))
 
@@ -79,13 +84,11 @@ def patch_cost(encoder: VisionEncoder) -> float:
     return float(passes * counter.get_total_flops() / 2 / encoder.patches(*sizes[0].tolist()))
 
 
-def fusion_cost(model: Any) -> tuple[float, float]:
+def fusion_cost(model: Any, processor: Any) -> tuple[float, float]:
     """What a fusion's own weights and attention add: to a token, and to a patch of a view."""
-    work, size = model.fusion.work(), model.encoder.blank("cpu")[1]
-    seen = sum(model.tokens_per_view(size))
-    patches = model.encoder.patches(*size[0].tolist())
-    token = _passes(work.token) + (FORWARD + 2 * THROUGH) * work.pair * seen
-    return token, _passes(work.visual) * seen / patches
+    work, layout = model.fusion.work(), processor.layout(*COMMON)
+    token = _passes(work.token) + (FORWARD + 2 * THROUGH) * work.pair * layout.visual
+    return token, _passes(work.visual) * layout.visual / layout.patches
 
 
 def _passes(weights: Iterable[nn.Parameter]) -> float:

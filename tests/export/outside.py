@@ -1,32 +1,11 @@
-"""Runs in a process of its own that cannot import this project: loads exported folders.
-
-python outside.py REQUESTS.json: each names a folder and images; beside it, results are saved.
-"""
+"""What plain transformers makes of an exported folder; runs where ../outside.py says."""
 
 from __future__ import annotations
 
-import json
-import sys
-from importlib.machinery import ModuleSpec
-from pathlib import Path
 from typing import Any
 
-HIDDEN = {"mllm", "data_packing", "tests"}
-
-
-class Hide:
-    """Finds the project's packages first, and refuses them."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name.partition(".")[0] in HIDDEN:
-            raise ModuleNotFoundError(f"{name} is hidden", name=name)
-        return None
-
-
-sys.meta_path.insert(0, Hide())
-
-import torch  # noqa: E402
-from transformers import (  # noqa: E402
+import torch
+from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -88,17 +67,3 @@ def answer(folder: str, images: list[str], again: str, adapter: str | None) -> d
         )
         result["logits again"] = model(**chat).logits
     return result
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    requests = json.loads(Path(sys.argv[1]).read_text())
-    for name, request in requests.items():
-        try:
-            found = answer(**request)
-        except Exception as error:
-            import traceback
-
-            traceback.print_exc()
-            found = {"error": f"{type(error).__name__}: {error}"}
-        torch.save(found, Path(sys.argv[1]).parent / f"{name}.pt")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +13,7 @@ from PIL import Image as PillowImage
 from data_packing.document import Document, Image
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
+from tests import outside
 
 SIZES = ((40, 56), (90, 30))
 
@@ -32,18 +29,11 @@ def save_pictures(root: Path) -> list[str]:
     return paths
 
 
-def ask(root: Path, requests: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def ask(
+    root: Path, requests: Mapping[str, Mapping[str, Any]], script: str = "outside.py"
+) -> dict[str, dict[str, Any]]:
     """Load every folder in one process without this project."""
-    file = root / "requests.json"
-    file.write_text(json.dumps(requests))
-    hidden = {"PYTHONPATH", "PYTHONSTARTUP"}
-    environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    environment |= {"HF_HOME": str(root / "cache"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-P", str(Path(__file__).with_name("outside.py")), str(file)]
-    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    print(run.stderr)
-    assert run.returncode == 0, run.stderr
-    return {name: torch.load(root / f"{name}.pt", weights_only=False) for name in requests}
+    return outside.ask(Path(__file__).with_name(script), requests, root)
 
 
 def conversation(pictures: list[str]) -> Document:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
@@ -19,11 +15,12 @@ from data_packing.pack import collate, join_views
 from data_packing.sample import Sample
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
+from mllm.models.turns import turns_of
+from tests import outside
 from tests.models.composite_folders import messages_of, own_inputs
 from tests.models.conftest import picture
 from tests.models.own_processors import own_processor
 
-ROOT = Path(__file__).parents[2]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -109,47 +106,73 @@ def train_a_step(model: MultimodalModel, processor: Processor) -> None:
     assert moved == {"encoder", "connector", "language_model"}
 
 
-def load_alone(folders: dict[str, tuple[Path, str]], scratch: Path) -> dict[str, Tensor]:
-    """What a process that cannot import us makes of folders of these classes: see load_alone.py."""
+def ask_classes(
+    folders: Mapping[str, tuple[Path, str, list[dict[str, Any]]]], scratch: Path
+) -> dict[str, dict[str, Any]]:
+    """What a process that cannot import us makes of folders: see `answer` in outside_classes.py."""
+    requests = {
+        key: {"folder": str(folder), "kind": kind, "documents": documents}
+        for key, (folder, kind, documents) in folders.items()
+    }
+    found = outside.ask(Path(__file__).with_name("outside_classes.py"), requests, scratch)
+    for key, answer in found.items():
+        assert "error" not in answer, f"{key}: {answer['error']}"
+    return found
+
+
+def load_alone(folders: dict[str, tuple[Path, str]], scratch: Path) -> dict[str, dict[str, Any]]:
+    """What such a process makes of the conversations."""
     documents = []
     for number, document in enumerate(conversations()):
         messages, pictures = messages_of(document)
         paths = [str(scratch / f"{number}-{i}.png") for i in range(len(pictures))]
         for path, image in zip(paths, pictures, strict=True):
             image.save(path)
-        documents.append((messages, paths))
-    jobs = {
-        "folders": {key: (str(folder), name) for key, (folder, name) in folders.items()},
-        "documents": documents,
-    }
-    (scratch / "jobs.json").write_text(json.dumps(jobs))
-    script, result = ROOT / "tests" / "models" / "load_alone.py", scratch / "result.safetensors"
-    done = subprocess.run(
-        [sys.executable, str(script), str(scratch / "jobs.json"), str(result)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "error"},
-        cwd=scratch,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(result)
+        documents.append({"messages": messages, "images": paths})
+    these = {key: (folder, kind, documents) for key, (folder, kind) in folders.items()}
+    return ask_classes(these, scratch)
 
 
 def check_alone(
-    found: dict[str, Tensor], key: str, model: MultimodalModel, processor: Processor
+    found: dict[str, dict[str, Any]], key: str, model: MultimodalModel, processor: Processor
 ) -> None:
     """The other process had our ids and logits, and wrote what we write."""
-    for number, document in enumerate(conversations()):
-        ids = processor.encode(document).input_ids
-        assert found[f"{key}.{number}.ids"].tolist() == ids.tolist()
+    for document, there in zip(conversations(), found[key]["documents"], strict=True):
+        assert there["ids"].tolist() == processor.encode(document).input_ids.tolist()
         expected = logits_of(model, processor, document)
-        torch.testing.assert_close(found[f"{key}.{number}.logits"], expected, **CLOSE)
-        prompt = Document(document.parts[:-1])
-        asked = processor.prompt(prompt)
+        torch.testing.assert_close(there["logits"], expected, **CLOSE)
+        asked = processor.prompt(Document(document.parts[:-1]))
         wrote = model.generate(**asked, max_new_tokens=8, do_sample=False)[0]
-        answer = wrote[asked["input_ids"].shape[1] :]
-        assert found[f"{key}.{number}.wrote"].tolist() == answer.tolist()
+        assert there["new"].tolist() == wrote[asked["input_ids"].shape[1] :].tolist()
+
+
+@torch.no_grad()
+def check_answers(
+    found: dict[str, Any], documents: list[Document], model: MultimodalModel, processor: Processor
+) -> None:
+    """The other process had the ids and logits of our prompts, and wrote what we write."""
+    for document, there in zip(documents, found["documents"], strict=True):
+        mine = processor.prompt(document)
+        assert there["ids"].tolist() == mine["input_ids"][0].tolist()
+        logits = model.eval()(**mine).logits[0]
+        torch.testing.assert_close(there["logits"], logits, rtol=0, atol=1e-5)
+        new = model.generate(**mine, max_new_tokens=8, do_sample=False)[0]
+        assert there["new"].tolist() == new[mine["input_ids"].shape[1] :].tolist()
+
+
+def messages_in_files(document: Document, scratch: Path) -> list[dict[str, Any]]:
+    """A conversation as transformers' users write it, images as files."""
+    images = iter(document.images)
+    result = []
+    for turn in turns_of(document):
+        parts: list[dict[str, Any]] = turn.as_parts()
+        for part in parts:
+            if part["type"] == "image":
+                data = next(images).data
+                part["path"] = str(scratch / f"{abs(hash(data))}.png")
+                Path(part["path"]).write_bytes(data)
+        result.append({"role": turn.role, "content": parts})
+    return result
 
 
 def same_weights(first: MultimodalModel, second: MultimodalModel) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,12 @@ def save_blip2(folder: Path, **changes: Any) -> Path:
     processor = {"processor_class": "Blip2Processor", "num_query_tokens": 3}
     _preprocessor(folder, "BlipImageProcessor", processor, size=SQUARE)
     return folder
+
+
+SAVERS: dict[str, Callable[..., Path]] = {
+    "llava": save_llava,
+    "llava_siglip": save_llava_siglip,
+    "llava_next": save_llava_next,
+    "llava_onevision": save_llava_onevision,
+}
+"""Of the LLaVA classes, by name."""

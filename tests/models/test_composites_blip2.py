@@ -22,8 +22,12 @@ from data_packing.pack import collate
 from mllm.models.assemble import assemble, load
 from mllm.models.composites import COMPOSITES
 from mllm.models.modeling import MultimodalModel
-from mllm.models.turns import turns_of
-from tests.models import outside_process
+from tests.models.composite_checks import (
+    ask_classes,
+    check_answers,
+    messages_in_files,
+    same_weights,
+)
 from tests.models.conftest import CHATML, SMALL, Parts, make_tokenizer, picture
 from tests.models.llava_folders import save_blip2
 
@@ -48,12 +52,6 @@ def pillow(image: Image) -> PillowImage.Image:
 def logits(model: Any, inputs: Any) -> Tensor:
     result: Tensor = model.eval()(**inputs).logits
     return result
-
-
-def same(first: MultimodalModel, second: MultimodalModel) -> bool:
-    """Whether two models have the same weights, bit by bit."""
-    one, other = first.state_dict(), second.state_dict()
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def train_one_step(model: MultimodalModel, samples: list[Any]) -> None:
@@ -147,7 +145,7 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     talker, chats = assemble(chat_parts(folder, tmp_path_factory.mktemp("parts")))
     turns: Any = [("user", [picture(1), QUESTION]), ("assistant", ["the red room"])]
     train_one_step(talker, [chats.encode(Document.conversation(turns))] * 2)
-    assert not same(captioner, load(folder)[0])
+    assert not same_weights(captioner, load(folder)[0])
     return {"caption": (captioner, captions), "chat": (talker, chats)}
 
 
@@ -170,40 +168,20 @@ def conversations() -> list[Document]:
     return [one, Document.conversation(two)]
 
 
-def messages(document: Document, scratch: Path) -> list[dict[str, Any]]:
-    """The same conversation as transformers' users write it, images as files."""
-    images = iter(document.images)
-    result = []
-    for turn in turns_of(document):
-        parts: list[dict[str, Any]] = turn.as_parts()  # type: ignore[assignment]
-        for part in parts:
-            if part["type"] == "image":
-                part["path"] = str(scratch / f"{len(list(scratch.iterdir()))}.png")
-                Path(part["path"]).write_bytes(next(images).data)
-        result.append({"role": turn.role, "content": parts})
-    return result
-
-
 def test_what_was_trained_is_at_home_in_its_class(
     trained: dict[str, Parts], written: dict[str, Path], tmp_path: Path
 ) -> None:
     image = tmp_path / "image.png"
     image.write_bytes(picture(3).data)
-    wanted: list[tuple[str, Document]] = [("caption", caption(3, QUESTION))]
-    jobs: list[dict[str, Any]] = [
-        {"folder": str(written["caption"]), "image": str(image), "text": QUESTION}
-    ]
-    for document in conversations():
-        wanted.append(("chat", document))
-        jobs.append({"folder": str(written["chat"]), "messages": messages(document, tmp_path)})
-    for (name, document), found in zip(wanted, outside_process.run(jobs, tmp_path), strict=True):
-        model, processor = trained[name]
-        mine = processor.prompt(document)
+    documents = {"caption": [caption(3, QUESTION)], "chat": conversations()}
+    asked = {
+        "caption": [{"image": str(image), "text": QUESTION}],
+        "chat": [{"messages": messages_in_files(one, tmp_path)} for one in documents["chat"]],
+    }
+    jobs = {name: (written[name], "blip-2", asked[name]) for name in asked}
+    for name, found in ask_classes(jobs, tmp_path).items():
         assert found["class"] == "Blip2ForConditionalGeneration"
-        assert found["ids"].tolist() == mine["input_ids"].tolist()
-        torch.testing.assert_close(found["logits"], logits(model, mine), rtol=0, atol=1e-5)
-        new = model.generate(**mine, max_new_tokens=8, do_sample=False)
-        assert found["new"].tolist() == new[:, mine["input_ids"].shape[1] :].tolist()
+        check_answers(found, documents[name], *trained[name])
 
 
 @pytest.mark.parametrize("name", ["caption", "chat"])
@@ -212,7 +190,7 @@ def test_a_round_trip_changes_no_bit(
 ) -> None:
     model, processor = trained[name]
     again, own = load(written[name])
-    assert same(model, again)
+    assert same_weights(model, again)
     assert again.config.encoder == model.config.encoder
     assert again.config.connector == model.config.connector
     for document in conversations() if name == "chat" else [caption(1, QUESTION)]:

@@ -47,7 +47,7 @@ def parts(folder: Path) -> Parts:
 
 def test_reads_what_its_own_class_computes(folder: Path, parts: Parts) -> None:
     assert parts[0].config.origin == GEMMA3.name == "gemma3"
-    assert parts[1].template.takes_parts
+    assert parts[1].template.renderer.takes_parts
     check_read("gemma3", folder, *parts)
     check_packed(*parts)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,14 @@ import pytest
 import torch
 from PIL import Image as PillowImage
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPVisionModel,
-    CohereConfig,
-    CohereForCausalLM,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
     LlavaOnevisionImageProcessorPil,
-    PhiConfig,
-    PhiForCausalLM,
 )
 
 from data_packing.document import Document, Image
@@ -35,16 +29,16 @@ from mllm.models.assemble import assemble, load
 from mllm.models.composites import COMPOSITES
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
-from mllm.models.turns import turns_of
-from tests.models import llava_folders, outside_process
-from tests.models.conftest import SMALL, Parts, make_tokenizer, picture
+from tests.models import llava_folders
+from tests.models.composite_checks import (
+    ask_classes,
+    check_answers,
+    messages_in_files,
+    same_weights,
+)
+from tests.models.conftest import Parts, picture
+from tests.models.llava_folders import SAVERS
 
-SAVERS: dict[str, Callable[..., Path]] = {
-    "llava": llava_folders.save_llava,
-    "llava_siglip": llava_folders.save_llava_siglip,
-    "llava_next": llava_folders.save_llava_next,
-    "llava_onevision": llava_folders.save_llava_onevision,
-}
 ASSEMBLED = {
     "llava_assembled": ("siglip", {}),
     "llava_next_assembled": ("clip", {"tiling": "any_resolution"}),
@@ -87,21 +81,6 @@ def questions() -> list[Document]:
     return [one, more, text]
 
 
-def messages(document: Document, scratch: Path) -> list[dict[str, Any]]:
-    """The same conversation as transformers' users write it, images as files."""
-    images = iter(document.images)
-    result = []
-    for turn in turns_of(document):
-        parts: list[dict[str, Any]] = turn.as_parts()
-        for part in parts:
-            if part["type"] == "image":
-                data = next(images).data
-                part["path"] = str(scratch / f"{abs(hash(data))}.png")
-                Path(part["path"]).write_bytes(data)
-        result.append({"role": turn.role, "content": parts})
-    return result
-
-
 @torch.no_grad()
 def logits(model: Any, inputs: Any) -> Tensor:
     result: Tensor = model.eval()(**inputs).logits
@@ -129,12 +108,6 @@ def train_one_step(model: MultimodalModel, processor: Processor) -> None:
     model.eval()
 
 
-def same(first: MultimodalModel, second: MultimodalModel) -> bool:
-    """Whether two models have the same weights, bit by bit."""
-    one, other = first.state_dict(), second.state_dict()
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.mark.parametrize("name", SAVERS)
 def test_a_folder_gives_the_ids_and_logits_of_its_class(
     theirs: dict[str, Path], name: str, tmp_path: Path
@@ -151,7 +124,7 @@ def test_a_folder_gives_the_ids_and_logits_of_its_class(
     for document in questions():
         mine = processor.prompt(document)
         inputs = their_processor.apply_chat_template(
-            messages(document, tmp_path),
+            messages_in_files(document, tmp_path),
             chat_template=processor.tokenizer.chat_template,
             add_generation_prompt=True,
             tokenize=True,
@@ -169,7 +142,7 @@ def test_the_template_of_a_folder_keeps_its_begin_token(
     own = AutoProcessor.from_pretrained(theirs["llava"])
     for document in questions():
         inputs = own.apply_chat_template(
-            messages(document, tmp_path),
+            messages_in_files(document, tmp_path),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -217,7 +190,7 @@ def trained(theirs: dict[str, Path], folders: dict[str, Path]) -> dict[str, Part
         model, processor = load(folder)
         before = load(folder)[0]
         train_one_step(model, processor)
-        assert not same(model, before)
+        assert not same_weights(model, before)
         result[name] = (model, processor)
     for name, (encoder, images) in ASSEMBLED.items():
         torch.manual_seed(6)
@@ -244,19 +217,11 @@ def written(trained: dict[str, Parts], tmp_path_factory: pytest.TempPathFactory)
 def test_what_was_trained_is_at_home_in_its_class(
     trained: dict[str, Parts], written: dict[str, Path], tmp_path: Path
 ) -> None:
-    wanted, jobs = [], []
-    for name, folder in written.items():
-        for document in questions():
-            jobs.append({"folder": str(folder), "messages": messages(document, tmp_path)})
-            wanted.append((name, document))
-    for (name, document), found in zip(wanted, outside_process.run(jobs, tmp_path), strict=True):
-        model, processor = trained[name]
-        mine = processor.prompt(document)
+    asked = [{"messages": messages_in_files(one, tmp_path)} for one in questions()]
+    jobs = {name: (folder, composite(name), asked) for name, folder in written.items()}
+    for name, found in ask_classes(jobs, tmp_path).items():
         assert found["class"] == CLASSES[composite(name)]
-        assert found["ids"].tolist() == mine["input_ids"].tolist()
-        torch.testing.assert_close(found["logits"], logits(model, mine), rtol=0, atol=1e-5)
-        new = model.generate(**mine, max_new_tokens=8, do_sample=False)
-        assert found["new"].tolist() == new[:, mine["input_ids"].shape[1] :].tolist()
+        check_answers(found, questions(), *trained[name])
 
 
 @pytest.mark.parametrize("name", [*SAVERS, *ASSEMBLED])
@@ -264,7 +229,7 @@ def test_a_round_trip_changes_no_bit(
     trained: dict[str, Parts], written: dict[str, Path], name: str
 ) -> None:
     again, processor = load(written[name])
-    assert same(trained[name][0], again)
+    assert same_weights(trained[name][0], again)
     for key in ("name", "layer", "geometry"):
         assert again.config.encoder[key] == trained[name][0].config.encoder[key]
     for document in questions():
@@ -378,7 +343,7 @@ def test_a_recipe_begins_from_a_folder(theirs: dict[str, Path], tmp_path: Path) 
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     again, _ = load(tmp_path)
-    assert same(model, again)
+    assert same_weights(model, again)
     assert again.config.origin == "llava"
     with pytest.raises(ValueError, match="cannot become"):
         assemble({"from": str(theirs["llava"]), "connector": {"hidden": 4}})
@@ -395,179 +360,9 @@ def test_a_template_without_a_begin_token_is_written_so(
     own = AutoProcessor.from_pretrained(tmp_path / "out")
     for document in questions():
         inputs = own.apply_chat_template(
-            messages(document, tmp_path),
+            messages_in_files(document, tmp_path),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
         )
         assert inputs["input_ids"] == mine.prompt(document)["input_ids"].tolist()
-
-
-# -- refusals ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("save", "changes", "message"),
-    [
-        ("llava", {"vision_feature_layer": [-2, -3]}, "several layers side by side"),
-        ("llava", {"vision_feature_layer": -9}, "no such layer"),
-        ("llava", {"vision_feature_select_strategy": "full"}, "keeps the class token"),
-        ("llava", {"projector_hidden_act": "relu"}, "a projector with relu"),
-        ("llava_siglip", {"vision_feature_select_strategy": "default"}, "cuts off a patch"),
-        ("llava_next", {"image_grid_pinpoints": [[32, 50]]}, "not whole tiles of 32 pixels"),
-        ("llava_onevision", {"vision_aspect_ratio": "square"}, "vision_aspect_ratio 'square'"),
-        ("llava", {"image_token_index": 319}, "images are the token 319"),
-    ],
-)
-def test_what_cannot_be_read(
-    tmp_path: Path, save: str, changes: dict[str, Any], message: str
-) -> None:
-    folder = SAVERS[save](tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    with pytest.raises(ValueError, match=message):
-        load(folder)
-
-
-def test_another_tower_is_not_read(tmp_path: Path) -> None:
-    folder = llava_folders.save_llava(tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    config["vision_config"] = {"model_type": "pixtral"}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="a vision tower of type 'pixtral'"):
-        load(folder)
-
-
-def test_tiles_that_are_scaled_and_cut_again_are_not_read(tmp_path: Path) -> None:
-    folder = llava_folders.save_llava_next(tmp_path)
-    file = folder / "preprocessor_config.json"
-    values = json.loads(file.read_text())
-    file.write_text(json.dumps({**values, "size": {"shortest_edge": 40}}))
-    with pytest.raises(ValueError, match="scales tiles to 40 pixels and cuts 32"):
-        load(folder)
-
-
-def test_llava_s_own_padding_is_not_read(tmp_path: Path) -> None:
-    folder = llava_folders.save_llava(tmp_path)
-    file = folder / "preprocessor_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "do_pad": True}))
-    with pytest.raises(ValueError, match="do_pad"):
-        load(folder)
-
-
-def test_missing_and_torn_weights_are_named(tmp_path: Path) -> None:
-    folder = llava_folders.save_llava_siglip(tmp_path)
-    weights = load_file(folder / "model.safetensors")
-    name = next(name for name in weights if "linear_1" in name)
-    save_file(
-        {k: v for k, v in weights.items() if k != name},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
-    with pytest.raises(ValueError, match="1 weights of LlavaForConditionalGeneration are missing"):
-        load(folder)
-    (folder / "model.safetensors").write_bytes(b"\0" * 20)
-    with pytest.raises(ValueError, match="damaged or cut short"):
-        load(folder)
-
-
-def test_other_classes_are_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "fuyu"}))
-    with pytest.raises(ValueError, match="'fuyu' model, neither one .* to begin from .*llava"):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("to", "encoder", "options", "connector", "message"),
-    [
-        ("llava", "dinov2", {}, {"norm": False}, "the encoder dinov2 cannot be written"),
-        ("llava", "siglip", {"layer": -1}, {"norm": False}, "before their final normalisation"),
-        ("llava", "clip", {"resize": "pad"}, {"norm": False}, "padded to squares here"),
-        ("llava", "clip", {}, {"hidden": 8, "norm": False}, "as wide as the language model, 32"),
-        ("llava", "clip", {}, {}, "has a LayerNorm before it"),
-        ("llava", "clip", {}, {"name": "linear"}, "has linear"),
-        ("llava", "clip", {}, {"name": "q_former"}, "has q_former"),
-        ("llava_next", "clip", {}, {"norm": False}, "cuts images by none"),
-    ],
-)
-def test_what_cannot_be_written(
-    folders: dict[str, Path],
-    tmp_path: Path,
-    to: str,
-    encoder: str,
-    options: dict[str, Any],
-    connector: dict[str, Any],
-    message: str,
-) -> None:
-    name = connector.get("name", "mlp")
-    model, processor = assemble(
-        {
-            "encoder": {"name": encoder, "path": folders[encoder], **options},
-            "connector": {"name": name, **SMALL.get(name, {}), **connector},
-            "language_model": {"path": folders["llama"]},
-        }
-    )
-    with pytest.raises(ValueError, match=message):
-        COMPOSITES[to].write(model, processor, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("to", "images", "message"),
-    [
-        ("llava", {"tiling": "dynamic"}, "no tiles, this model cuts images by dynamic"),
-        ("llava", {"regions": "feature"}, "no features of regions"),
-    ],
-)
-def test_tilings_that_cannot_be_written(
-    folders: dict[str, Path], tmp_path: Path, to: str, images: dict[str, Any], message: str
-) -> None:
-    model, processor = assemble(
-        {
-            "encoder": {"name": "clip", "path": folders["clip"]},
-            "connector": {"name": "mlp", "norm": False},
-            "language_model": {"path": folders["llama"]},
-            "images": images,
-        }
-    )
-    with pytest.raises(ValueError, match=message):
-        COMPOSITES[to].write(model, processor, tmp_path / "out")
-
-
-@pytest.mark.parametrize("to", ["llava", "blip-2"])
-def test_other_fusions_cannot_be_written(folders: dict[str, Path], tmp_path: Path, to: str) -> None:
-    model, processor = assemble(
-        {
-            "encoder": {"name": "clip", "path": folders["clip"]},
-            "connector": {"name": "mlp", "norm": False},
-            "language_model": {"path": folders["llama"]},
-            "fusion": {"name": "cross_attention"},
-        }
-    )
-    with pytest.raises(ValueError, match="this model's fusion is cross_attention"):
-        COMPOSITES[to].write(model, processor, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("family", "message"), [("cohere", "scales or caps its logits"), ("phi", "has a bias")]
-)
-def test_language_models_that_cannot_be_written(
-    folders: dict[str, Path], tmp_path: Path, family: str, message: str
-) -> None:
-    sizes = {k: v for k, v in llava_folders.TEXT.items() if k != "num_key_value_heads"}
-    kind, config = {
-        "cohere": (CohereForCausalLM, CohereConfig),
-        "phi": (PhiForCausalLM, PhiConfig),
-    }[family]
-    more = {"logit_scale": 0.5} if family == "cohere" else {}
-    kind(config(**sizes, **more)).save_pretrained(tmp_path / "lm")
-    make_tokenizer().save_pretrained(tmp_path / "lm")
-    model, processor = assemble(
-        {
-            "encoder": {"name": "clip", "path": folders["clip"]},
-            "connector": {"name": "mlp", "norm": False},
-            "language_model": {"path": tmp_path / "lm"},
-        }
-    )
-    with pytest.raises(ValueError, match=message):
-        COMPOSITES["llava"].write(model, processor, tmp_path / "out")

@@ -21,6 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from data_packing.document import Document
 from data_packing.pack import Pack, collate
 from data_packing.sample import IGNORED
 from mllm.models.connectors import CONNECTORS
@@ -49,6 +50,8 @@ def logits_of(model: MultimodalModel, pack: Pack, packed: bool = True, **kwargs:
         pack.input_ids[None],
         pack.pixels,
         pack.sizes,
+        pack.order,
+        pack.bags,
         position_ids=pack.position_ids[None] if packed else None,
         cu_seqlens=pack.cu_seqlens if packed else None,
         **kwargs,
@@ -72,8 +75,10 @@ def gradients(model: MultimodalModel) -> dict[str, Tensor]:
     return found
 
 
-def assert_packed_is_unpacked(model: MultimodalModel, processor: Processor) -> None:
-    samples = [processor.encode(document) for document in documents()]
+def assert_packed_is_unpacked(
+    model: MultimodalModel, processor: Processor, chosen: list[Document] | None = None
+) -> None:
+    samples = [processor.encode(document) for document in chosen or documents()]
     pack = collate(samples, 0)
     logits = logits_of(model, pack)
     packed_loss = loss_of(logits, pack.labels)

@@ -27,6 +27,7 @@ LORA: dict[str, Any] = {
 }
 CROSS: dict[str, Any] = {
     "model__fusion": {"name": "cross_attention", "every": 1},
+    "model__images": {"tiling": "dynamic", "min_tiles": 4, "tiles": 4},
     "train__fusion": {"lr": 3e-2},
     "train__language_model": {"lr": 1e-2, "lora": {"rank": 4}},
     "data__packing": {"tokens": 64, "documents": 1, "balance": False},

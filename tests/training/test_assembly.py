@@ -89,15 +89,18 @@ def test_what_learns_is_counted_and_not_saved(home: Path, tmp_path: Path) -> Non
     build({"from": tmp_path / "start"})
 
 
-def test_images_and_their_tokens(home: Path, tmp_path: Path) -> None:
-    file = write(tmp_path, model=section(home, images={"tiling": "dynamic", "tiles": 6}))
-    text = said(file, None)
+@pytest.mark.parametrize("fusion", ["in_sequence", "cross_attention"])
+def test_images_and_their_tokens(home: Path, tmp_path: Path, fusion: str) -> None:
+    parts = section(home, images={"tiling": "dynamic", "tiles": 6}, fusion={"name": fusion})
+    text = said(write(tmp_path, model=parts), None)
     cells = [line.replace("│", " ").split() for line in text.splitlines() if " × " in line]
-    _, processor = build(section(home, images={"tiling": "dynamic", "tiles": 6}))
+    _, processor = build(parts)
     for (width, height), row in zip(assembly.EXAMPLES, cells, strict=True):
         tokens, patches = processor.image_cost(height, width)
         views = processor.image_bytes(height, width) // (3 * tiny.SIDE**2)
-        assert row == [str(width), "×", str(height), str(tokens), str(views), str(patches)]
+        assert tokens == (4 * views if fusion == "in_sequence" else 1)
+        counts = (tokens, 4 * views, views, patches)
+        assert row == [str(width), "×", str(height), *map(str, counts)]
     assert len({row[-2] for row in cells}) > 1
 
 

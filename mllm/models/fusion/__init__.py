@@ -15,6 +15,7 @@ from mllm.models.fusion.cross_attention import CrossAttention
 from mllm.models.fusion.deepstack import DeepStack
 from mllm.models.fusion.hooks import Hook, hooked
 from mllm.models.fusion.in_sequence import InSequence
+from mllm.models.tiles import special_tokens
 from mllm.parts.fusions import DEFAULT
 
 FUSIONS: dict[str, type[Fusion]] = {
@@ -39,15 +40,17 @@ def check_images(spec: Mapping[str, Any], images: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming both.
     """
-    parts = {"tiling": images.get("tiling"), "regions": images.get("regions")}
-    if fusion_class(spec).PARTS or (not parts["tiling"] and parts["regions"] != "feature"):
-        return
-    part = "tiling" if parts["tiling"] else "regions"
-    raise ValueError(
-        f"fusion {spec['name']} takes images whole; leave images.{part} ({parts[part]}) out, or "
-        f"use fusion {DEFAULT}"
-    )
+    if images.get("regions") == "feature" and not fusion_class(spec).PARTS:
+        raise ValueError(
+            f"fusion {spec['name']} has one token for an image and none for a region of it; write "
+            f"images.regions as decimals or thousandths, or use fusion {DEFAULT}"
+        )
+
+
+def needed_tokens(spec: Mapping[str, Any], images: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the special tokens that an `images:` section needs with a fusion."""
+    return special_tokens(images) if fusion_class(spec).PARTS else ()
 
 
 __all__ = ["DEFAULT", "FUSIONS", "Fused", "Fusion", "Hook", "Visual"]
-__all__ += ["check_images", "fusion_class", "hooked"]
+__all__ += ["check_images", "fusion_class", "hooked", "needed_tokens"]

@@ -17,6 +17,7 @@ from transformers import Cache, PreTrainedConfig
 from mllm.models.errors import check_options
 from mllm.models.fusion.hooks import Hook
 from mllm.models.geometry import Layout
+from mllm.models.standing import standing
 from mllm.parts.option import Option, chosen, problems
 
 
@@ -26,8 +27,9 @@ class Visual:
 
     Attributes:
         tokens: [K, E], in the order in which they stand.
-        images: how many of them each image has (each view, where images are cut into tiles). Empty:
-            they are of a blank image that nobody sees, made so that every rank runs every weight.
+        images: how many of them each image has (each view, where the views of an image have tokens
+            of their own in the text). Empty: they are of a blank image that nobody sees, made so
+            that every rank runs every weight.
     """
 
     tokens: Tensor
@@ -77,7 +79,8 @@ class Fusion(nn.Module, ABC):
     Attributes:
         OPTIONS: what a recipe may set, by name; declared in mllm/parts/fusions.py.
         WHOLE: names of its classes whose parts must be on one device.
-        PARTS: whether parts of an image, tiles or regions, may have tokens of their own.
+        PARTS: whether parts of an image have tokens of their own in the text: its visual tokens,
+            marks of tiles and ends of lines, regions. Otherwise an image takes one token.
     """
 
     OPTIONS: ClassVar[Mapping[str, Option]] = {}
@@ -131,6 +134,24 @@ class Fusion(nn.Module, ABC):
         """E, which the connector is built for."""
         return self.embedding
 
+    def arranged(
+        self,
+        rows: Tensor,
+        order: Tensor | None,
+        bags: Tensor | None,
+        views: tuple[int, ...],
+    ) -> Visual:
+        """Return the visual tokens as they stand.
+
+        Args:
+            rows: [M, E] of all views, [M + 1, E] with a newline.
+            order, bags: which of them stand where; see `Images`.
+            views: how many visual tokens each view makes.
+        """
+        if order is None or not len(order):
+            return Visual(rows[: sum(views)], views)
+        return Visual(standing(rows, order, bags), views)
+
     @abstractmethod
     def fuse(
         self,
@@ -154,14 +175,22 @@ class Fusion(nn.Module, ABC):
             ValueError: image tokens and images do not agree.
         """
 
-    def tokens_of_rows(self, slots: Tensor, images: Sequence[int], made: int) -> list[int]:
-        """Return how many of the `made` visual tokens belong to each row; see `fuse`, `Visual`.
+    def tokens_of_rows(
+        self, slots: Tensor, views: Sequence[int], arranged: int | None
+    ) -> list[int]:
+        """Return the image tokens of each row that views are counted by; see `repeat_rows`.
+
+        Args:
+            slots: as `fuse`.
+            views: how many visual tokens each view makes.
+            arranged: for how many image tokens `Images.order` says what stands there; None: what
+                the views make, as they make it.
 
         Raises:
             ValueError: image tokens and images do not agree.
         """
         counts: list[int] = slots.sum(dim=1).tolist()
-        check_counts(sum(counts), len(images), made)
+        check_counts(sum(counts), len(views), sum(views) if arranged is None else arranged)
         return counts
 
     def work(self) -> Work:

@@ -2,9 +2,10 @@
 
 Flamingo, Alayrac et al. 2022, arXiv 2204.14198: the layers are those of section 2.2 (figure 4), a
 token sees the last image before it (section 2.3), the MLP has squared ReLUs as its models do. An
-image takes one token in the text, and its visual tokens are keys and values. Tokens that see no
-image pass such a layer unchanged, MLP included (as in Llama 3.2's vision models): a text without
-images stays the language model's own, however far the gates have opened.
+image takes one token in the text, and its visual tokens are keys and values: those of all its tiles
+where it is cut, as in Llama 3.2's vision models (mllama in transformers). Tokens that see no image
+pass such a layer unchanged, MLP included (as there): a text without images stays the language
+model's own, however far the gates have opened.
 
 Shapes: B rows, T tokens of a row, D hidden width; S text tokens that see an image, K visual tokens
 of a call, W their width; H heads, E head width.
@@ -154,13 +155,37 @@ class CrossAttention(Fusion):
 
     @classmethod
     def layout(cls, layout: Layout) -> Layout:
-        """Return the same image with one token in the text."""
-        return replace(layout, writing=(1,))
+        """Return the same image with one token in the text, without marks and newlines.
 
-    def tokens_of_rows(self, slots: Tensor, images: Sequence[int], made: int) -> list[int]:
-        """Return how many visual tokens belong to each row, image by image."""
-        _check_images(int(slots.sum()), len(images))
-        ends, counts = (0, *accumulate(images)), slots.sum(dim=1).tolist()
+        Keys have no order, so ends of lines would say nothing. Padding stays left out.
+        """
+        if layout.order is None:
+            return replace(layout, writing=(1,))
+        order = layout.order[layout.order >= 0]
+        return replace(layout, writing=(1,), grid=(1, len(order)), order=order)
+
+    def arranged(
+        self,
+        rows: Tensor,
+        order: Tensor | None,
+        bags: Tensor | None,
+        views: tuple[int, ...],
+    ) -> Visual:
+        """Return the visual tokens image by image: `bags` are those of an image, not a mean."""
+        if order is None or not len(order):
+            return Visual(rows, views)
+        images = [1] * len(order) if bags is None or not len(bags) else bags.tolist()
+        return Visual(rows.index_select(0, order), tuple(images))
+
+    def tokens_of_rows(
+        self, slots: Tensor, views: Sequence[int], arranged: int | None
+    ) -> list[int]:
+        """Return how many visual tokens each row has, or with `arranged` how many images."""
+        counts: list[int] = slots.sum(dim=1).tolist()
+        _check_images(sum(counts), len(views) if arranged is None else arranged)
+        if arranged is not None:
+            return counts
+        ends = (0, *accumulate(views))
         return [ends[high] - ends[low] for low, high in pairwise((0, *accumulate(counts)))]
 
     def fuse(

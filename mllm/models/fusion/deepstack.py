@@ -9,6 +9,7 @@ chosen layer, and so on. N is the number of chosen layers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,11 +17,12 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 
 from mllm import parts
-from mllm.models.fusion.base import Fused, Fusion, Visual, check_visual, untouched
+from mllm.models.fusion.base import Fused, Visual
 from mllm.models.fusion.hooks import Hook
+from mllm.models.fusion.in_sequence import InSequence
 
 
-class DeepStack(Fusion):
+class DeepStack(InSequence):
     """Levels of visual features, added to hidden states where image tokens are."""
 
     OPTIONS = parts.FUSIONS["deepstack"].options
@@ -49,18 +51,16 @@ class DeepStack(Fusion):
         cache: Cache | None,
     ) -> Fused:
         """Put the first level into the sequence and hand the others to their layers."""
-        check_visual(slots, visual)
-        if visual is None:
-            return Fused(text)
-        if not visual.images:
-            return Fused(untouched(text, visual))
+        if visual is None or not visual.images:
+            return super().fuse(text, slots, visual, bounds, cache)
         first, *levels = visual.tokens.to(text.dtype).chunk(1 + len(self.places), dim=-1)
+        fused = super().fuse(text, slots, replace(visual, tokens=first), bounds, cache)
         where = slots.flatten().nonzero().flatten()
         hooks = [
             Hook(layer, partial(_add, where, level), after=True)
             for layer, level in zip(self.places, levels, strict=True)
         ]
-        return Fused(text.masked_scatter(slots[..., None], first), tuple(hooks))
+        return replace(fused, hooks=tuple(hooks))
 
 
 def _add(where: Tensor, level: Tensor, hidden: Tensor, _: Tensor) -> Tensor:
