@@ -44,7 +44,7 @@ def test_a_step_of_muon_is_torchs_with_the_size_of_adams(shape: tuple[int, int])
         pairs = zip((ours.weight, theirs), before, strict=True)
         mine, torchs = (((after - old) / 1e-2).detach().flatten() for after, old in pairs)
         assert 0.1 < mine.square().mean().sqrt() < 0.3, "AdamW's usual step"
-        assert mine.norm() == pytest.approx(torchs.norm(), rel=0.03)
+        assert mine.norm().item() == pytest.approx(torchs.norm().item(), rel=0.03)
         assert torch.cosine_similarity(mine, torchs, dim=0) > 0.995, "torch iterates in bf16"
 
 
