@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mllm.recipe import OptimizerSection, TrainSection
+from mllm.recipe import OptimizerSection, TrainSection, load
 from mllm.training import eight_bit, engine, groups, lora
+from tests.training import tiny
 from tests.training.test_adapters import adapted, plain
 
 MUON = OptimizerSection(name="muon", lr=1e-2, weight_decay=0.1)
@@ -71,6 +72,20 @@ def test_muon_is_for_matrices_of_hidden_layers(home: Path) -> None:
     assert [name for name in stepped[False] if "lora_A" in name]
     assert "language_model.model.embed_tokens.weight" in stepped[False]
     assert all(not name.endswith("patch_embedding.weight") for name in stepped[True])
+
+
+def test_muon_runs_where_it_is_itself(home: Path, tmp_path: Path) -> None:
+    def chosen(precision: str, zero: str | int) -> int:
+        values = tiny.recipe(
+            home, tmp_path, optimizer__name="muon", run__precision="auto", run__zero=zero
+        )
+        recipe = load(tiny.write_recipe(tmp_path / "recipe.yaml", values))
+        return engine.choose_zero(recipe, precision, 2, 10**6, 10**6)[0]
+
+    assert (chosen("fp32", "auto"), chosen("bf16", "auto")) == (0, 1)
+    assert (chosen("fp32", 0), chosen("bf16", 1)) == (0, 1)
+    with pytest.raises(ValueError, match=r"muon under run\.zero: 1 in fp32.*zero: 1 with bf16"):
+        chosen("fp32", 1)
 
 
 def stepped(sizes: list[int]) -> tuple[Any, list[Tensor]]:
