@@ -11,6 +11,7 @@ import typer
 
 from data_packing.files import explain
 from mllm.data_cli import data
+from mllm.precisions import precision
 from mllm.training.launch import gpu_count
 from mllm.training.progress import complain
 from mllm.training.run_folder import NoSpace
@@ -87,13 +88,14 @@ def export(
         typer.Option(help="The format: see docs/export.md; left out, what it began from."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; left out, the saved one.")
-    ] = None,
+        str, typer.Option(help="fp32, bf16, fp16 (or torch's names), or auto: the saved one.")
+    ] = "auto",
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Keep the LoRA adapter apart from the weights.")
     ] = False,
 ) -> None:
     """Write a model for other programs, which load it without this package."""
+    precision(dtype)
     quiet()
     from mllm.export.command import origin, summary, write
 
@@ -110,20 +112,18 @@ def assemble(
         Path | None, typer.Option(help="The folder; default: outputs/FOLDER/RECIPE-assembled.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="fp32, bf16, fp16, or auto: the language model's.")
+        str,
+        typer.Option(help="fp32, bf16, fp16 (or torch's names), or auto: the language model's."),
     ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read no weights, save none.")] = False,
 ) -> None:
     """Build the model of a recipe, save it, and say what it is: parameters, tokens of images."""
     from mllm.recipe import load_parts
-    from mllm.recipe_yaml import nearest
     from mllm.training.sources import check_model
 
     if recipe.is_dir():
         raise ValueError(f"{recipe} is a folder of stages: give the recipe of one")
-    dtypes = ("auto", "fp32", "bf16", "fp16")
-    if dtype not in dtypes:
-        raise ValueError(f"--dtype {dtype} is not known{nearest(dtype, dtypes)}")
+    precision(dtype)
     parts = load_parts(recipe, overrides or [])
     check_model(parts.model)
     default = Path("outputs", recipe.resolve().parent.name, f"{recipe.stem}-assembled")
@@ -135,10 +135,17 @@ def assemble(
 
 @app.command()
 def models(
-    name: Annotated[str | None, typer.Argument(help="One part, shown in full.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A part, model or family, shown in full.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
-    """List what a recipe can name: encoders, connectors, tilings, language models, objectives."""
+    """List what a recipe can name, with options, defaults and the paper.
+
+    Encoders, connectors, fusions, tilings, objectives, published models and language models.
+
+    A name is found however it is spelt: qwen2_vl, Qwen2-VL.
+    """
     from rich.console import Console
 
     from mllm.parts import listing

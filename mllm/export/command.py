@@ -6,17 +6,15 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
-
 from mllm.export import EXPORTS
 from mllm.export.adapter import HOLDERS, Adapter
 from mllm.models.assemble import load
 from mllm.models.composites import COMPOSITES
 from mllm.models.errors import choose, read_json
 from mllm.models.hub import hub_file, local_folder
+from mllm.precisions import AUTO, as_dtype
 from mllm.training.run_folder import NoSpace
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SPARE = 64 * 2**20  # tokenizer and other small files
 
 _LOADED = """\
@@ -44,16 +42,14 @@ def origin(folder: Path) -> str:
     raise ValueError(f"{folder} was assembled from parts; give --to: {', '.join(EXPORTS)}")
 
 
-def write(
-    folder: Path, to: str, output: Path, dtype: str | None = None, adapter: bool = False
-) -> None:
+def write(folder: Path, to: str, output: Path, dtype: str = AUTO, adapter: bool = False) -> None:
     """Write a stage's model in another format.
 
     Args:
         folder: what a stage saved, or a folder to begin from; or a hub's `owner/name`.
         to: a key of EXPORTS.
         output: a folder that does not exist or is empty; nothing is left there when this fails.
-        dtype: of the weights, a key of DTYPES; left out, the saved one.
+        dtype: of the weights, as `precisions.precision`; `auto` keeps the saved one.
         adapter: take the LoRA adapter out of the weights and keep it beside them.
 
     Raises:
@@ -63,7 +59,7 @@ def write(
     exporter = choose(EXPORTS, to, "export")
     if adapter and to not in HOLDERS:
         raise ValueError(f"--adapter works with --to {', '.join(HOLDERS)}; leave it out, merged")
-    wanted = "auto" if dtype is None else choose(DTYPES, dtype, "dtype")
+    wanted = as_dtype(dtype)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is there already and not empty; give a new folder")
     folder = local_folder(folder, "model")

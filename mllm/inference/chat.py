@@ -61,6 +61,8 @@ def chat(
         ValueError: the folder holds no model, an image cannot be read, or the question cannot be
             asked.
     """
+    if question is not None and not question.strip() and not images:
+        raise ValueError("--question is empty; ask something, or leave it out to talk")
     shown = [Image.open(Path(path).expanduser()) for path in images]
     quiet()
     generator = Generator.from_pretrained(folder, device)

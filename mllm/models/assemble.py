@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 import mllm.models.auto  # noqa: F401  (the Auto classes know the model from here on)
-from mllm.models.composites import COMPOSITES
+from mllm.models.checks import read_config
+from mllm.models.composites import COMPOSITES, UNREADABLE
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, PretrainedConnector
 from mllm.models.encoders import ENCODERS, WITHOUT_PATH
@@ -110,16 +110,17 @@ def load(
         ValueError: not such a folder, damaged files, or an option that cannot change.
     """
     folder = local_folder(folder, "model")
-    with loading("model", folder):
-        config = AutoConfig.from_pretrained(folder)
+    config = read_config("model", folder)
     changes = dict(connector or {})
     if isinstance(config, MultimodalConfig):
         model, processor = _saved(folder, config, dtype, changes, weights)
     elif config.model_type in COMPOSITES:
-        model, processor = COMPOSITES[config.model_type].read(folder, dtype)
+        model, processor = COMPOSITES[config.model_type].read(folder, dtype, weights)
         changed_connector(model.config.connector, changes)  # theirs have no reloadable options
-        if not weights:
-            nn.Module.to(model, "meta")
+    elif config.model_type in UNREADABLE:
+        raise ValueError(
+            f"{folder} holds a {config.model_type!r} model: {UNREADABLE[config.model_type]}"
+        )
     else:
         raise ValueError(
             f"{folder} holds a {config.model_type!r} model, neither one that was assembled here "
@@ -246,7 +247,7 @@ def _from_parts(
     model.fusion.to(precision)
     if weights and start is not None and isinstance(model.connector, PretrainedConnector):
         model.connector.load_weights(start)
-    model.generation_config = generation_config(language_model, tokenizer, added)
+    model.generation_config = generation_config(language_model, processor.template, added)
     return model.eval(), processor
 
 

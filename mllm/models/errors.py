@@ -8,14 +8,21 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from ssl import SSLError
 from typing import Any, TypeVar
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 T = TypeVar("T")
+
+_PATIENCE = 5.0  # seconds for the hub's first answer
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
@@ -77,7 +84,7 @@ def loading(what: str, path: str | Path) -> Iterator[None]:
             "copy or download it again"
         ) from error
     except (OSError, KeyError, json.JSONDecodeError, struct.error) as error:
-        said = _first_line(error) + (" is missing" if isinstance(error, KeyError) else "")
+        said = _first_line(error) + (" is missing or not known" if type(error) is KeyError else "")
         if isinstance(error, OSError) and not Path(path).parent.exists():
             said += " (and there is no folder of this name)"
         raise ValueError(f"cannot load {what} from {path}: {said}") from error
@@ -88,6 +95,11 @@ def loading(what: str, path: str | Path) -> Iterator[None]:
         ) from error
     except ValueError as error:
         raise ValueError(_explained(str(error), what, path)) from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"cannot load {what} from {path}: its files make no sense to transformers "
+            f"({_first_line(error)}); copy the checkpoint's own"
+        ) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
@@ -98,7 +110,7 @@ def loading(what: str, path: str | Path) -> Iterator[None]:
 
 
 def _explained(text: str, what: str, path: str | Path) -> str:
-    """What transformers says in paragraphs, in one line; single lines stay as they are."""
+    """What transformers says in paragraphs, in one line that names the folder."""
     if kind := re.search("has model type `(.*?)` but Transformers does not recognize", text):
         return (
             f"cannot load {what} from {path}: transformers does not know the model type "
@@ -109,7 +121,9 @@ def _explained(text: str, what: str, path: str | Path) -> str:
             f"cannot load {what} from {path}: its tokenizer cannot be read; copy the checkpoint's "
             "tokenizer.json and tokenizer_config.json beside the weights"
         )
-    return text if "\n" not in text else f"cannot load {what} from {path}: {text.splitlines()[0]}"
+    if "\n" not in text and str(path) in text:
+        return text
+    return f"cannot load {what} from {path}: {text.splitlines()[0]}"
 
 
 def _last_line(error: BaseException) -> str:
@@ -140,6 +154,43 @@ def check_folder(path: str | Path, what: str) -> None:
         raise ValueError(f"{what}: {text} is a file; give the folder that holds the model")
     if text.startswith((".", "~")) or folder.is_absolute() or text.count("/") != 1:
         raise ValueError(f"{what}: there is no folder {text}")
+
+
+def check_hub(path: str | Path, what: str) -> None:
+    """Refuse what is no folder while there is no hub to ask for it.
+
+    Raises:
+        ValueError: naming both possibilities.
+    """
+    if not Path(path).exists() and (why := _unreachable(str(path))):
+        raise ValueError(
+            f"{what}: there is no folder {path} here, and as the id of a model on the hub it "
+            f"cannot be looked up ({why}); correct the path, or connect"
+        )
+
+
+@cache
+def _unreachable(name: str) -> str:
+    """Why the hub cannot be asked for a model; empty where it can, or the model is in the cache.
+
+    One request without repeats: the libraries' own go on for half a minute.
+    """
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return ""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    address = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
+    try:
+        with urlopen(Request(address, method="HEAD"), timeout=_PATIENCE):
+            return ""
+    except HTTPError as error:  # what the hub itself answers the libraries explain
+        behind = error.code in (502, 503, 504)
+        return f"{constants.ENDPOINT}: {error.reason}" if behind else ""
+    except URLError as error:
+        # their certificates may be others
+        return "" if isinstance(error.reason, SSLError) else f"{constants.ENDPOINT}: {error.reason}"
+    except OSError as error:
+        return f"{constants.ENDPOINT}: {error}"
 
 
 def check_language_model(path: str | Path, what: str) -> None:

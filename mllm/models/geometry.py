@@ -94,6 +94,12 @@ class Geometry(ABC):
         """(height, width) of the cheapest view that the encoder takes."""
 
     @property
+    def most_cells(self) -> int:
+        """Cells of the longest side of the views that `extremes` make."""
+        views = [view for size in self.extremes for view in self.view_sizes(*size)]
+        return max(max(self.grid(*view)) for view in views)
+
+    @property
     def extremes(self) -> tuple[Size, ...]:
         """Sizes of images that make the fewest or narrowest cells: a connector must take them."""
         return (self.smallest,)

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers.utils.hub import cached_file
 
-from mllm.models.errors import check_folder, loading
+from mllm.models.errors import check_folder, check_hub, loading
 
 HUB = (
     "cache_dir",
@@ -35,6 +35,7 @@ def local_folder(path: str | Path, what: str) -> Path:
         ValueError: no such folder, none with a model, or the hub has no such name.
     """
     check_folder(path, what)
+    check_hub(path, what)
     if Path(path).is_dir():
         return Path(path)
     hub_file(path, "config.json", what)  # whose errors are the plainest

@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateSyntaxError
 from tokenizers import AddedToken
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -26,9 +24,12 @@ from transformers import (
 )
 
 from mllm.models import attention
+from mllm.models.checks import building, check_template, check_tokenizer, read_config
 from mllm.models.errors import check_language_model, loading
 from mllm.models.families import blueprint, causal_class, check_config, check_model
 from mllm.models.probe import probe
+from mllm.models.template import Template
+from mllm.models.weight_files import check_all_used, check_weight_files
 
 _ROWS = 64  # the embedding is padded to a multiple: tensor cores want it
 
@@ -41,8 +42,7 @@ def own_dtype(path: str | Path) -> torch.dtype:
     """
     check_language_model(path, "language_model")
     folder, options = _source(path)
-    with loading("language model", path):
-        dtype = AutoConfig.from_pretrained(folder, **options).dtype
+    dtype = read_config("language model", folder, **options).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
@@ -63,15 +63,20 @@ def load_language_model(
     """
     check_language_model(path, "language_model")
     folder, options = _source(path)
-    with loading("language model", path):
-        config = AutoConfig.from_pretrained(folder, **options)
-        check_config(config)
+    config = read_config("language model", folder, **options)
+    check_config(config)
+    with building("language model", path):
         plan = blueprint(config, dtype)
-        check_model(plan)
-        if not weights:
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            check_template(tokenizer, path)
-            return plan, tokenizer
+    check_model(plan)
+    with loading("language model", path):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    check_tokenizer(tokenizer, path, _rows(plan))
+    check_template(tokenizer, path)
+    if not weights:
+        return plan, tokenizer
+    if not options:
+        check_weight_files(path, "language model")
+    with loading("language model", path):
         loaded: Any = causal_class(config).from_pretrained(
             folder,
             config=config,
@@ -81,8 +86,6 @@ def load_language_model(
             ignore_mismatched_sizes=True,  # reported below, in one line
             **(options or {"use_safetensors": True}),
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    check_template(tokenizer, path)
     model, report = loaded
     if wrong := sorted(str(key[0]) for key in report["mismatched_keys"]):
         raise ValueError(
@@ -91,29 +94,9 @@ def load_language_model(
         )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{path}: {len(missing)} weights are missing, {missing[0]} first")
+    check_all_used(report["unexpected_keys"], plan, path, "language model")
     probe(model)
     return model, tokenizer
-
-
-def check_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Refuse a chat template that is no template; having none is no mistake.
-
-    Raises:
-        ValueError: with the line.
-    """
-    turns = [{"role": "user", "content": "Hello"}]
-    templates = tokenizer.chat_template or {}
-    if isinstance(templates, str):
-        templates = {"": templates}
-    for template in templates.values():
-        try:
-            tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
-        except TemplateSyntaxError as error:
-            raise ValueError(
-                f"{path}: line {error.lineno} of the chat template is no Jinja: {error.message}"
-            ) from error
-        except Exception:  # a template is somebody's program: what it refuses is its own affair
-            continue
 
 
 def _source(path: str | Path) -> tuple[str | Path, dict[str, Any]]:
@@ -147,14 +130,15 @@ def add_special_tokens(
 
 
 def generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, never: list[int]
+    model: PreTrainedModel, template: Template, never: list[int]
 ) -> GenerationConfig:
     """The language model's own, ending turns, never writing what stands for images."""
-    config = model.generation_config or GenerationConfig()
-    ends = config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    config.eos_token_id = sorted(ends)
-    if config.pad_token_id is None:
+    config, tokenizer = model.generation_config or GenerationConfig(), template.tokenizer
+    own = config.eos_token_id
+    ends = {tokenizer.eos_token_id, template.end_of_turn()}
+    ends |= {*(own if isinstance(own, list) else [own])}
+    config.eos_token_id = sorted(end for end in ends if end is not None and end >= 0)
+    if config.pad_token_id is None or config.pad_token_id < 0:
         pad = tokenizer.pad_token_id
         config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
     config.suppress_tokens = sorted({*never, *(config.suppress_tokens or [])})

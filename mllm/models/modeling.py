@@ -29,6 +29,7 @@ from mllm.models.generating import Generating
 from mllm.models.images import Images
 from mllm.models.standing import Newline
 from mllm.models.tiles import TILINGS
+from mllm.models.weight_files import check_weight_files
 
 _NEVER_QUANTISED = ("encoder", "connector", "fusion", "lm_head")
 """What stays whole when a model is loaded in 4 or 8 bits, unless the user names other modules."""
@@ -289,8 +290,12 @@ class MultimodalModel(Generating, PreTrainedModel, GenerationMixin):
 
         The other arguments are those of `hidden_states`. `inputs_embeds` [B, T, D] stand in for
         ids, visual tokens included. `logits_to_keep`: only the last so many positions (0: all), or
-        the positions themselves.
+        the positions themselves. `output_hidden_states=True` gives the language model's;
+        `output_attentions` is refused (ValueError), for attention keeps no weights.
         """
+        if kwargs.pop("output_attentions", None) or self.config.output_attentions:
+            raise ValueError("output_attentions: attention keeps no weights here; leave it out")
+        kwargs.setdefault("output_hidden_states", self.config.output_hidden_states or None)
         given = {
             "past_key_values": past_key_values,
             "use_cache": use_cache,
@@ -333,6 +338,8 @@ class MultimodalModel(Generating, PreTrainedModel, GenerationMixin):
         path = pretrained_model_name_or_path
         if path is not None:
             check_folder(path, "model")
+            if not {"subfolder", "variant"} & kwargs.keys():  # files of other names
+                check_weight_files(path, "model")
         wants_report = kwargs.pop("output_loading_info", False)
         quantisation: Any = kwargs.get("quantization_config")
         if getattr(quantisation, "llm_int8_skip_modules", ()) is None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mllm.models.geometry import Size
 
-_FAMILIES = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
+_FAMILIES = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text")
 """Have them also where the configuration leaves `mrope_section` to the class."""
 
 

@@ -21,6 +21,7 @@ from data_packing.sample import IGNORED, Cost, Sample
 from mllm.models import template
 from mllm.models.calls import Calls
 from mllm.models.chat_template import with_images
+from mllm.models.checks import check_tokenizer
 from mllm.models.clips import thinned
 from mllm.models.connectors import CONNECTORS
 from mllm.models.errors import choose, loading, read_json, unknown
@@ -102,6 +103,7 @@ class Processor(Calls, ProcessorMixin):  # type: ignore[misc]
             fusion_class(self.fusion).layout,
         )
         self._reads_text = kind.reads_text(self.connector)
+        kind.check_side(self.connector, self.geometry.most_cells)
         for size in self.geometry.extremes:
             self.layout(*size)
         self._check_regions(self.layout(*self.geometry.smallest))
@@ -364,6 +366,7 @@ class Processor(Calls, ProcessorMixin):  # type: ignore[misc]
         values = read_json(hub_file(path, _FILE, "processor", **where))
         with loading("tokenizer", path):
             tokenizer = AutoTokenizer.from_pretrained(str(path), **where, **options)
+        check_tokenizer(tokenizer, path)
         geometry = geometry_from_dict(values["geometry"])
         if limits:
             geometry = bounded(geometry, limits)

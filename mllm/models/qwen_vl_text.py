@@ -18,6 +18,8 @@ from transformers import (
     Qwen2_5_VLTextModel,
     Qwen2VLTextConfig,
     Qwen2VLTextModel,
+    Qwen3VLMoeTextConfig,
+    Qwen3VLMoeTextModel,
     Qwen3VLTextConfig,
     Qwen3VLTextModel,
 )
@@ -25,6 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLPreTrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLPreTrainedModel
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoePreTrainedModel
 
 
 class _CausalText(PreTrainedModel, GenerationMixin):
@@ -105,9 +108,17 @@ class Qwen3VLTextForCausalLM(_CausalText, Qwen3VLPreTrainedModel):
     BODY = Qwen3VLTextModel
 
 
+class Qwen3VLMoeTextForCausalLM(_CausalText, Qwen3VLMoePreTrainedModel):
+    """Qwen3-VL's language model with a mixture of experts."""
+
+    config_class = Qwen3VLMoeTextConfig
+    BODY = Qwen3VLMoeTextModel
+
+
 CAUSAL: dict[type[PreTrainedConfig], type[_CausalText]] = {
     Qwen2VLTextConfig: Qwen2VLTextForCausalLM,
     Qwen2_5_VLTextConfig: Qwen2_5VLTextForCausalLM,
+    Qwen3VLMoeTextConfig: Qwen3VLMoeTextForCausalLM,
     Qwen3VLTextConfig: Qwen3VLTextForCausalLM,
 }
 """Configuration → the causal language model that transformers does not have."""

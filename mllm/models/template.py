@@ -35,6 +35,9 @@ VERSION = 2
 """Part of the fingerprint: counts cached under another version of the rule are not used."""
 
 
+_EXCHANGE = Document.conversation([("user", "Hello"), ("assistant", "Hello")])
+
+
 class ImageText(NamedTuple):
     """What stands for an image in text.
 
@@ -133,8 +136,14 @@ class Template:
         the assistant's; a raw document is left open, without the end token.
 
         Raises:
-            as `write`; DocumentError also if the last turn is the assistant's.
+            as `write`; DocumentError also if the last turn is the assistant's, or nothing is said.
         """
+        ids = self._prompt(document)
+        if not len(ids):
+            raise DocumentError("there is nothing to go on from: the prompt has no tokens")
+        return ids
+
+    def _prompt(self, document: Document) -> NDArray[np.int64]:
         self._check(document)
         if not document.is_conversation:
             return self._write_raw(document).ids[:-1]
@@ -239,6 +248,15 @@ class Template:
         """Ids of every part of a raw document."""
         image = self.image_text.written
         return self._tokens([image if isinstance(p, Image) else p.text for p in document.parts])
+
+    def end_of_turn(self) -> int | None:
+        """Return the special token that answers end with, None where the chat template has none."""
+        try:
+            written = self._write_conversation(_EXCHANGE)
+        except ValueError:  # no chat template, or one that asks for more than a question
+            return None
+        learned: list[int] = written.ids[written.learned].tolist()
+        return learned[-1] if len(learned) > 1 and learned[-1] in self._special_ids else None
 
     # -- conversations ---------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Weighted next-token cross-entropy at the learned positions only.
 
-T tokens of a pack, D hidden width, V vocabulary, N learned positions.
+Legend: T tokens of a pack, D hidden width, V vocabulary, N learned positions.
 """
 
 from __future__ import annotations

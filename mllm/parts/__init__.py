@@ -14,16 +14,20 @@ from mllm.parts.encoders import ENCODERS
 from mllm.parts.fusions import FUSIONS
 from mllm.parts.objectives import OBJECTIVES
 from mllm.parts.option import Option, Part
-from mllm.parts.tilings import IMAGES, TILINGS
+from mllm.parts.published import PUBLISHED
+from mllm.parts.tilings import IMAGES, MOST_TILES, TILINGS
 
 __all__ = [
     "CONNECTORS",
     "ENCODERS",
     "FUSIONS",
     "IMAGES",
+    "MOST_TILES",
     "OBJECTIVES",
+    "PUBLISHED",
     "REGISTRIES",
     "TILINGS",
+    "WHOLE_MODELS",
     "Option",
     "Part",
     "Registry",
@@ -57,3 +61,8 @@ REGISTRIES = (
     Registry("tilings", "model.images", TILINGS, "an image as several views; with one or without:"),
     Registry("objectives", "objectives", OBJECTIVES),
 )
+
+WHOLE_MODELS = Registry(
+    "published models", "model.from", PUBLISHED, "a folder or hub id, in place of all parts:"
+)
+"""Not parts: a recipe names a folder, and its config.json says which of them it is."""

@@ -15,10 +15,10 @@ _LAST = Option(LAYER, _COUNTED, default=-1)
 _CLASS_TOKEN = Option(FLAG, "beside every cell, for twice the width", default=False)
 _PIXELS = {
     "min_pixels": Option(
-        WHOLE, "smaller images are scaled up; may change later", None, "its file's", True
+        WHOLE, "smaller images are scaled up; may change later", None, "its file's", True, 10**8
     ),
     "max_pixels": Option(
-        WHOLE, "larger images are scaled down; may change later", None, "its file's", True
+        WHOLE, "larger images are scaled down; may change later", None, "its file's", True, 10**8
     ),
 }
 
@@ -52,7 +52,7 @@ ENCODERS: dict[str, Part] = {
         {"resize": _RESIZE, "layer": _LAYER, "class_token": _CLASS_TOKEN},
     ),
     "dinov2_with_registers": Part(
-        "DINOv2's with register tokens",
+        "DINOv2's vision transformer with register tokens",
         "models.encoders.dinov2:Dinov2WithRegistersEncoder",
         "{name: dinov2_with_registers, path: weights/dinov2-with-registers-large}",
         {"resize": _RESIZE, "layer": _LAYER, "class_token": _CLASS_TOKEN},
@@ -80,12 +80,14 @@ ENCODERS: dict[str, Part] = {
         "models.encoders.idefics3:Idefics3Encoder",
         "{name: idefics3, path: weights/SmolVLM-Instruct}",
         {"resize": _RESIZE, "layer": _LAST},
+        ("SmolVLM", "SmolVLM2"),
     ),
     "internvl": Part(
         "InternViT of transformers' InternVL",
         "models.encoders.internvl:InternVlEncoder",
         "{name: internvl, path: weights/InternVL3-1B-hf}",
         {"resize": _RESIZE, "layer": _LAST},
+        ("InternViT",),
     ),
     "pair": Part(
         "two of the others side by side; it has no path",
@@ -106,13 +108,13 @@ ENCODERS: dict[str, Part] = {
         {"layer": _LAST, **_PIXELS},
     ),
     "qwen2_5_vl": Part(
-        "Qwen2.5-VL's, with attention inside windows",
+        "Qwen2.5-VL's vision transformer, attention inside windows",
         "models.encoders.qwen_vl:Qwen2_5VLEncoder",
         "{name: qwen2_5_vl, path: weights/Qwen2.5-VL-3B-Instruct, max_pixels: 1003520}",
         {"layer": _LAST, **_PIXELS},
     ),
     "qwen3_vl": Part(
-        "Qwen3-VL's, if asked with inner layers beside the last",
+        "Qwen3-VL's vision transformer, if asked with inner layers",
         "models.encoders.qwen_vl:Qwen3VLEncoder",
         "{name: qwen3_vl, path: weights/Qwen3-VL-4B-Instruct}",
         {
@@ -126,6 +128,7 @@ ENCODERS: dict[str, Part] = {
         "models.encoders.siglip:SiglipEncoder",
         "{name: siglip, path: weights/siglip-so400m-patch14-384}",
         {"resize": _RESIZE, "layer": _LAYER},
+        ("SigLIP 2",),
     ),
     "siglip2_naflex": Part(
         "SigLIP 2 of variable resolution (NaFlex)",
@@ -134,9 +137,15 @@ ENCODERS: dict[str, Part] = {
         {
             "layer": _LAYER,
             "max_patches": Option(
-                WHOLE, "images are scaled to so many; may change later", None, "its file's", True
+                WHOLE,
+                "images are scaled to so many; may change later",
+                None,
+                "its file's",
+                True,
+                65536,
             ),
         },
+        ("SigLIP 2", "NaFlex"),
     ),
     "timm": Part(
         "any backbone of timm; layer counts its feature levels",

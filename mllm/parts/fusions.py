@@ -15,19 +15,20 @@ FUSIONS: dict[str, Part] = {
         "models.fusion.cross_attention:CrossAttention",
         "{name: cross_attention, every: 4}",
         {
-            "every": Option(WHOLE, "before layers 0, n, 2n and so on", default=4),
+            "every": Option(WHOLE, "before layers 0, n, 2n and so on", default=4, most=1024),
             "layers": Option(LAYERS, "or before these, from 0", otherwise="by every"),
-            "heads": Option(WHOLE, "of the attention", otherwise="the LLM's"),
-            "head_width": Option(WHOLE, "of one head", otherwise="the LLM's"),
-            "inner": Option(WHOLE, "width of the MLP", otherwise="4 x LLM's"),
+            "heads": Option(WHOLE, "of the attention", otherwise="the LLM's", most=65536),
+            "head_width": Option(WHOLE, "of one head", otherwise="the LLM's", most=65536),
+            "inner": Option(WHOLE, "width of the MLP", otherwise="4 x LLM's", most=262144),
             "only_immediate": Option(FLAG, "see the last image only, not all", default=True),
         },
+        ("Flamingo",),
     ),
     "deepstack": Part(
         "in the sequence, and levels added after early layers",
         "models.fusion.deepstack:DeepStack",
         "{name: deepstack, layers: [0, 1, 2]}",
-        {"layers": Option(LAYERS, "after which a level is added", otherwise="first three")},
+        {"layers": Option(LAYERS, "after which a level is added", otherwise="first 3")},
     ),
 }
 """Name → what it is; the order of `mllm models`."""

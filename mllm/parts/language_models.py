@@ -24,10 +24,8 @@ class Kind:
 
 
 TESTED = (
-    Kind(
-        ("Llama", "Qwen2", "Qwen3", "Phi", "Olmo2", "GPT-NeoX", "SmolLM3"),
-        "nothing (SmolLM3's layers without positions included)",
-    ),
+    Kind(("Llama", "Qwen2", "Qwen3", "Phi", "Olmo2", "GPT-NeoX"), "nothing"),
+    Kind(("SmolLM3",), "nothing, its layers without positions included"),
     Kind(
         ("Mistral", "Mixtral", "Qwen2 with windows", "Phi3", "Starcoder2", "Olmo3"),
         "sliding windows",
@@ -38,18 +36,16 @@ TESTED = (
     ),
     Kind(("Gemma2",), "as Gemma, and a soft cap on attention and one on the logits"),
     Kind(
-        ("Qwen2-VL (text)", "Qwen2.5-VL (text)", "Qwen3-VL (text)"),
-        "positions in three directions, see below",
+        ("Qwen2-VL (text)", "Qwen2.5-VL (text)", "Qwen3-VL (text)", "Qwen3-VL-MoE (text)"),
+        "positions in three directions: time, row and column",
     ),
     Kind(("gpt-oss",), "windows and attention sinks"),
     Kind(
         ("Granite", "GraniteMoe", "Cohere"),
         "scaled logits; Granite's body scales words and visual tokens alike",
     ),
-    Kind(
-        ("OPT", "GPT-2"),
-        "learned positions that restart with every document; OPT's embedding may be narrow",
-    ),
+    Kind(("GPT-2",), "learned positions that restart with every document"),
+    Kind(("OPT",), "as GPT-2; its embedding may be narrower than its layers"),
     Kind(("DeepSeek-V3", "MiniCPM3"), "values that are narrower than keys"),
     Kind(
         ("Qwen2-MoE", "Qwen3-MoE", "Mixtral", "GraniteMoe"),

@@ -6,6 +6,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,22 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from mllm.parts import REGISTRIES, Registry
+from mllm.parts import REGISTRIES, WHOLE_MODELS, Registry
 from mllm.parts.language_models import REFUSED, TESTED, Kind
 from mllm.parts.option import CHOICE, Option, Part
-from mllm.recipe_yaml import closest
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ANY = "any causal LM of transformers that goes through its AttentionInterface, tried when assembled"
 _NARROW = (14, 8, 10)  # columns of a terminal: an option's name, its values, its default
 _WIDE = (14, 24, 10)
-_INTERNAL = ("Spec:", "Args:", "Attributes:")  # what a docstring says to programmers
+_INTERNAL = ("Spec:", "Args:", "Attributes:", "Legend:", "Shapes:")  # said to programmers
+_PAGES = (*REGISTRIES, WHOLE_MODELS)
 
 
 def overview() -> Group:
     """Every part with its options, and the language models that are known."""
     blocks: list[RenderableType] = []
-    for registry in REGISTRIES:
+    for registry in _PAGES:
         blocks += [*_heading(registry.title, f"{registry.key}: …", registry.note)]
         common = _common(registry)
         if common:
@@ -48,27 +49,70 @@ def overview() -> Group:
 
 
 def in_full(name: str) -> Group:
-    """One part: what its class says, its options, and how a recipe names it.
+    """Everything of this name: what its class says, its options, and how a recipe names it.
+
+    Args:
+        name: of a part, a published model or a family of language models, however it is spelt.
 
     Raises:
-        ValueError: there is none of this name; the nearest is suggested.
+        ValueError: there is none of this name; the nearest are suggested.
     """
-    found = [(each, each.parts[name]) for each in REGISTRIES if name in each.parts]
     blocks: list[RenderableType] = []
-    for registry, part in found:
-        blocks += [*_heading(name, registry.title, part.summary), *_said(part)]
-        if part.options:
-            blocks += [Text(), _options(part.options, full=True)]
-        blocks += [Text(), Text(snippet(registry, part), style="cyan")]
-    kinds = [kind for kind in (*TESTED, *REFUSED) if plain(name) in map(plain, kind.families)]
-    blocks += [_kind(kind, name) for kind in kinds]
+    for registry in _PAGES:
+        for each, part in registry.parts.items():
+            if _is_named(name, each, part.also):
+                blocks += [*_page(each, registry, part), Text()]
+    for kind in (*TESTED, *REFUSED):
+        for family in kind.families:
+            if _is_named(name, family):
+                blocks += [*_language_model(family, kind), Text()]
     if not blocks:
-        known = {each for registry in REGISTRIES for each in registry.parts}
-        families = {family for kind in (*TESTED, *REFUSED) for family in kind.families}
-        near = closest(name, known | families)
-        guess = f"did you mean {near!r}? " if near else ""
+        near = " or ".join(map(repr, _near(name)))
+        guess = f"did you mean {near}? " if near else ""
         raise ValueError(f"there is no part {name!r}; {guess}`mllm models` lists all")
-    return Group(*blocks)
+    return Group(*blocks[:-1])
+
+
+def _page(name: str, registry: Registry, part: Part) -> Iterator[RenderableType]:
+    yield from _heading(name, registry.title, part.summary)
+    yield from _said(part)
+    if part.options:
+        yield Text()
+        yield _options(part.options, full=True)
+    yield Text()
+    yield Text(snippet(registry, part), style="cyan")
+
+
+def _language_model(family: str, kind: Kind) -> Iterator[RenderableType]:
+    yield from _heading(family, "language models", "")
+    if kind.what:
+        yield Text(f"refused, it has {kind.what}: {kind.why}")
+        return
+    yield Text(f"tested; beside causal attention inside a document it has or needs: {kind.why}")
+    yield Text()
+    yield Text("model:\n  language_model: {path: a folder, a hub id or a .gguf file}", style="cyan")
+
+
+def _is_named(name: str, *names: str | tuple[str, ...]) -> bool:
+    """Whether a person means one of these names, whatever the case, dashes, dots or brackets."""
+    flat = [one for each in names for one in ((each,) if isinstance(each, str) else each)]
+    return plain(name) in {plain(one) for one in flat} | {plain(_short(one)) for one in flat}
+
+
+def _short(family: str) -> str:
+    """A family's name without what stands in brackets."""
+    return family.partition(" (")[0]
+
+
+def _near(name: str) -> list[str]:
+    """The names that may be meant, the nearest first, at most three."""
+    parts = {each: part for registry in _PAGES for each, part in registry.parts.items()}
+    known = {*parts, *(other for part in parts.values() for other in part.also)}
+    known |= {_short(family) for kind in (*TESTED, *REFUSED) for family in kind.families}
+    spelt: dict[str, str] = {}
+    for one in sorted(known, key=lambda one: one in parts):  # a part's own name counts
+        spelt[plain(one)] = one
+    return [spelt[one] for one in get_close_matches(plain(name), spelt, n=3, cutoff=0.6)]
 
 
 def as_json(name: str | None = None) -> dict[str, Any]:
@@ -77,16 +121,16 @@ def as_json(name: str | None = None) -> dict[str, Any]:
         registry.title: {
             each: {"summary": part.summary, "options": _options_json(part)}
             for each, part in registry.parts.items()
-            if name in (None, each)
+            if name is None or _is_named(name, each, part.also)
         }
-        for registry in REGISTRIES
+        for registry in _PAGES
     }
     tables = {"tested": TESTED, "refused": REFUSED}
     values["language models"] = {
         title: [
             {"families": list(kind.families), "what": kind.what, "why": kind.why}
             for kind in kinds
-            if name is None or plain(name) in map(plain, kind.families)
+            if name is None or _is_named(name, *kind.families)
         ]
         for title, kinds in tables.items()
     }
@@ -134,17 +178,17 @@ def _options(options: Mapping[str, Option], full: bool = False) -> RenderableTyp
         short, words, meaning = option.values.short, option.values.words, option.meaning
         if short == CHOICE and not full:
             meaning = f"{words}: {meaning}"
+        if option.most is not None and full:
+            meaning = f"{meaning}; at most {option.most:,}"
         shown = name, words if full else short, option.default_words, meaning
         table.add_row(*map(Text, shown))
     return Padding(table, (0, 0, 0, 4))
 
 
-def _kind(kind: Kind, only: str | None = None) -> RenderableType:
+def _kind(kind: Kind) -> RenderableType:
     """Families and what there is to say of them."""
-    names = [each for each in kind.families if only is None or plain(each) == plain(only)]
-    refused = "refused, " if kind.what and only else ""
-    words = f"{refused}{kind.what}; {kind.why}" if kind.what else kind.why
-    return Padding(Text.assemble((", ".join(names), "bold"), f": {words}"), (0, 0, 0, 2))
+    words = f"{kind.what}; {kind.why}" if kind.what else kind.why
+    return Padding(Text.assemble((", ".join(kind.families), "bold"), f": {words}"), (0, 0, 0, 2))
 
 
 def _said(part: Part) -> Iterator[RenderableType]:
@@ -184,6 +228,7 @@ def _options_json(part: Part) -> dict[str, dict[str, Any]]:
             "default": option.default,
             "otherwise": option.otherwise,
             "required": option.required,
+            "most": option.most,
         }
         for name, option in part.options.items()
     }

@@ -99,6 +99,7 @@ class Option:
         default: what counts where a recipe gives none.
         otherwise: the same in words, where it is computed. Without either it must be given.
         reloadable: whether it may change when saved weights are loaded.
+        most: the largest number that makes sense.
     """
 
     values: Values
@@ -106,6 +107,7 @@ class Option:
     default: Any = None
     otherwise: str = ""
     reloadable: bool = False
+    most: int | None = None
 
     @property
     def required(self) -> bool:
@@ -131,12 +133,14 @@ class Part:
         where: module and class, below the package.
         example: what a recipe writes after the section's key, or below it in several lines.
         options: what it takes, by name.
+        also: other names that people know it by.
     """
 
     summary: str
     where: str
     example: str
     options: Mapping[str, Option] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
 
 
 def problems(options: Mapping[str, Option], given: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
@@ -155,6 +159,8 @@ def problems(options: Mapping[str, Option], given: Mapping[str, Any]) -> Iterabl
             else:
                 hint = values.hint(value)
                 yield name, f"{name} must be {values.words}, got {value!r}{hint}"
+        elif option.most is not None and value > option.most:
+            yield name, f"{name} must be at most {option.most:,}, got {value:,}"
 
 
 def chosen(options: Mapping[str, Option], given: Mapping[str, Any], name: str) -> Any:

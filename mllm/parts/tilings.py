@@ -12,6 +12,9 @@ IMAGES: dict[str, Option] = {
 }
 """Options of `model.images` with any tiling, and without one."""
 
+MOST_TILES = 64
+"""Of one image: more than anyone publishes, and as many views as a small batch."""
+
 TILINGS: dict[str, Part] = {
     "any_resolution": Part(
         "LLaVA-NeXT's: the whole image, then tiles as one map",
@@ -20,7 +23,9 @@ TILINGS: dict[str, Part] = {
         {
             **IMAGES,
             "grids": Option(GRIDS, "rows and columns to choose from", otherwise="LLaVA-NeXT"),
-            "tiles": Option(WHOLE, "instead: all grids of up to so many", otherwise="by grids"),
+            "tiles": Option(
+                WHOLE, "instead: all grids of up to so many", otherwise="by grids", most=MOST_TILES
+            ),
         },
     ),
     "dynamic": Part(
@@ -29,8 +34,8 @@ TILINGS: dict[str, Part] = {
         "{tiling: dynamic, tiles: 6}",
         {
             **IMAGES,
-            "tiles": Option(WHOLE, "the most tiles", default=12),
-            "min_tiles": Option(WHOLE, "the fewest", default=1),
+            "tiles": Option(WHOLE, "the most tiles", default=12, most=MOST_TILES),
+            "min_tiles": Option(WHOLE, "the fewest", default=1, most=MOST_TILES),
             "thumbnail": Option(FLAG, "whether the whole image comes too", True),
         },
     ),

@@ -10,28 +10,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from data_packing.files import sync_folder
 from mllm.models.assemble import assemble as build
 from mllm.models.processor import Processor
+from mllm.precisions import as_dtype
 from mllm.recipe import Parts
 from mllm.training import groups, lora
+from mllm.training.export import weights_id
 from mllm.training.parameters import parameter_table
-from mllm.training.run_folder import full_disk_is_clear, settle, write_atomically
+from mllm.training.run_folder import ASSEMBLED, full_disk_is_clear, settle, write_atomically
 
-DTYPES: dict[str, torch.dtype | str] = {
-    "auto": "auto",
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 EXAMPLES = ((224, 224), (640, 480), (1920, 1080))
 """(width, height) of images whose tokens are told."""
 
-MARKER = "assembled.json"
 NO_TEMPLATE = (
     "The tokenizer has no chat template. Captions, pages and plain texts can be trained on and "
     "continued; conversations are refused, and so is mllm chat. For those choose an "
@@ -50,7 +44,7 @@ def assemble(parts: Parts, output: Path | None, dtype: str, console: Console | N
     Args:
         parts: of the recipe.
         output: the folder to save; None reads no weights and saves nothing.
-        dtype: a key of DTYPES.
+        dtype: as `precisions.precision`.
         console: where to print.
 
     Raises:
@@ -61,7 +55,7 @@ def assemble(parts: Parts, output: Path | None, dtype: str, console: Console | N
     console = console or Console()
     if output is not None:
         check_output(output)
-    model, processor = build(parts.model, DTYPES[dtype], weights=output is not None)
+    model, processor = build(parts.model, as_dtype(dtype), weights=output is not None)
     with _saved(model, processor, parts, output):
         if parts.train:
             _prepare(model, parts)
@@ -85,7 +79,7 @@ def check_output(output: Path) -> None:
     if not output.is_dir():
         raise ValueError(f"--output {output} is a file; give the name of a folder")
     names = {path.name for path in output.iterdir()}
-    if names and (MARKER not in names or names & {"run.json", "FINISHED"}):
+    if names and (ASSEMBLED not in names or names & {"run.json", "FINISHED"}):
         raise ValueError(
             f"--output {output} holds something else ({min(names)}); give another folder, or "
             "delete it"
@@ -126,7 +120,8 @@ def _saved(model: Any, processor: Processor, parts: Parts, output: Path | None) 
             model.save_pretrained(draft)
             processor.save_pretrained(draft)
             said = parts.model.model_dump(mode="json", by_alias=True, exclude_none=True)
-            write_atomically(draft / MARKER, json.dumps({"model": said}, indent=2) + "\n")
+            facts = {"model": said, "weights": weights_id(draft)}
+            write_atomically(draft / ASSEMBLED, json.dumps(facts, indent=2) + "\n")
             settle(draft)
         yield
         _rename(draft, output)

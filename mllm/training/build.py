@@ -24,19 +24,22 @@ UNBOUNDED = 2**40
 """Vision patches of a pack when the recipe sets no limit."""
 
 
-def model(section: ModelSection, recipe: Recipe, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+def model(
+    section: ModelSection, recipe: Recipe, dtype: torch.dtype, weights: bool = True
+) -> tuple[Any, Any, Any]:
     """The model with `requires_grad` set as the recipe says, adapters put in.
 
     Args:
         section: where the parts come from; the recipe's own, unless only a forecast is made.
         dtype: of all weights.
+        weights: False reads none: the model is on the meta device, to be looked at.
 
     Returns:
         Model, processor, and PEFT's configuration of the adapters of each key that has some.
     """
     from mllm.models.assemble import assemble
 
-    built, processor = assemble(section, dtype=dtype)
+    built, processor = assemble(section, dtype=dtype, weights=weights)
     groups.freeze(built, recipe.train)
     return built, processor, lora.adapt(built, recipe.train, recipe.run.seed)
 

@@ -44,7 +44,7 @@ def forecast(path: Path, overrides: Sequence[str], console: Console | None = Non
 
     for file, recipe in stages:
         section = origin(recipe, [other for _, other in stages])
-        model, processor, _ = build.model(section, recipe, torch.float32)
+        model, processor, _ = build.model(section, recipe, torch.float32, weights=False)
         console.print(f"\n[bold]{file}[/bold] → {recipe.output}")
         console.print(parameter_table(model))
         plan = build.plan(recipe, model, processor, recipe.data.workers, say, judge=False)

@@ -41,7 +41,7 @@ def preview(
     recipe = load(file, overrides)
     say("loading the model")
     section = origin(recipe, _neighbours(file, recipe))
-    model, processor, _ = build.model(section, recipe, torch.float32)
+    model, processor, _ = build.model(section, recipe, torch.float32, weights=False)
     plan = build.plan(recipe, model, processor, recipe.data.workers, say, judge=False)
     say(f"reading {counted(packs, 'pack')}")
     seen = look(

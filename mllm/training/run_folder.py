@@ -32,6 +32,8 @@ import yaml
 from data_packing.files import sync_folder
 from mllm.recipe import Recipe, RecipeError, load
 
+ASSEMBLED = "assembled.json"
+"""What `mllm assemble` writes beside a model: its parts and the identity of its weights."""
 FULL_DISK = (28, 122, 27)  # ENOSPC, EDQUOT, EFBIG
 
 
@@ -89,6 +91,10 @@ class RunFolder:
     def marker(self) -> Path:
         """Exists when the stage is finished and everything in the folder is whole."""
         return self.path / "FINISHED"
+
+    def assembled(self) -> dict[str, Any] | None:
+        """What `mllm assemble` says of the model it saved here, None when it saved none."""
+        return _read_json(self.path / ASSEMBLED)
 
     def finished(self) -> dict[str, Any] | None:
         """What the marker says, None while the stage is not finished."""

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from data_packing.shards import expand
-from mllm.models.errors import check_folder, check_language_model
+from mllm.models.errors import check_folder, check_hub, check_language_model
 from mllm.recipe import EncoderSection, ModelSection, Recipe
 from mllm.training.run_folder import RunFolder
 
@@ -27,7 +27,7 @@ def shards(recipe: Recipe) -> list[list[Path]]:
 
 
 def parent_id(recipe: Recipe) -> str | None:
-    """The identity of the stage that `model.from` names, None when it names no stage.
+    """The identity of the stage or assembled model that `model.from` names, None for another model.
 
     Raises:
         ValueError: when there is nothing at that path, or the stage is not finished.
@@ -42,7 +42,7 @@ def parent_id(recipe: Recipe) -> str | None:
         raise ValueError(
             f"model.from: the stage in {folder.path} has not finished; run it to its end first"
         )
-    return None
+    return (folder.assembled() or {}).get("weights")
 
 
 def check_paths(recipes: Sequence[Recipe]) -> None:
@@ -99,3 +99,4 @@ def check_model(model: ModelSection, written: Collection[Path] = ()) -> None:
         if path is not None and Path(path).resolve() not in written:
             check = check_language_model if "language_model" in key else check_folder
             check(path, key)
+            check_hub(path, key)

@@ -77,7 +77,7 @@ def test_what_cannot_be_written_is_refused_in_one_line(stage: Path, tmp_path: Pa
         write(stage, "transfomers", tmp_path / "out")
     with pytest.raises(ValueError, match=r"stage is there already and not empty"):
         write(stage, "transformers", stage)
-    with pytest.raises(ValueError, match="unknown dtype 'int8'"):
+    with pytest.raises(ValueError, match="--dtype int8 is not known"):
         write(stage, "transformers", tmp_path / "out", dtype="int8")
     with pytest.raises(ValueError, match=r"in bfloat16.*give --dtype float32"):
         write(stage, "transformers", tmp_path / "out", dtype="bfloat16", adapter=True)

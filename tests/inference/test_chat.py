@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_packing.document import Document, Image
+from data_packing.document import Document, DocumentError, Image
 from mllm.inference import chat as chats
 from mllm.inference.generate import Generator, load
 from tests.evaluation.conftest import square
@@ -216,6 +216,16 @@ def test_any_end_that_the_model_knows_ends_an_answer(
 def test_a_language_model_alone_is_named(stage: Path) -> None:
     with pytest.raises(ValueError, match="llama"):
         load(stage.parents[1] / "parts" / "llama")
+
+
+def test_nothing_to_answer(stage: Path, tmp_path: Path) -> None:
+    for empty in ("", "  "):
+        with pytest.raises(ValueError, match="--question is empty; ask something"):
+            chats.chat(stage, question=empty)
+    generator = Generator.from_pretrained(stage)
+    generator.processor.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    with pytest.raises(DocumentError, match="nothing to go on from: the prompt has no tokens"):
+        generator.answer(Document.conversation([("user", "")]))
 
 
 def test_an_image_that_cannot_be_read(stage: Path, tmp_path: Path) -> None:

@@ -107,11 +107,18 @@ def train_a_step(model: MultimodalModel, processor: Processor) -> None:
 
 
 def ask_classes(
-    folders: Mapping[str, tuple[Path, str, list[dict[str, Any]]]], scratch: Path
+    folders: Mapping[str, tuple[Path, str, list[dict[str, Any]]]],
+    scratch: Path,
+    together: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """What a process that cannot import us makes of folders: see `answer` in outside_classes.py."""
     requests = {
-        key: {"folder": str(folder), "kind": kind, "documents": documents}
+        key: {
+            "folder": str(folder),
+            "kind": kind,
+            "documents": documents,
+            "together": together,
+        }
         for key, (folder, kind, documents) in folders.items()
     }
     found = outside.ask(Path(__file__).with_name("outside_classes.py"), requests, scratch)
@@ -120,17 +127,25 @@ def ask_classes(
     return found
 
 
-def load_alone(folders: dict[str, tuple[Path, str]], scratch: Path) -> dict[str, dict[str, Any]]:
-    """What such a process makes of the conversations."""
+def load_alone(
+    folders: dict[str, tuple[Path, str]], scratch: Path, together: int = 0
+) -> dict[str, dict[str, Any]]:
+    """What such a process makes of the conversations.
+
+    Args:
+        folders: key → folder and its `model_type`.
+        scratch: for files.
+        together: ask about so many of them, and about these as one batch too; 0: all, each alone.
+    """
     documents = []
-    for number, document in enumerate(conversations()):
+    for number, document in enumerate(conversations()[: together or None]):
         messages, pictures = messages_of(document)
         paths = [str(scratch / f"{number}-{i}.png") for i in range(len(pictures))]
         for path, image in zip(paths, pictures, strict=True):
             image.save(path)
         documents.append({"messages": messages, "images": paths})
     these = {key: (folder, kind, documents) for key, (folder, kind) in folders.items()}
-    return ask_classes(these, scratch)
+    return ask_classes(these, scratch, bool(together))
 
 
 def check_alone(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from typer.testing import CliRunner
 
 from data_packing.document import Document, Image
+from mllm import cli
 from mllm.models.assemble import assemble
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
@@ -220,6 +223,58 @@ def build(folders: dict[str, Path]) -> Callable[..., Parts]:
         return assemble(section, dtype=dtype)
 
     return made
+
+
+Copy = Callable[[str], Path]
+RUNNER = CliRunner()
+
+
+@pytest.fixture
+def copy(folders: dict[str, Path], tmp_path: Path) -> Copy:
+    """A folder to spoil: copy("llama")."""
+
+    def made(name: str) -> Path:
+        shutil.copytree(folders[name], tmp_path / name)
+        return tmp_path / name
+
+    return made
+
+
+@pytest.fixture
+def refused(folders: dict[str, Path], tmp_path: Path) -> Callable[..., None]:
+    """Checks what the command says of a model section and that nothing was written."""
+
+    def check(message: str, **changes: Any) -> None:
+        values: dict[str, Any] = {
+            "encoder": {"name": "clip", "path": str(folders["clip"])},
+            "connector": {"name": "mlp"},
+            "language_model": {"path": str(folders["llama"])},
+            **changes,
+        }
+        file, output = tmp_path / "r.yaml", tmp_path / "out" / "start"
+        model = {key: value for key, value in values.items() if value is not None}
+        file.write_text(json.dumps({"model": model}))
+        error = RUNNER.invoke(cli.app, ["assemble", str(file), "--output", str(output)]).exception
+        assert isinstance(error, ValueError)
+        assert message in str(error)
+        assert "\n" not in str(error)
+        assert not output.exists()
+
+    return check
+
+
+def change(file: Path, **values: Any) -> None:
+    """Change or, by None, remove keys of a JSON file."""
+    both = {**json.loads(file.read_text()), **values}
+    file.write_text(json.dumps({key: value for key, value in both.items() if value is not None}))
+
+
+def language(folder: Path) -> dict[str, Any]:
+    return {"language_model": {"path": str(folder)}}
+
+
+def encoder(folder: Path, name: str = "clip") -> dict[str, Any]:
+    return {"encoder": {"name": name, "path": str(folder)}}
 
 
 def open_gates(model: MultimodalModel) -> MultimodalModel:

@@ -33,6 +33,7 @@ from transformers import (
     Qwen2VLTextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3VLMoeTextConfig,
     Qwen3VLTextConfig,
     SmolLM3Config,
     Starcoder2Config,
@@ -84,6 +85,9 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "qwen2_5_vl_text": Qwen2_5_VLTextConfig(**GATED, rope_parameters=DIRECTIONS),
     "qwen3_vl_text": Qwen3VLTextConfig(
         **GEMMA, rope_parameters={**DIRECTIONS, "mrope_section": [4, 2, 2]}
+    ),
+    "qwen3_vl_moe_text": Qwen3VLMoeTextConfig(
+        **EXPERTS, head_dim=16, rope_parameters={**DIRECTIONS, "mrope_section": [4, 2, 2]}
     ),
     "qwen2_moe": Qwen2MoeConfig(**EXPERTS, shared_expert_intermediate_size=16),
     "qwen3_moe": Qwen3MoeConfig(**EXPERTS, head_dim=16),

@@ -47,8 +47,26 @@ def _inputs(processor: Any, asked: dict[str, Any]) -> tuple[Any, Any]:
     return inputs, inputs
 
 
+def _batch(processor: Any, documents: list[dict[str, Any]]) -> Any:
+    """All of them as one batch; the processor pads the shorter ones."""
+    texts = [
+        processor.apply_chat_template(
+            asked["messages"][:-1], add_generation_prompt=True, tokenize=False
+        )
+        for asked in documents
+    ]
+    pictures = [
+        [Image.open(path).convert("RGB") for path in asked["images"]] for asked in documents
+    ]
+    return processor(
+        text=texts, images=pictures, return_tensors="pt", padding=True, add_special_tokens=False
+    )
+
+
 @torch.no_grad()
-def answer(folder: str, kind: str, documents: list[dict[str, Any]]) -> dict[str, Any]:
+def answer(
+    folder: str, kind: str, documents: list[dict[str, Any]], together: bool = False
+) -> dict[str, Any]:
     """Load a folder and return ids [T], logits [T, W] and eight new ids of every document.
 
     Args:
@@ -56,6 +74,7 @@ def answer(folder: str, kind: str, documents: list[dict[str, Any]]) -> dict[str,
         documents: {messages, images}, a whole conversation and the files of its images: computed
             whole, and its last turn written anew; {messages} with files in them, to be gone on
             with; or {image, text}.
+        together: also return the new ids [B, 8] of all documents as one batch.
     """
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     assert model.config.model_type == kind, model.config.model_type
@@ -71,4 +90,9 @@ def answer(folder: str, kind: str, documents: list[dict[str, Any]]) -> dict[str,
                 "new": new[0, prompt["input_ids"].shape[1] :],
             }
         )
-    return {"class": type(model).__name__, "documents": found}
+    result = {"class": type(model).__name__, "documents": found}
+    if together:
+        prompts = _batch(processor, documents)
+        new = model.generate(**prompts, max_new_tokens=8, do_sample=False)
+        result["together"] = new[:, prompts["input_ids"].shape[1] :]
+    return result

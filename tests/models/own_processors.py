@@ -86,6 +86,7 @@ def own_processor(folder: str, name: str) -> Any:
         "qwen2_5_vl": _Qwen2_5Vl,
         "qwen2_vl": _Qwen2Vl,
         "qwen3_vl": _Qwen3Vl,
+        "qwen3_vl_moe": _Qwen3Vl,
         "smolvlm": _SmolVlm,
     }
     return kinds.get(name, AutoProcessor).from_pretrained(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,63 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from mllm import cli
 from mllm.models.assemble import assemble as build
-from tests.models.conftest import save_language_model
+from tests.models.conftest import change, encoder, language, save_language_model
 
-RUNNER = CliRunner()
 FROM = {"encoder": None, "connector": None, "language_model": None}
 Copy = Callable[[str], Path]
-
-
-@pytest.fixture
-def copy(folders: dict[str, Path], tmp_path: Path) -> Copy:
-    """A folder to spoil: copy("llama")."""
-
-    def made(name: str) -> Path:
-        shutil.copytree(folders[name], tmp_path / name)
-        return tmp_path / name
-
-    return made
-
-
-@pytest.fixture
-def refused(folders: dict[str, Path], tmp_path: Path) -> Callable[..., None]:
-    """Checks what the command says of a model section and that nothing was written."""
-
-    def check(message: str, **changes: Any) -> None:
-        values: dict[str, Any] = {
-            "encoder": {"name": "clip", "path": str(folders["clip"])},
-            "connector": {"name": "mlp"},
-            "language_model": {"path": str(folders["llama"])},
-            **changes,
-        }
-        file, output = tmp_path / "r.yaml", tmp_path / "out" / "start"
-        model = {key: value for key, value in values.items() if value is not None}
-        file.write_text(json.dumps({"model": model}))
-        error = RUNNER.invoke(cli.app, ["assemble", str(file), "--output", str(output)]).exception
-        assert isinstance(error, ValueError)
-        assert message in str(error)
-        assert "\n" not in str(error)
-        assert not output.exists()
-
-    return check
-
-
-def change(file: Path, **values: Any) -> None:
-    """Change or, by None, remove keys of a JSON file."""
-    both = {**json.loads(file.read_text()), **values}
-    file.write_text(json.dumps({key: value for key, value in both.items() if value is not None}))
-
-
-def language(folder: Path) -> dict[str, Any]:
-    return {"language_model": {"path": str(folder)}}
-
-
-def encoder(folder: Path, name: str = "clip") -> dict[str, Any]:
-    return {"encoder": {"name": name, "path": str(folder)}}
 
 
 def test_the_wrong_folder(
@@ -104,9 +52,9 @@ def test_unknown_parts(folders: dict[str, Path], refused: Callable[..., None]) -
 
 LANGUAGE: dict[str, tuple[dict[str, Any], str]] = {
     "narrower": ({"hidden_size": 64}, "20 weights of the language model have another shape than"),
-    "words": ({"vocab_size": 280}, "another shape than config.json says, model.embed_tokens"),
+    "words": ({"vocab_size": 280}, "has ids up to 299, the embedding has 280 rows (20 words"),
     "layers": ({"num_hidden_layers": 3}, "9 weights are missing, model.layers.2"),
-    "heads": ({"num_attention_heads": 5}, "not a multiple of the number of attention heads (5);"),
+    "heads": ({"num_attention_heads": 5}, "5, which is not a multiple of num_key_value_heads (2);"),
     "type": ({"hidden_size": "many"}, "config.json makes no sense: Field 'hidden_size' expected"),
     "kind": ({"model_type": "lama"}, "transformers does not know the model type 'lama'"),
     "no kind": ({"model_type": None}, "Should have a `model_type` key in its config.json"),
@@ -137,9 +85,9 @@ def test_a_language_model_whose_files_are_damaged(copy: Copy, refused: Callable[
     weights = folder / "model.safetensors"
     for size in (-9, 0):
         weights.write_bytes(weights.read_bytes()[:size])
-        refused("a weights file is damaged or cut short", **language(folder))
+        refused("model.safetensors is damaged or cut short", **language(folder))
     weights.unlink()
-    refused("no file named model.safetensors", **language(folder))
+    refused("no file model.safetensors, so there are no weights; copy", **language(folder))
     (folder / "config.json").write_text("{")
     refused("is not a valid JSON file", **language(folder))
 
@@ -154,7 +102,9 @@ def test_an_encoder_and_its_preprocessor(copy: Copy, refused: Callable[..., None
     refused("which says how images are prepared; copy it from the", **encoder(folder))
     file.write_text(text)
     change(folder / "config.json", num_attention_heads=3)
-    refused("not a multiple of the number of attention heads (3);", **encoder(folder))
+    refused(
+        "hidden_size 16, which is not a multiple of num_attention_heads (3);", **encoder(folder)
+    )
     change(folder / "config.json", num_attention_heads=2, hidden_size=32)
     refused("weights of the encoder have another shape than config.json", **encoder(folder))
 

@@ -280,3 +280,10 @@ def test_a_pair_takes_it_only_with_places(folder: Path, folders: dict[str, Path]
         assemble(parts)
     section["class_cell"] = False  # type: ignore[assignment]
     assert assemble(parts)[0].encoder.grid(32, 32) == (4, 4)
+
+
+def test_an_instructblip_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "instructblip"}))
+    with pytest.raises(ValueError, match=r"vocabulary of its own.*text: true") as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)

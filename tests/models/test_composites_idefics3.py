@@ -138,7 +138,7 @@ def test_cells_that_share_a_position(composites: dict[str, Path]) -> None:
         ("preprocessor_config.json", {"size": {"longest_edge": 5000}}, "no further than 4096"),
         ("preprocessor_config.json", {"size": 96}, "no longest_edge"),
         ("preprocessor_config.json", {"max_image_size": {"longest_edge": 64}}, "the encoder takes"),
-        ("preprocessor_config.json", {"size": {"longest_edge": 224}}, "more than 6 tiles"),
+        ("preprocessor_config.json", {"size": {"longest_edge": 224}}, "and 6 of them, 192"),
         (
             "config.json",
             {"text_config": {"num_hidden_layers": 3}},

@@ -28,7 +28,7 @@ from tests.models.composite_folders import change_json
 from tests.models.conftest import chat
 from tests.models.qwen_folders import save_qwen_vl
 
-NAMES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+NAMES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
 @pytest.fixture(scope="module")

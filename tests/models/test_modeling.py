@@ -127,6 +127,20 @@ def test_a_pack_without_images_runs_the_vision_path(
     assert ran == []
 
 
+def test_hidden_states_are_given_and_attentions_refused(build: Callable[..., Any]) -> None:
+    model, _ = build()
+    ids = torch.arange(5, 12)[None]
+    assert model(input_ids=ids).hidden_states is None
+    states = model(input_ids=ids, output_hidden_states=True).hidden_states
+    last = model.hidden_states(ids)
+    assert len(states) == 3
+    torch.testing.assert_close(states[-1], last)
+    model.config.output_hidden_states = True
+    assert len(model(input_ids=ids).hidden_states) == 3
+    with pytest.raises(ValueError, match="output_attentions: attention keeps no weights here"):
+        model(input_ids=ids, output_attentions=True)
+
+
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_a_frozen_encoder_builds_no_graph_and_does_not_move(
     build: Callable[..., Any], encoder: str
@@ -399,7 +413,9 @@ def test_damaged_folders_give_one_line(build: Callable[..., Any], tmp_path: Path
     assert "\n" not in str(refused.value)
 
     weights.unlink()
-    with pytest.raises(ValueError, match="cannot load model from") as refused:
+    with pytest.raises(
+        ValueError, match="no file model.safetensors, so there are no weights"
+    ) as refused:
         load(saved)
     assert "\n" not in str(refused.value)
 

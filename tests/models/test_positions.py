@@ -144,7 +144,7 @@ def test_views_that_do_not_stand_whole_are_text() -> None:
 
 def test_which_language_models_have_them() -> None:
     spatial = {name for name, config in FAMILIES.items() if is_spatial(config)}
-    assert spatial == {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
+    assert spatial == {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"}
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
     assert is_spatial(llama_config(rope_parameters=rope))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -11,11 +12,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mllm import cli
-from mllm.parts import REGISTRIES
+from mllm.parts import REGISTRIES, WHOLE_MODELS
 from mllm.parts.language_models import REFUSED, TESTED
-from mllm.parts.listing import in_full, overview
+from mllm.parts.listing import PACKAGE, in_full, overview
 
 RUNNER = CliRunner()
+WORDS = {"DeepStack"}
+"""Names of classes that are a paper's too."""
 
 
 def printed(what: object) -> str:
@@ -28,7 +31,7 @@ def printed(what: object) -> str:
 def test_everything_is_listed_in_80_columns() -> None:
     text = printed(overview())
     assert max(map(len, text.splitlines())) <= 80
-    for registry in REGISTRIES:
+    for registry in (*REGISTRIES, WHOLE_MODELS):
         for name, part in registry.parts.items():
             assert f"{name} " in text
             assert part.summary in text
@@ -51,13 +54,51 @@ def test_one_part_in_full() -> None:
 
 def test_language_models_by_any_spelling() -> None:
     for name in ("gpt_neox", "GPT-NeoX", "gptneox"):
-        assert printed(in_full(name)).startswith("  GPT-NeoX: nothing")
-    assert "Mamba: refused, a state over the tokens before" in printed(in_full("mamba"))
+        text = printed(in_full(name))
+        assert text.startswith("GPT-NeoX  language models\ntested; beside causal attention")
+    assert "refused, it has a state over the tokens before: it goes" in printed(in_full("mamba"))
     assert printed(in_full("mixtral")).count("Mixtral") == 2
 
 
+SPELT = {
+    "Qwen2-VL": ("qwen2_vl  encoders", "qwen2_vl  published models", "Qwen2-VL (text)  language"),
+    "qwen2.5vl": ("qwen2_5_vl  encoders", "qwen2_5_vl  published models"),
+    "Gemma3": ("gemma3  connectors", "gemma3  published models", "Gemma3 (text)  language models"),
+    "SigLIP-2": ("siglip  encoders", "siglip2_naflex  encoders"),
+    "BLIP2": ("blip2  encoders", "q_former  connectors", "blip2  published models"),
+    "llava-1.5": ("llava  published models", "from: weights/llava-1.5-7b-hf"),
+    "qformer": ("q_former  connectors",),
+}
+
+
+@pytest.mark.parametrize("name", SPELT)
+def test_everything_of_a_name_is_found_however_it_is_spelt(name: str) -> None:
+    text = printed(in_full(name))
+    assert all(title in text for title in SPELT[name])
+    result = RUNNER.invoke(cli.app, ["models", name, "--json"])
+    found = [kind for kind, parts in json.loads(result.stdout).items() if parts]
+    assert len(found) > 1  # language models are always there
+
+
+def test_nothing_of_the_code_is_printed() -> None:
+    sources = "".join(module.read_text() for module in PACKAGE.rglob("*.py"))
+    own = set(re.findall(r"^class (\w+[a-z][A-Z]\w*)", sources, re.MULTILINE)) - WORDS
+    for registry in (*REGISTRIES, WHOLE_MODELS):
+        for name in registry.parts:
+            text = printed(in_full(name))
+            assert not own & set(re.findall(r"\w+", text)), name
+            for word in ("Legend:", "Shapes:", "Spec:", "see below", "`_", "self."):
+                assert word not in text, name
+
+
+def test_the_published_models_are_those_that_are_read_and_written() -> None:
+    from mllm.models.composites import COMPOSITES
+
+    assert set(WHOLE_MODELS.parts) == {one.name for one in COMPOSITES.values()}
+
+
 def test_an_unknown_name_suggests_the_nearest() -> None:
-    for name, near in (("qformer", "q_former"), ("siglp", "siglip"), ("Gema", "Gemma")):
+    for name, near in (("qforme", "q_former"), ("siglp", "siglip"), ("Gema", "Gemma")):
         with pytest.raises(ValueError, match=f"there is no part '{name}'; did you mean '{near}'"):
             in_full(name)
 
@@ -65,7 +106,10 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
 def test_scripts_read_json() -> None:
     result = RUNNER.invoke(cli.app, ["models", "--json"])
     values = json.loads(result.stdout)
-    assert set(values) == {*(each.title for each in REGISTRIES), "language models"}
+    assert set(values) == {
+        *(each.title for each in (*REGISTRIES, WHOLE_MODELS)),
+        "language models",
+    }
     depth = values["connectors"]["resampler"]["options"]["depth"]
     assert depth["default"] == 3
     assert not depth["required"]

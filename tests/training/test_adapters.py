@@ -179,6 +179,17 @@ def test_four_bits_are_counted_as_the_weights_they_are(home: Path) -> None:
     assert all("nf4" in kind for kind in kinds)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_without_weights_is_counted_too(home: Path, kind: str) -> None:
+    section = ModelSection.model_validate(tiny.recipe(home, home)["model"])
+    model, _ = assemble(section, weights=False)
+    groups.freeze(model, everywhere(kind))
+    lora.adapt(model, everywhere(kind), seed=1)
+    made = make(home, everywhere(kind))[0].model
+    columns = ([list(c.cells) for c in parameter_table(m).columns] for m in (model, made))
+    assert next(columns) == next(columns)
+
+
 def test_a_layer_learns_as_its_longest_key_says(home: Path, tmp_path: Path) -> None:
     train = {
         "language_model": adapted("lora"),

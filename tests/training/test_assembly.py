@@ -18,8 +18,10 @@ from typer.testing import CliRunner
 from mllm import cli
 from mllm.inference.generate import Generator
 from mllm.models.assemble import assemble as build
-from mllm.recipe import load_parts
+from mllm.recipe import load, load_parts
 from mllm.training import assembly
+from mllm.training.export import weights_id
+from mllm.training.sources import parent_id
 from tests.training import tiny
 
 RUNNER = CliRunner()
@@ -223,3 +225,15 @@ def test_mistakes_are_refused_before_anything_is_built(
     assert message in str(refused)
     refused = RUNNER.invoke(cli.app, ["assemble", str(tmp_path)]).exception
     assert "is a folder of stages" in str(refused)
+
+
+def test_a_run_knows_which_assembled_model_it_began_from(home: Path, tmp_path: Path) -> None:
+    ids = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        output = tmp_path / str(seed)
+        said(write(tmp_path, model=section(home)), output)
+        values = {**tiny.recipe(home, tmp_path / "run"), "model": {"from": str(output)}}
+        ids.append(parent_id(load(tiny.write_recipe(tmp_path / "stage.yaml", values))))
+        assert ids[-1] == weights_id(output)
+    assert ids[0] != ids[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from mllm import cli
 from mllm.training.forecast import forecast
+from tests.models.llava_folders import save_llava_siglip
 from tests.training import tiny
 
 RUNNER = CliRunner()
@@ -44,6 +46,27 @@ def test_a_folder_is_forecast_before_its_first_stage_has_run(home: Path, tmp_pat
     )
     assert f"{adapters:,}" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_no_weights_are_read(home: Path, tmp_path: Path) -> None:
+    """Neither of parts nor of a class of transformers: the files are no safetensors here."""
+    values = tiny.recipe(home, tmp_path / "out")
+    composite = save_llava_siglip(tmp_path / "llava")
+    parts = {
+        name: Path(shutil.copytree(section["path"], tmp_path / name))
+        for name, section in values["model"].items()
+        if "path" in section
+    }
+    for folder in (composite, *parts.values()):
+        for file in folder.glob("*.safetensors"):
+            file.write_bytes(b"")
+    for name, folder in parts.items():
+        values["model"][name]["path"] = str(folder)
+    for model in (values["model"], {"from": str(composite)}):
+        file = tiny.write_recipe(tmp_path / "r.yaml", {**values, "model": model})
+        console = Console(record=True, width=160, force_terminal=False)
+        assert forecast(file, [], console) == 0
+        assert "packing efficiency" in console.export_text()
 
 
 def test_documents_that_do_not_fit_are_named(home: Path, tmp_path: Path) -> None:

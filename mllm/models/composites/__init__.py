@@ -8,7 +8,7 @@ from mllm.models.composites.gemma3 import GEMMA3
 from mllm.models.composites.idefics3 import IDEFICS3, SMOLVLM
 from mllm.models.composites.internvl import INTERNVL
 from mllm.models.composites.llava import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION
-from mllm.models.composites.qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
+from mllm.models.composites.qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE
 
 COMPOSITES: dict[str, Composite] = {
     "blip-2": BLIP2,
@@ -21,7 +21,16 @@ COMPOSITES: dict[str, Composite] = {
     "qwen2_5_vl": QWEN2_5_VL,
     "qwen2_vl": QWEN2_VL,
     "qwen3_vl": QWEN3_VL,
+    "qwen3_vl_moe": QWEN3_VL_MOE,
     "smolvlm": SMOLVLM,
 }
 
-__all__ = ["COMPOSITES", "Composite"]
+_INSTRUCT = (
+    "its Q-Former reads the question with a vocabulary of its own, which is not supported: begin "
+    "from a BLIP-2, or from parts with the connector {name: q_former, text: true}, which reads the "
+    "question as the language model does"
+)
+UNREADABLE: dict[str, str] = {"instructblip": _INSTRUCT, "instructblipvideo": _INSTRUCT}
+"""`model_type` of whole models that cannot be read → why, and what to do."""
+
+__all__ = ["COMPOSITES", "UNREADABLE", "Composite"]

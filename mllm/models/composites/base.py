@@ -5,17 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
 
-Read = Callable[[str | Path, torch.dtype | str], tuple[MultimodalModel, Processor]]
-"""(their folder or hub id, dtype or "auto") -> our model in eval mode and its processor.
 
-ValueError: something in it that cannot be built here.
-"""
+class Read(Protocol):
+    """From a class's folder to our model."""
+
+    def __call__(
+        self, path: str | Path, dtype: torch.dtype | str, weights: bool = True
+    ) -> tuple[MultimodalModel, Processor]:
+        """Return our model in eval mode and its processor.
+
+        Args:
+            path: their folder or hub id.
+            dtype: of all weights; "auto" keeps the saved one.
+            weights: False reads none and builds on the meta device.
+
+        Raises:
+            ValueError: something in it that cannot be built here.
+        """
+        ...
+
 
 Write = Callable[[MultimodalModel, Processor, Path], None]
 """(model, processor, folder to write) -> nothing; plain transformers loads the folder.

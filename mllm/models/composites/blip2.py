@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2Processor,
@@ -23,6 +22,8 @@ from transformers import (
     LlavaProcessor,
 )
 
+from mllm.models.checks import read_config
+from mllm.models.composites import writing
 from mllm.models.composites.base import Composite
 from mllm.models.composites.folder import (
     Names,
@@ -39,7 +40,6 @@ from mllm.models.config import MultimodalConfig
 from mllm.models.connectors.q_former import NAMES, QFormer
 from mllm.models.encoders.blip2 import Blip2Encoder
 from mllm.models.encoders.preprocessor import read_file
-from mllm.models.errors import loading
 from mllm.models.geometry import ImageGeometry
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
@@ -53,10 +53,11 @@ _NAMES: Names = (
 )
 
 
-def read(path: str | Path, dtype: torch.dtype | str) -> tuple[MultimodalModel, Processor]:
+def read(
+    path: str | Path, dtype: torch.dtype | str, weights: bool = True
+) -> tuple[MultimodalModel, Processor]:
     """From its folder to our model."""
-    with loading("model", path):
-        config: Any = AutoConfig.from_pretrained(path)
+    config: Any = read_config("model", path)
     text = copy.deepcopy(config.text_config)
     if text.is_encoder_decoder:
         raise ValueError(
@@ -86,8 +87,8 @@ def read(path: str | Path, dtype: torch.dtype | str) -> tuple[MultimodalModel, P
         image_token_id=config.image_token_id,
         origin=BLIP2.name,
     )
-    weights, generation = read_weights(path, Blip2ForConditionalGeneration, dtype)
-    return build(ours, processor, weights, _NAMES, generation), processor
+    saved = read_weights(path, Blip2ForConditionalGeneration, dtype, weights)
+    return build(ours, processor, saved, _NAMES), processor
 
 
 def _image_first(path: str | Path) -> bool:
@@ -99,6 +100,7 @@ def write(model: MultimodalModel, processor: Processor, folder: Path) -> None:
     """From our model to its folder."""
     ours = model.config
     _check(ours)
+    writing.check_positions_and_width(model, BLIP2.name)
     connector, spec = ours.connector, ours.encoder
     queries = QFormer.number(connector, "visual_tokens")
     text = text_config(model)

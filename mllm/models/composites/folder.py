@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from mllm.models.checks import read_config
 from mllm.models.config import MultimodalConfig
 from mllm.models.errors import loading
 from mllm.models.families import LogitsRule, blueprint, check_config, check_model, logits_rule
@@ -25,6 +28,7 @@ from mllm.models.modeling import MultimodalModel
 from mllm.models.probe import probe
 from mllm.models.processor import Processor
 from mllm.models.tiles import special_tokens
+from mllm.models.weight_files import check_all_used, check_weight_files
 
 Names = Sequence[tuple[str, str]]
 
@@ -32,14 +36,54 @@ _NORMS = (".post_layernorm.weight", ".post_layernorm.bias")
 """What a class builds after the last layer of an encoder, and reads nothing from."""
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a class's folder holds.
+
+    Attributes:
+        weights: by their names; on the meta device where they were not read.
+        tied: whether the output layer is the embedding, whatever a configuration says.
+        generation: their settings of generation.
+    """
+
+    weights: dict[str, Tensor]
+    tied: bool
+    generation: GenerationConfig | None
+
+    @classmethod
+    def of(cls, model: Any) -> Saved:
+        """Take a model of the class apart."""
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        return cls(model.state_dict(), head.weight is embedding.weight, model.generation_config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(iter(self.weights.values())).dtype
+
+    @property
+    def blank(self) -> bool:
+        """Whether there are no numbers in the weights."""
+        return any(tensor.is_meta for tensor in self.weights.values())
+
+
 def read_weights(
-    path: str | Path, kind: type[PreTrainedModel], dtype: torch.dtype | str
-) -> tuple[dict[str, Tensor], GenerationConfig | None]:
-    """Load a class's folder (or hub id): its weights by their names, its generation settings.
+    path: str | Path, kind: type[PreTrainedModel], dtype: torch.dtype | str, weights: bool = True
+) -> Saved:
+    """Load a class's folder (or hub id).
+
+    Args:
+        path: the folder.
+        kind: the class.
+        dtype: of the weights; "auto" keeps the saved one.
+        weights: False opens no file of weights and goes by config.json.
 
     Raises:
         ValueError: files that are missing or damaged, weights that are missing or of another shape.
     """
+    if not weights:
+        return Saved.of(_described(path, kind, dtype))
+    check_weight_files(path, "model")
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -60,7 +104,26 @@ def read_weights(
                 f"{path}: {len(names)} weights of {kind.__name__} are "
                 f"{problem.removesuffix('_keys')}, {names[0]} first"
             )
-    return model.state_dict(), model.generation_config
+    check_all_used(report["unexpected_keys"], model, path, kind.__name__)
+    return Saved.of(model)
+
+
+def _described(
+    path: str | Path, kind: type[PreTrainedModel], dtype: torch.dtype | str
+) -> PreTrainedModel:
+    """Build a class's model on the meta device, as its config.json says."""
+    config: Any = read_config("model", path)
+    with loading("model", path), torch.device("meta"):
+        model: Any = kind(config)
+    nn.Module.to(model, dtype=next(filter(_is_dtype, (dtype, config.dtype)), torch.float32))
+    with suppress(OSError):  # not every folder has one: the class goes by config.json then
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    result: PreTrainedModel = model
+    return result
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, torch.dtype)
 
 
 def check_language(text: PreTrainedConfig, path: str | Path) -> None:
@@ -79,39 +142,50 @@ def check_language(text: PreTrainedConfig, path: str | Path) -> None:
 def build(
     config: MultimodalConfig,
     processor: Processor,
-    weights: Mapping[str, Tensor],
+    saved: Saved,
     names: Names,
-    generation: GenerationConfig | None,
 ) -> MultimodalModel:
     """Build our model with weights under their names; those that it has no place for are left out.
+
+    Weights that were not read leave the model on the meta device.
 
     Args:
         config: of our model.
         processor: its tokenizer ends turns.
-        weights: under their names.
+        saved: weights under their names, and their settings of generation.
         names: the table.
-        generation: their settings of generation.
 
     Raises:
         ValueError: weights that are missing, or a language model that cannot be packed.
     """
-    with torch.device("meta"):
-        wanted = MultimodalModel(copy.deepcopy(config)).state_dict().keys()
-    renamed = _renamed(weights, [(their, our) for our, their in names])
-    kept = {name: tensor for name, tensor in renamed.items() if name in wanted}
-    dtype = next(iter(kept.values())).dtype
-    config.dtype = dtype
-    model: MultimodalModel = MultimodalModel.from_pretrained(
-        None, config=config, state_dict=kept, dtype=dtype
-    )
+    config.dtype = saved.dtype
+    model = _blank(config, saved) if saved.blank else _filled(config, saved, names)
     language_model: Any = model.language_model
-    probe(language_model)
-    language_model.generation_config = generation or language_model.generation_config
+    language_model.generation_config = saved.generation or language_model.generation_config
     embedding: Any = model.get_input_embeddings()
     never = _around_images(processor)
     never |= {*range(len(processor.tokenizer), embedding.num_embeddings)}
-    model.generation_config = generation_config(language_model, processor.tokenizer, sorted(never))
+    model.generation_config = generation_config(language_model, processor.template, sorted(never))
     model.eval()
+    return model
+
+
+def _blank(config: MultimodalConfig, saved: Saved) -> MultimodalModel:
+    with torch.device("meta"):
+        model = MultimodalModel(config)
+    nn.Module.to(model, dtype=saved.dtype)
+    return model
+
+
+def _filled(config: MultimodalConfig, saved: Saved, names: Names) -> MultimodalModel:
+    with torch.device("meta"):
+        wanted = MultimodalModel(copy.deepcopy(config)).state_dict().keys()
+    renamed = _renamed(saved.weights, [(their, our) for our, their in names])
+    kept = {name: tensor for name, tensor in renamed.items() if name in wanted}
+    model: MultimodalModel = MultimodalModel.from_pretrained(
+        None, config=config, state_dict=kept, dtype=saved.dtype
+    )
+    probe(model.language_model)
     return model
 
 
@@ -162,10 +236,20 @@ def save(
             )
     if extra := sorted(weights.keys() - theirs.state_dict().keys()):
         raise ValueError(f"{kind.__name__} has no place for {len(extra)} weights, {extra[0]} first")
-    theirs.load_state_dict(weights, assign=True)
+    theirs.load_state_dict(_apart(weights), assign=True)
     theirs.tie_weights()
     theirs.generation_config = copy.deepcopy(model.generation_config)
     theirs.save_pretrained(folder, save_original_format=False)
+
+
+def _apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy what two names share: a class that does not tie them would write one of the two."""
+    result: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in weights.items():
+        result[name] = tensor.clone() if tensor.data_ptr() in places else tensor
+        places.add(tensor.data_ptr())
+    return result
 
 
 def body_and_head(
@@ -193,6 +277,21 @@ def body_and_head(
     ]
 
 
+def one_layer(layer: int | Sequence[int], path: str | Path) -> int:
+    """Return the layer that a `vision_feature_layer` names; a list may name one too.
+
+    Raises:
+        ValueError: it names several.
+    """
+    layers = [layer] if isinstance(layer, int) else list(layer)
+    if len(layers) != 1:
+        raise ValueError(
+            f"{path}: vision_feature_layer {layer}: features of several layers side by side cannot "
+            "be read"
+        )
+    return layers[0]
+
+
 def check_in_sequence(config: MultimodalConfig, name: str) -> None:
     """Refuse a fusion that reaches into the layers of the language model.
 
@@ -208,11 +307,6 @@ def check_in_sequence(config: MultimodalConfig, name: str) -> None:
             f"{name}: visual tokens stand in its sequence and nowhere else, this model's fusion is "
             f"{config.fusion['name']}"
         )
-
-
-def tied(weights: Mapping[str, Tensor], embedding: str, head: str = "lm_head.weight") -> bool:
-    """Return whether the output layer is the embedding, whatever a configuration says."""
-    return weights[head].data_ptr() == weights[embedding].data_ptr()
 
 
 def text_config(model: MultimodalModel) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
+from mllm.models.checks import read_config
 from mllm.models.composites import writing
 from mllm.models.composites.base import Composite
 from mllm.models.composites.folder import (
@@ -26,13 +27,11 @@ from mllm.models.composites.folder import (
     check_language,
     read_weights,
     save,
-    tied,
 )
 from mllm.models.composites.text import check_token, named_token, read_tokenizer
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors.gemma3 import Gemma3Projector
 from mllm.models.encoders.siglip import SiglipEncoder
-from mllm.models.errors import loading
 from mllm.models.families import LogitsRule, logits_rule
 from mllm.models.geometry import ImageGeometry
 from mllm.models.modeling import MultimodalModel
@@ -40,15 +39,15 @@ from mllm.models.processor import Processor
 from mllm.models.template import ImageText
 from mllm.parts.option import chosen
 
-_EMBEDDING = "model.language_model.embed_tokens.weight"
 _OURS, _THEIRS = "connector.second.weight", "model.multi_modal_projector.mm_input_projection_weight"
 """The matrix: ours as `nn.Linear` has it, theirs the other way round."""
 
 
-def read(path: str | Path, dtype: torch.dtype | str) -> tuple[MultimodalModel, Processor]:
+def read(
+    path: str | Path, dtype: torch.dtype | str, weights: bool = True
+) -> tuple[MultimodalModel, Processor]:
     """From its folder to our model."""
-    with loading("model", path):
-        config: Any = AutoConfig.from_pretrained(path)
+    config: Any = read_config("model", path)
     text = copy.deepcopy(config.text_config)
     check_language(text, path)
     if logits_rule(text) != LogitsRule():
@@ -68,8 +67,8 @@ def read(path: str | Path, dtype: torch.dtype | str) -> tuple[MultimodalModel, P
     geometry = ImageGeometry.from_dict(spec["geometry"])
     image_text = ImageText(start, f"\n\n{start}{token}{end}\n\n")
     processor = Processor(tokenizer, geometry, connector, token, {}, image_text)
-    weights, generation = read_weights(path, Gemma3ForConditionalGeneration, dtype)
-    text.tie_word_embeddings = tied(weights, _EMBEDDING)
+    saved = read_weights(path, Gemma3ForConditionalGeneration, dtype, weights)
+    text.tie_word_embeddings = saved.tied
     ours = MultimodalConfig(
         encoder={"name": "siglip", **spec},
         connector=connector,
@@ -79,8 +78,8 @@ def read(path: str | Path, dtype: torch.dtype | str) -> tuple[MultimodalModel, P
         origin=GEMMA3.name,
         bidirectional_images=True,
     )
-    weights[_OURS] = weights.pop(_THEIRS).T.contiguous()
-    return build(ours, processor, weights, _names(text), generation), processor
+    saved.weights[_OURS] = saved.weights.pop(_THEIRS).T.contiguous()
+    return build(ours, processor, saved, _names(text)), processor
 
 
 def write(model: MultimodalModel, processor: Processor, folder: Path) -> None:

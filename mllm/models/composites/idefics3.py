@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3VisionConfig,
@@ -27,6 +26,7 @@ from transformers import (
 )
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
+from mllm.models.checks import read_config
 from mllm.models.composites import writing
 from mllm.models.composites.base import Composite
 from mllm.models.composites.folder import (
@@ -36,14 +36,12 @@ from mllm.models.composites.folder import (
     check_language,
     read_weights,
     save,
-    tied,
 )
 from mllm.models.composites.text import check_token, read_tokenizer
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors.pixel_shuffle import PixelShuffle
 from mllm.models.encoders.idefics3 import Idefics3Encoder, shares_positions
 from mllm.models.encoders.preprocessor import read_preprocessor
-from mllm.models.errors import loading
 from mllm.models.geometry import ImageGeometry
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import IMAGE_TOKEN, Processor
@@ -74,11 +72,10 @@ class _Kind:
 
 
 def _read(
-    kind: _Kind, path: str | Path, dtype: torch.dtype | str
+    kind: _Kind, path: str | Path, dtype: torch.dtype | str, weights: bool = True
 ) -> tuple[MultimodalModel, Processor]:
     """From its folder to our model."""
-    with loading("model", path):
-        config: Any = AutoConfig.from_pretrained(path)
+    config: Any = read_config("model", path)
     text = copy.deepcopy(config.text_config)
     check_language(text, path)
     spec = Idefics3Encoder.spec_from_folder(path)
@@ -88,8 +85,8 @@ def _read(
     connector = {"name": "pixel_shuffle", "factor": config.scale_factor, "layers": 1, "bias": False}
     geometry = ImageGeometry.from_dict(spec["geometry"])
     processor = Processor(tokenizer, geometry, connector, token, images)
-    weights, generation = read_weights(path, kind.model, dtype)
-    text.tie_word_embeddings = tied(weights, f"{_BODY}embed_tokens.weight")
+    saved = read_weights(path, kind.model, dtype, weights)
+    text.tie_word_embeddings = saved.tied
     ours = MultimodalConfig(
         encoder={"name": "idefics3", **spec},
         connector=connector,
@@ -99,7 +96,7 @@ def _read(
         image_token_id=config.image_token_id,
         origin=kind.name,
     )
-    return build(ours, processor, weights, _names(kind, text), generation), processor
+    return build(ours, processor, saved, _names(kind, text)), processor
 
 
 def _write(kind: _Kind, model: MultimodalModel, processor: Processor, folder: Path) -> None:

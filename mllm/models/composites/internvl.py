@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, InternVLConfig, InternVLForConditionalGeneration
+from transformers import InternVLConfig, InternVLForConditionalGeneration
 
+from mllm.models.checks import read_config
 from mllm.models.composites import writing
 from mllm.models.composites.base import Composite
 from mllm.models.composites.folder import (
@@ -22,28 +23,26 @@ from mllm.models.composites.folder import (
     body_and_head,
     build,
     check_language,
+    one_layer,
     read_weights,
     save,
-    tied,
 )
 from mllm.models.composites.text import check_token, named_token, read_tokenizer
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors.pixel_shuffle import PixelShuffle
 from mllm.models.encoders.internvl import InternVlEncoder
 from mllm.models.encoders.preprocessor import read_preprocessor
-from mllm.models.errors import loading
 from mllm.models.geometry import ImageGeometry
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
 from mllm.models.template import ImageText
 
-_EMBEDDING = "model.language_model.embed_tokens.weight"
 
-
-def read(path: str | Path, dtype: torch.dtype | str) -> tuple[MultimodalModel, Processor]:
+def read(
+    path: str | Path, dtype: torch.dtype | str, weights: bool = True
+) -> tuple[MultimodalModel, Processor]:
     """From its folder to our model."""
-    with loading("model", path):
-        config: Any = AutoConfig.from_pretrained(path)
+    config: Any = read_config("model", path)
     layer, factor = _settings(config, path)
     text = copy.deepcopy(config.text_config)
     check_language(text, path)
@@ -61,8 +60,8 @@ def read(path: str | Path, dtype: torch.dtype | str) -> tuple[MultimodalModel, P
     geometry = ImageGeometry.from_dict(spec["geometry"])
     image_text = ImageText(token, f"{start}{token}{end}")
     processor = Processor(tokenizer, geometry, connector, token, images, image_text)
-    weights, generation = read_weights(path, InternVLForConditionalGeneration, dtype)
-    text.tie_word_embeddings = tied(weights, _EMBEDDING)
+    saved = read_weights(path, InternVLForConditionalGeneration, dtype, weights)
+    text.tie_word_embeddings = saved.tied
     ours = MultimodalConfig(
         encoder={"name": "internvl", **spec},
         connector=connector,
@@ -72,7 +71,7 @@ def read(path: str | Path, dtype: torch.dtype | str) -> tuple[MultimodalModel, P
         image_token_id=config.image_token_id,
         origin=INTERNVL.name,
     )
-    return build(ours, processor, weights, _names(text), generation), processor
+    return build(ours, processor, saved, _names(text)), processor
 
 
 def write(model: MultimodalModel, processor: Processor, folder: Path) -> None:
@@ -128,9 +127,7 @@ def _settings(config: Any, path: str | Path) -> tuple[int, int]:
     Raises:
         ValueError: a setting that cannot be built here.
     """
-    layer, ratio = config.vision_feature_layer, config.downsample_ratio
-    if not isinstance(layer, int):
-        raise ValueError(f"{path}: vision_feature_layer {layer}: features of one layer are needed")
+    layer, ratio = one_layer(config.vision_feature_layer, path), config.downsample_ratio
     if layer >= 0:
         layer -= config.vision_config.num_hidden_layers + 1
     if config.vision_feature_select_strategy != "default":
@@ -180,7 +177,7 @@ def _check(model: MultimodalModel) -> None:
 
 def _vision_config(model: MultimodalModel) -> dict[str, Any]:
     """Return the tower's configuration; a tower that was cut has no norm at its end."""
-    values = writing.vision_values(model)
+    values = {**writing.vision_values(model), "use_mask_token": False}  # nothing reads it
     return {**values, "use_mean_pooling": True} if model.encoder.spec["layer"] != -1 else values
 
 

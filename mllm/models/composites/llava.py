@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -22,7 +21,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     CLIPImageProcessorPil,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -37,6 +35,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from mllm.models.checks import read_config
+from mllm.models.composites import writing
 from mllm.models.composites.base import Composite
 from mllm.models.composites.folder import (
     Names,
@@ -44,9 +44,9 @@ from mllm.models.composites.folder import (
     build,
     check_in_sequence,
     check_language,
+    one_layer,
     read_weights,
     save,
-    text_config,
 )
 from mllm.models.composites.images import image_processor, tiling
 from mllm.models.composites.text import read_tokenizer, written_tokenizer
@@ -54,7 +54,6 @@ from mllm.models.config import MultimodalConfig
 from mllm.models.encoders import ENCODERS
 from mllm.models.encoders.preprocessor import read_preprocessor
 from mllm.models.encoders.vit import VisionTransformer
-from mllm.models.errors import loading
 from mllm.models.geometry import ImageGeometry, Size
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
@@ -81,20 +80,22 @@ class _Kind:
     scales: bool = False
 
 
-def _read(kind: _Kind, path: str | Path, dtype: torch.dtype | str) -> Any:
+def _read(
+    kind: _Kind, path: str | Path, dtype: torch.dtype | str, weights: bool = True
+) -> tuple[MultimodalModel, Processor]:
     """From its folder to our model."""
-    with loading("model", path):
-        config: Any = AutoConfig.from_pretrained(path)
+    config: Any = read_config("model", path)
     family, spec = _tower(config, path)
     geometry = ImageGeometry.from_dict(spec["geometry"])
     images = _tiling(kind, config, geometry, path) if kind.tiles else {}
     text = copy.deepcopy(config.text_config)
-    text.tie_word_embeddings = config.tie_word_embeddings
     check_language(text, path)
     names = _names(text, kind)
     tokenizer, token = read_tokenizer(path, config.image_token_index)
     connector = {"name": "mlp", "norm": False, "bias": config.multimodal_projector_bias}
     processor = Processor(tokenizer, geometry, connector, token, images)
+    saved = read_weights(path, kind.model, dtype, weights)
+    text.tie_word_embeddings = saved.tied
     ours = MultimodalConfig(
         encoder={"name": family, **spec},
         connector=connector,
@@ -104,23 +105,18 @@ def _read(kind: _Kind, path: str | Path, dtype: torch.dtype | str) -> Any:
         image_token_id=config.image_token_index,
         origin=kind.name,
     )
-    weights, generation = read_weights(path, kind.model, dtype)
-    return build(ours, processor, weights, names, generation), processor
+    return build(ours, processor, saved, names), processor
 
 
 def _tower(config: Any, path: str | Path) -> tuple[str, dict[str, Any]]:
     """Our family and the spec of the encoder."""
-    tower, layer = config.vision_config, config.vision_feature_layer
+    tower, layer = config.vision_config, one_layer(config.vision_feature_layer, path)
     if tower.model_type not in _ENCODERS:
         raise ValueError(
             f"{path}: a vision tower of type {tower.model_type!r} cannot be read, only "
             f"{', '.join(_ENCODERS)}"
         )
     family = _ENCODERS[tower.model_type]
-    if not isinstance(layer, int):
-        raise ValueError(
-            f"{path}: features of several layers side by side ({layer}) cannot be read"
-        )
     if config.projector_hidden_act != "gelu":
         raise ValueError(
             f"{path}: a projector with {config.projector_hidden_act} cannot be read, only gelu"
@@ -188,6 +184,7 @@ def _write(kind: _Kind, model: MultimodalModel, processor: Processor, folder: Pa
     """From our model to its folder."""
     ours = model.config
     _check(kind, ours, processor)
+    writing.check_language_model(model, kind.name)
     family, spec = ours.encoder["name"], ours.encoder
     side = spec["geometry"]["image_size"]
     strategy = "default" if _PREFIX_TOKENS[family] else "full"
@@ -196,12 +193,12 @@ def _write(kind: _Kind, model: MultimodalModel, processor: Processor, folder: Pa
     vision["model_type"] = ENCODERS[family].CONFIG.model_type  # type: ignore[attr-defined]
     values: dict[str, Any] = {
         "vision_config": vision,
-        "text_config": text_config(model),
+        "text_config": writing.text_values(model),
         "image_token_index": processor.image_token_id,
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": strategy,
         "multimodal_projector_bias": ours.connector.get("bias") is not False,
-        "tie_word_embeddings": bool(ours.text_config.tie_word_embeddings),
+        "tie_word_embeddings": writing.embedding_is_output(model),
     }
     cells = spec["geometry"]["cells"] ** 2
     if not kind.scales:
@@ -315,8 +312,7 @@ _KINDS = (
 
 
 def _composite(kind: _Kind) -> Composite:
-    read: Callable[..., Any] = partial(_read, kind)
-    return Composite(kind.name, read, partial(_write, kind))
+    return Composite(kind.name, partial(_read, kind), partial(_write, kind))
 
 
 LLAVA, LLAVA_NEXT, LLAVA_ONEVISION = map(_composite, _KINDS)

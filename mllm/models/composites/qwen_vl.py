@@ -4,22 +4,21 @@ Qwen3-VL (arXiv 2511.21631) as transformers holds them.
 A vision transformer of native resolution, a patch merger, a language model whose positions have
 three directions. An image stands in the text as `<|vision_start|>`, its tokens and
 `<|vision_end|>`. In Qwen3-VL inner layers of the vision transformer have mergers of their own,
-whose tokens are added after the first layers of the language model. Videos are separate images
-here.
+whose tokens are added after the first layers of the language model; with a mixture of experts as
+language model the class has another name. Videos are separate images here.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2_5_VLConfig,
@@ -28,8 +27,11 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
+from mllm.models.checks import read_config
 from mllm.models.composites import writing
 from mllm.models.composites.base import Composite
 from mllm.models.composites.folder import (
@@ -39,13 +41,11 @@ from mllm.models.composites.folder import (
     check_language,
     read_weights,
     save,
-    tied,
 )
 from mllm.models.composites.text import read_tokenizer
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors.patch_merger import PatchMerger
 from mllm.models.encoders import ENCODERS
-from mllm.models.errors import loading
 from mllm.models.fusion.deepstack import DeepStack
 from mllm.models.fusion.in_sequence import InSequence
 from mllm.models.geometry import RESAMPLING_NAMES
@@ -56,7 +56,6 @@ from mllm.models.template import ImageText
 
 _IMAGE, _VIDEO = "<|image_pad|>", "<|video_pad|>"
 _START, _END = "<|vision_start|>", "<|vision_end|>"
-_EMBEDDING = "model.language_model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,8 @@ class _Kind:
     """What sets one of the classes apart.
 
     Attributes:
-        name: of the class, and of the encoder here.
+        name: of the class.
+        encoder: of its tower here.
         config, model: theirs.
         processor: name of their processor's class.
         norm: of the merger.
@@ -73,6 +73,7 @@ class _Kind:
     """
 
     name: str
+    encoder: str
     config: type[Any]
     model: type[PreTrainedModel]
     processor: str
@@ -96,6 +97,7 @@ class _Kind:
 _LINEAR = {"norm.": "ln_q.", "first.": "mlp.0.", "second.": "mlp.2."}
 _QWEN2 = _Kind(
     "qwen2_vl",
+    "qwen2_vl",
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     "Qwen2VLProcessor",
@@ -104,6 +106,7 @@ _QWEN2 = _Kind(
     _LINEAR,
 )
 _QWEN2_5 = _Kind(
+    "qwen2_5_vl",
     "qwen2_5_vl",
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -114,6 +117,7 @@ _QWEN2_5 = _Kind(
 )
 _QWEN3 = _Kind(
     "qwen3_vl",
+    "qwen3_vl",
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     "Qwen3VLProcessor",
@@ -121,18 +125,23 @@ _QWEN3 = _Kind(
     "out_hidden_size",
     {"norm.": "norm.", "first.": "linear_fc1.", "second.": "linear_fc2."},
 )
+_QWEN3_MOE = replace(
+    _QWEN3,
+    name="qwen3_vl_moe",
+    config=Qwen3VLMoeConfig,
+    model=Qwen3VLMoeForConditionalGeneration,
+)
 
 
 def _read(
-    kind: _Kind, path: str | Path, dtype: torch.dtype | str
+    kind: _Kind, path: str | Path, dtype: torch.dtype | str, weights: bool = True
 ) -> tuple[MultimodalModel, Processor]:
     """From its folder to our model."""
-    with loading("model", path):
-        config: Any = AutoConfig.from_pretrained(path)
+    config: Any = read_config("model", path)
     text = copy.deepcopy(config.text_config)
     check_language(text, path)
     inner = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
-    spec = ENCODERS[kind.name].spec_from_folder(path, **({"deepstack": True} if inner else {}))
+    spec = ENCODERS[kind.encoder].spec_from_folder(path, **({"deepstack": True} if inner else {}))
     tokenizer, token = read_tokenizer(path, config.image_token_id)
     start, end = (_token(tokenizer, config, name, path) for name in ("start", "end"))
     written = f"{start}{token}{end}"
@@ -148,10 +157,10 @@ def _read(
     processor = Processor(
         tokenizer, geometry, connector, token, image_text=image_text, fusion=fusion
     )
-    weights, generation = read_weights(path, kind.model, dtype)
-    text.tie_word_embeddings = tied(weights, _EMBEDDING)
+    saved = read_weights(path, kind.model, dtype, weights)
+    text.tie_word_embeddings = saved.tied
     ours = MultimodalConfig(
-        encoder={"name": kind.name, **spec},
+        encoder={"name": kind.encoder, **spec},
         connector=connector,
         fusion=fusion,
         text_config=text,
@@ -159,7 +168,7 @@ def _read(
         image_token_id=config.image_token_id,
         origin=kind.name,
     )
-    return build(ours, processor, weights, kind.names(text, inner), generation), processor
+    return build(ours, processor, saved, kind.names(text, inner)), processor
 
 
 def _write(kind: _Kind, model: MultimodalModel, processor: Processor, folder: Path) -> None:
@@ -168,6 +177,7 @@ def _write(kind: _Kind, model: MultimodalModel, processor: Processor, folder: Pa
     tokens = _token_ids(kind, processor)
     text = model.config.text_config
     vision = writing.vision_values(model)
+    del vision["model_type"]  # of the tower's class here; with experts it has another name
     config = kind.config(
         vision_config={**vision, kind.width: text.hidden_size},
         text_config=writing.text_values(model),
@@ -242,7 +252,7 @@ def _check(kind: _Kind, model: MultimodalModel) -> None:
         ValueError: naming the part and the reason.
     """
     name = kind.name
-    writing.check_encoder(model, name, name)
+    writing.check_encoder(model, name, kind.encoder)
     if (layer := model.encoder.spec["layer"]) != -1:
         raise ValueError(f"{name} cannot hold the encoder's layer {layer}: it takes the last")
     spec = writing.check_connector(model, name, "patch_merger")
@@ -284,3 +294,4 @@ def _composite(kind: _Kind) -> Composite:
 QWEN2_VL = _composite(_QWEN2)
 QWEN2_5_VL = _composite(_QWEN2_5)
 QWEN3_VL = _composite(_QWEN3)
+QWEN3_VL_MOE = _composite(_QWEN3_MOE)

@@ -17,8 +17,10 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from mllm.models.chat_template import with_images
+from mllm.models.checks import check_tokenizer
 from mllm.models.errors import loading, read_json
 
+_BEGIN = "{{- bos_token }}"
 _QUESTION: Any = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
 
 
@@ -38,6 +40,7 @@ def read_tokenizer(
     """
     with loading("tokenizer", path):
         tokenizer = AutoTokenizer.from_pretrained(str(path))
+    check_tokenizer(tokenizer, path)
     token: Any = tokenizer.convert_ids_to_tokens(image_id) if image_id < len(tokenizer) else None
     if not token:
         raise ValueError(
@@ -50,7 +53,7 @@ def read_tokenizer(
         tokenizer.chat_template = _older_template(path)
     template: Any = tokenizer.chat_template
     if isinstance(template, str) and _adds_begin(tokenizer) and not _begins(tokenizer):
-        tokenizer.chat_template = "{{- bos_token }}" + template
+        tokenizer.chat_template = _BEGIN + template
     asked = token if asked_id is None else tokenizer.convert_ids_to_tokens(asked_id)
     with_images(tokenizer, str(asked))
     return tokenizer, str(token)
@@ -87,12 +90,21 @@ def named_token(tokenizer: PreTrainedTokenizerBase, name: str, path: str | Path)
 def written_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Return a copy for a processor of transformers: it adds nothing to what the template writes.
 
+    It pads on the left, as `generate` of several rows needs it, with the end token if it has no
+    other.
+
     Raises:
         ValueError: the tokenizer cannot be kept from adding its begin token.
     """
     result = copy.deepcopy(tokenizer)
+    result.padding_side = result.init_kwargs["padding_side"] = "left"
+    if result.pad_token_id is None:
+        result.pad_token = result.eos_token
     template = result.chat_template
-    if not template or not _adds_begin(result) or _begins(result):
+    if not template or not _adds_begin(result):
+        return result
+    if _begins(result):
+        _leave_begin(result)
         return result
     switched: Any = result
     if hasattr(switched, "add_bos_token"):
@@ -110,6 +122,19 @@ def written_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     return result
 
 
+def _leave_begin(tokenizer: Any) -> None:
+    """Leave the begin token to the tokenizer again, where that makes the same ids.
+
+    Who renders a conversation and has the text tokenised in a second call would have two of them.
+    """
+    template, text = tokenizer.chat_template, _rendered(tokenizer)
+    if template.startswith(_BEGIN):
+        tokenizer.chat_template = template.removeprefix(_BEGIN)
+        plain = tokenizer(_rendered(tokenizer)).input_ids
+        if plain != tokenizer(text, add_special_tokens=False).input_ids:
+            tokenizer.chat_template = template
+
+
 def _adds_begin(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer puts its begin token before a text."""
     ids: list[int] = tokenizer("a")["input_ids"]
@@ -118,8 +143,11 @@ def _adds_begin(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _begins(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template writes the begin token."""
-    text: Any = tokenizer.apply_chat_template(_QUESTION, tokenize=False)
-    return bool(text.startswith(tokenizer.bos_token))
+    return _rendered(tokenizer).startswith(str(tokenizer.bos_token))
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.apply_chat_template(_QUESTION, tokenize=False))
 
 
 def _older_template(path: str | Path) -> str | None:

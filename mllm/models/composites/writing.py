@@ -18,6 +18,7 @@ from mllm.models.errors import read_json
 from mllm.models.families import LogitsRule, logits_rule
 from mllm.models.geometry import ImageGeometry
 from mllm.models.modeling import MultimodalModel
+from mllm.models.positions import is_spatial
 from mllm.models.processor import Processor
 
 _OF_CROPS = ("crop_size", "do_center_crop")
@@ -91,19 +92,34 @@ def check_language_model(model: MultimodalModel, who: str) -> None:
     """
     ours: Any = model.config
     check_in_sequence(ours, who)
+    check_positions_and_width(model, who)
     language_model: Any = model.language_model
     name, config = type(language_model).__name__, model.config.text_config
-    head, embedding = language_model.get_output_embeddings(), model.get_input_embeddings()
-    body = language_model.base_model
+    head, body = language_model.get_output_embeddings(), language_model.base_model
     extra = {id(weight) for weight in language_model.parameters()}
     extra -= {id(weight) for module in (body, head) for weight in module.parameters()}
-    if extra or getattr(head, "bias", None) is not None or not isinstance(head, nn.Linear):
-        raise ValueError(
-            f"{who} cannot hold {name}: its output layer is more than a linear layer without bias"
-        )
+    if getattr(head, "bias", None) is not None:
+        raise ValueError(f"{who} cannot hold {name}: its output layer has a bias")
+    if extra or not isinstance(head, nn.Linear):
+        raise ValueError(f"{who} cannot hold {name}: its output layer is more than a linear layer")
     if logits_rule(config) != LogitsRule():
         raise ValueError(
             f"{who} cannot hold {name}: it scales or caps its logits, which {who} does not"
+        )
+
+
+def check_positions_and_width(model: MultimodalModel, who: str) -> None:
+    """Refuse a language model that visual tokens cannot go into as plain embeddings in a row.
+
+    Raises:
+        ValueError: its positions have three directions, or its embedding is of another width than
+            its layers.
+    """
+    embedding, config = model.get_input_embeddings(), model.config.text_config
+    name = type(model.language_model).__name__
+    if is_spatial(config):
+        raise ValueError(
+            f"{who} cannot hold {name}: its positions have three directions, those of {who} one"
         )
     width = int(embedding.embedding_dim)  # type: ignore[arg-type]
     if width != config.hidden_size:

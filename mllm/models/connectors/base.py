@@ -64,6 +64,14 @@ class Connector(nn.Module, ABC):
         return otherwise if value is None else int(value)
 
     @classmethod
+    def check_side(cls, spec: Mapping[str, Any], cells: int) -> None:
+        """Refuse options for which the longest side of any view has too few cells.
+
+        Raises:
+            ValueError: saying what is possible.
+        """
+
+    @classmethod
     @abstractmethod
     def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:
         """Return (rows, columns) of the visual tokens, without building the module.

@@ -93,6 +93,24 @@ def pool(cells: Tensor, grids: Sequence[Grid], side: int) -> Tensor:
     return torch.cat([pooled[i] for i in range(len(grids))])
 
 
+def blocks(grid: Grid, factor: int) -> Grid:
+    """Return (rows, columns) of a grid in blocks of factor x factor cells, the last ones padded."""
+    return -(-grid[0] // factor), -(-grid[1] // factor)
+
+
+def check_block(name: str, factor: int, cells: int) -> None:
+    """Refuse a block that is larger than the longest side of any view, in cells.
+
+    Raises:
+        ValueError: naming the connector, and what is possible.
+    """
+    if factor > cells:
+        raise ValueError(
+            f"connector {name}: factor {factor} is more than the {cells} cells of a side that the "
+            f"encoder gives; it can be 1 to {cells}"
+        )
+
+
 def space_to_depth(cells: Tensor, grids: Sequence[Grid], factor: int) -> Tensor:
     """Join blocks of factor x factor cells [C, W] into one wide cell: [M, factor x factor x W].
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.models.connectors.base import Connector
-from mllm.models.connectors.cells import space_to_depth
+from mllm.models.connectors.cells import blocks, check_block, space_to_depth
 from mllm.parts import CONNECTORS
 
 _EPSILON = 1e-6  # of all three
@@ -46,7 +46,7 @@ class _Merger(nn.Module):
 
 
 class PatchMerger(Connector):
-    """One visual token per block of factor x factor cells; padded as in PixelShuffle.
+    """One visual token per block of factor x factor cells; padded as by `pixel_shuffle`.
 
     With several `levels` as many layers of the encoder stand side by side in its features. Each has
     a merger of its own, and their tokens stand side by side again, for the fusion `deepstack`. The
@@ -73,10 +73,14 @@ class PatchMerger(Connector):
         self.inner = nn.ModuleList(_Merger(*shape, True) for _ in range(1, self.levels))
 
     @classmethod
+    def check_side(cls, spec: Mapping[str, Any], cells: int) -> None:
+        """Refuse a block that is larger than every view: it would be padding for the most part."""
+        check_block("patch_merger", cls.number(spec, "factor"), cells)
+
+    @classmethod
     def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:
         """Return the grid of blocks; the last ones may be padded."""
-        factor = cls.number(spec, "factor")
-        return -(-grid[0] // factor), -(-grid[1] // factor)
+        return blocks(grid, cls.number(spec, "factor"))
 
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """Map [C, Dv] to [sum M, D]."""

@@ -1,8 +1,8 @@
 """Space to depth, then an MLP (InternVL 1.5, arXiv 2404.16821, section 3.1; SmolVLM, 2504.05299).
 
-The channels of a wide cell are ordered (row in the block, column in the block, channel). InternVL's
-and Idefics3's (hence SmolVLM's) pixel shuffles in transformers write the same permutation in two
-ways; torch's `pixel_unshuffle` is another.
+Legend: the channels of a wide cell are ordered (row in the block, column in the block, channel).
+InternVL's and Idefics3's (hence SmolVLM's) pixel shuffles in transformers write the same
+permutation in two ways; torch's `pixel_unshuffle` is another.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mllm.models.connectors.base import Connector
-from mllm.models.connectors.cells import space_to_depth
+from mllm.models.connectors.cells import blocks, check_block, space_to_depth
 from mllm.parts import CONNECTORS
 
 
@@ -60,10 +60,14 @@ class PixelShuffle(Connector):
             raise ValueError("connector pixel_shuffle: bias: false needs layers: 1")
 
     @classmethod
+    def check_side(cls, spec: Mapping[str, Any], cells: int) -> None:
+        """Refuse a block that is larger than every view: it would be padding for the most part."""
+        check_block("pixel_shuffle", cls.number(spec, "factor"), cells)
+
+    @classmethod
     def output_grid(cls, spec: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, int]:
         """Return the grid of blocks; the last ones may be padded."""
-        factor = cls.number(spec, "factor")
-        return -(-grid[0] // factor), -(-grid[1] // factor)
+        return blocks(grid, cls.number(spec, "factor"))
 
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """Map [C, Dv] to [sum M, D]."""

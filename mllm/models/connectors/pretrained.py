@@ -13,6 +13,7 @@ from transformers.utils.hub import cached_file
 
 from mllm.models.connectors.base import Connector
 from mllm.models.errors import loading, read_json
+from mllm.models.weight_files import check_weight_files
 
 _FILE = "model.safetensors"
 
@@ -50,6 +51,7 @@ def read_weights(path: str | Path, prefixes: tuple[str, ...]) -> dict[str, Tenso
     Raises:
         ValueError: a file is missing or damaged.
     """
+    check_weight_files(path, "connector")
     found: dict[str, Tensor] = {}
     with loading("connector weights", path):
         for file in _files(path, prefixes):

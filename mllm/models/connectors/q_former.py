@@ -1,10 +1,11 @@
 """BLIP-2's Q-Former: a BERT whose learned queries read the cells (arXiv 2301.12597, section 3.1).
 
-The transformer is transformers' Blip2QFormerModel, and the names of the weights are those of a
-Blip2ForConditionalGeneration folder, so published ones load as they are. Three things differ from
-that model: the encoder's class token is not among the cells, dropout is off (a random mask would
-make a packed step differ from an unpacked one), and new queries start at a normal of 0.02 as in the
-authors' code (transformers starts them at zero, where queries that are alike stay alike).
+The transformer is transformers' own, and weights have the names of a BLIP-2 folder, so published
+ones load as they are. Its queries read the class token where the encoder makes it a cell, as
+`blip2` does unless `class_cell: false`; other encoders leave it out. Two things differ: dropout is
+off (a random mask would make a packed step differ from an unpacked one), and new queries start at a
+normal of 0.02 as in the authors' code (transformers starts them at zero, where queries that are
+alike stay alike).
 
 With `text` the queries also read what is asked about the image, as InstructBLIP's do (arXiv
 2305.06500, section 2.3): its tokens stand beside the queries in self-attention, and have MLPs of
@@ -22,11 +23,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, Blip2Config, Blip2QFormerConfig, Blip2QFormerModel
+from transformers import Blip2Config, Blip2QFormerConfig, Blip2QFormerModel
 
+from mllm.models.checks import read_config
 from mllm.models.connectors.cells import sequences
 from mllm.models.connectors.pretrained import PretrainedConnector, read_weights
-from mllm.models.errors import check_folder, loading
+from mllm.models.errors import check_folder
 from mllm.parts import CONNECTORS
 
 NAMES = {
@@ -143,8 +145,7 @@ class QFormer(PretrainedConnector):
         cls.check(spec)
         path = spec["path"]
         check_folder(path, "connector q_former")
-        with loading("connector", path):
-            config = AutoConfig.from_pretrained(path)
+        config = read_config("connector", path)
         if not isinstance(config, Blip2Config):
             raise ValueError(f"{path} holds a {config.model_type!r} model, not a BLIP-2")
         bert = config.qformer_config

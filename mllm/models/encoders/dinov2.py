@@ -40,7 +40,7 @@ class Dinov2Encoder(VisionTransformer):
 
 
 class Dinov2WithRegistersEncoder(Dinov2Encoder):
-    """As `Dinov2Encoder`; the register tokens take part in attention and are cut off after it.
+    """As DINOv2 without them; the register tokens take part in attention and are cut off after it.
 
     They exist to hold what is not about a cell, so there is no option to keep them.
     """

@@ -20,6 +20,7 @@ from mllm.models.encoders.preprocessor import (
 )
 from mllm.models.errors import check_folder, loading, read_json, unknown
 from mllm.models.geometry import RESAMPLING_NAMES, ImageGeometry
+from mllm.models.weight_files import check_weight_files
 from mllm.parts import ENCODERS
 
 IMAGE_SIZES = {
@@ -79,6 +80,7 @@ class EfficientNetLiteEncoder(VisionEncoder):
 
     def load_weights(self, path: str | Path) -> None:
         """Load model.safetensors."""
+        check_weight_files(path, "encoder")
         file = Path(path) / "model.safetensors"
         with loading("encoder weights", file):
             weights = load_file(file)

@@ -16,7 +16,7 @@ from mllm.parts import ENCODERS
 class InternVlEncoder(VisionTransformer):
     """Patch features of the last layer; the class token is left out.
 
-    The tower of InternVL has no normalisation after its last layer (`use_mean_pooling`).
+    The tower of InternVL has no normalisation after its last layer.
     """
 
     OPTIONS = ENCODERS["internvl"].options

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLVisionConfig,
     Qwen2VLVisionConfig,
+    Qwen3VLMoeVisionConfig,
     Qwen3VLVisionConfig,
     Qwen3VLVisionModel,
 )
@@ -143,6 +144,13 @@ class Qwen3VLEncoder(Qwen2VLEncoder):
     MODEL = Qwen3VLVisionModel
     CONFIG = Qwen3VLVisionConfig
 
+    @classmethod
+    def _own(cls, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Read the tower beside a mixture of experts: another name for the same fields."""
+        if type(config) is not Qwen3VLMoeVisionConfig:
+            return config
+        return Qwen3VLVisionConfig(**{**config.to_dict(), "model_type": cls.CONFIG.model_type})
+
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__(spec)
         self.levels = 1 + len(self.vision.deepstack_visual_indexes)
@@ -160,7 +168,7 @@ class Qwen3VLEncoder(Qwen2VLEncoder):
     def _config(cls, spec: Mapping[str, Any]) -> PreTrainedConfig:
         config: Any = super()._config(spec)
         named = [layer for layer in config.deepstack_visual_indexes if layer < config.depth]
-        config.deepstack_visual_indexes = named if spec["deepstack"] else []
+        config.deepstack_visual_indexes = named if spec.get("deepstack", True) else []
         return config  # type: ignore[no-any-return]
 
     @classmethod

@@ -17,6 +17,7 @@ from mllm.models.encoders.base import VisionEncoder
 from mllm.models.encoders.preprocessor import read_file, square
 from mllm.models.errors import check_folder, loading, unknown
 from mllm.models.geometry import RESAMPLING_NAMES, ImageGeometry
+from mllm.models.weight_files import check_weight_files
 from mllm.parts import ENCODERS
 
 
@@ -67,6 +68,7 @@ class TimmEncoder(VisionEncoder):
 
     def load_weights(self, path: str | Path) -> None:
         """Load model.safetensors; the classifier and later levels are left out."""
+        check_weight_files(path, "encoder")
         file = Path(path) / "model.safetensors"
         with loading("encoder weights", path):
             if not Path(path).is_dir():

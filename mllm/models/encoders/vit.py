@@ -8,14 +8,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from mllm.models.checks import building, read_config
 from mllm.models.encoders.base import VisionEncoder
 from mllm.models.encoders.preprocessor import read_geometry, read_preprocessor, square
 from mllm.models.errors import check_folder, loading
 from mllm.models.families import model_class
 from mllm.models.geometry import Geometry
+from mllm.models.weight_files import check_all_used, check_weight_files
 
 _QUIET: dict[str, Any] = {
     "attention_dropout": 0.0,
@@ -118,8 +120,7 @@ class VisionTransformer(VisionEncoder):
     def _read_config(cls, path: str | Path) -> PreTrainedConfig:
         """Read config.json; of a model of images and texts, its vision part."""
         check_folder(path, "encoder")
-        with loading("encoder", path):
-            config = AutoConfig.from_pretrained(path)
+        config = read_config("encoder", path)
         config = cls._own(getattr(config, "vision_config", config))
         if type(config) is not cls.CONFIG:
             raise ValueError(
@@ -132,7 +133,28 @@ class VisionTransformer(VisionEncoder):
         channels = getattr(config, "num_channels", getattr(config, "in_channels", 3))
         if channels != 3:
             raise ValueError(f"{path}: config.json has {channels} channels, not 3")
+        cls._blueprint(config, path)
         return config
+
+    @classmethod
+    def _blueprint(cls, config: PreTrainedConfig, path: str | Path) -> nn.Module:
+        """Build the model without weights, to be looked at.
+
+        Raises:
+            ValueError: transformers cannot, with the folder and the reason.
+        """
+        with building("encoder", path), torch.device("meta"):
+            model: nn.Module = cls.MODEL._from_config(
+                cls._config({"config": cls._values(config)}), attn_implementation=cls.ATTENTION
+            )
+        return model
+
+    @classmethod
+    def _values(cls, config: PreTrainedConfig) -> dict[str, Any]:
+        """What rebuilds a configuration."""
+        values = config.to_diff_dict()
+        values[cls.DEPTH] = cls._depth(config)  # also where it is the class's default
+        return {key: value for key, value in values.items() if key not in _NOT_KEPT}
 
     @classmethod
     def spec_from_folder(cls, path: str | Path, **options: Any) -> dict[str, Any]:
@@ -151,10 +173,8 @@ class VisionTransformer(VisionEncoder):
             )
         cls._cut(config, depth + layer + 1)
         geometry = cls._read_geometry(config, seen, path, options)
-        values = config.to_diff_dict()
-        values[cls.DEPTH] = cls._depth(config)  # also where it is the class's default
         spec = {
-            "config": {key: value for key, value in values.items() if key not in _NOT_KEPT},
+            "config": cls._values(config),
             "layer": layer,
             "geometry": geometry.to_dict(),
         }
@@ -181,6 +201,7 @@ class VisionTransformer(VisionEncoder):
 
     def load_weights(self, path: str | Path) -> None:
         """Load the safetensors of the folder or hub id; weights of unused layers are left out."""
+        check_weight_files(path, "encoder")
         level = logging.get_verbosity()
         logging.set_verbosity_error()  # it would list the layers left out as unexpected
         try:
@@ -211,6 +232,8 @@ class VisionTransformer(VisionEncoder):
             raise ValueError(
                 f"{path}: {len(missing)} weights of the encoder are missing, {missing[0]} first"
             )
+        whole = self._blueprint(self._read_config(path), path)
+        check_all_used(report["unexpected_keys"], whole, path, "encoder")
 
     def features(self, images: Tensor) -> Tensor:
         """Encode [V, 3, S, S] to [V, cells, Dv]; prefix tokens come first and are cut off."""

@@ -43,10 +43,16 @@ class AnyResolution(TiledGeometry):
 
     @classmethod
     def check(cls, spec: Spec) -> None:
-        """Refuse two ways to choose grids at once."""
+        """Refuse two ways to choose grids at once, and grids of too many tiles."""
         super().check(spec)
         if spec.get("grids") is not None and spec.get("tiles") is not None:
             raise ValueError("tiling any_resolution: give grids or tiles, not both")
+        most = max(map(prod, spec.get("grids") or ((1, 1),)))
+        if most > parts.MOST_TILES:
+            raise ValueError(
+                f"tiling any_resolution: a grid of {most} tiles is too large; at most "
+                f"{parts.MOST_TILES} are possible"
+            )
 
     def tile_grid(self, height: int, width: int) -> Size:
         """Return (rows, columns) of the tiles of an image of this size."""

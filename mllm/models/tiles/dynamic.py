@@ -31,7 +31,10 @@ class DynamicTiles(TiledGeometry):
         """Refuse more tiles at least than at most."""
         super().check(spec)
         if chosen(cls.OPTIONS, spec, "min_tiles") > chosen(cls.OPTIONS, spec, "tiles"):
-            raise ValueError("tiling dynamic: min_tiles is more than tiles")
+            raise ValueError(
+                f"tiling dynamic: min_tiles {chosen(cls.OPTIONS, spec, 'min_tiles')} is more than "
+                f"tiles {chosen(cls.OPTIONS, spec, 'tiles')}"
+            )
 
     def tile_grid(self, height: int, width: int) -> Size:
         """Return (rows, columns) of the tiles of an image of this size."""

@@ -33,10 +33,11 @@ class SplitTiles(TiledGeometry):
     def __init__(self, square: ImageGeometry, spec: Spec) -> None:
         super().__init__(square, spec)
         self.longest_edge = int(spec.get("longest_edge") or 4 * self.side)
-        if self.longest_edge > self.MOST * self.side:
+        if not self.side <= self.longest_edge <= self.MOST * self.side:
             raise ValueError(
-                f"tiling split: longest_edge {self.longest_edge} is more than {self.MOST} tiles of "
-                f"{self.side} pixels; there are no marks for more"
+                f"tiling split: longest_edge {self.longest_edge} is not between one tile of "
+                f"{self.side} pixels and {self.MOST} of them, {self.MOST * self.side}; there are "
+                "no marks for more"
             )
 
     @classmethod
