@@ -141,7 +141,7 @@ class _Worker:
 
     def __init__(self, context: BaseContext, task: Task) -> None:
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other, task), daemon=True)  # type: ignore[attr-defined]
+        self.process = context.Process(target=_serve, args=(other, task, _handled()), daemon=True)  # type: ignore[attr-defined]
         self.process.start()
         other.close()
         self.held = 0
@@ -251,9 +251,16 @@ class _Ahead:
         return None if block is None or shape is None else self.lender.array(block, shape)
 
 
-def _serve(connection: Connection, task: Task) -> None:
+def _handled() -> tuple[int, ...]:
+    """Signals that this process answers itself: launchers send them to its workers too."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    return tuple(number for number in numbers if callable(signal.getsignal(number)))
+
+
+def _serve(connection: Connection, task: Task, ignored: tuple[int, ...]) -> None:
     """The life of a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains
+    for number in (signal.SIGINT, *ignored):  # Ctrl-C is for the process that trains
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     _keep_freed_memory()
     jobs: SimpleQueue[tuple[Any, Block | None]] = SimpleQueue()

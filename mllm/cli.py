@@ -12,8 +12,8 @@ import typer
 from data_packing.files import explain
 from mllm.data_cli import data
 from mllm.precisions import precision
-from mllm.training.launch import gpu_count
 from mllm.training.progress import complain
+from mllm.training.ranks import gpu_count
 from mllm.training.run_folder import NoSpace
 
 app = typer.Typer(
@@ -37,12 +37,15 @@ def train(
     overrides: Overrides = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Workers, one GPU each.")] = None,
     cpus: Annotated[int | None, typer.Option(min=1, help="Workers without GPUs.")] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="Machines, a line `host slots=8` each: docs/launching.md.")
+    ] = None,
 ) -> None:
     """Train a stage, or all stages of a folder. Run it again to go on where it stopped."""
-    from mllm.training.launch import Ranks
     from mllm.training.launch import train as run
+    from mllm.training.ranks import Ranks
 
-    raise typer.Exit(run(recipe, overrides or [], Ranks.choose(gpus, cpus)))
+    raise typer.Exit(run(recipe, overrides or [], Ranks.choose(gpus, cpus, hostfile)))
 
 
 @app.command()
@@ -60,6 +63,27 @@ def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
     from mllm.training.forecast import forecast
 
     raise typer.Exit(forecast(recipe, overrides or []))
+
+
+@app.command()
+def checkpoints(
+    folder: Annotated[Path, typer.Argument(help="A stage's folder, or a folder of stages.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """List the checkpoints of a stage and verify them: every file is read and its hash compared.
+
+    Exit status: 0 when all are whole, 1 when one is damaged, 2 wrong use.
+    """
+    from rich.console import Console
+
+    from mllm.training import checkpoint_list
+
+    found = checkpoint_list.listing(folder)
+    if as_json:
+        typer.echo(json.dumps([entry.to_json() for entry in found]))
+    else:
+        Console().print(checkpoint_list.table(found))
+    raise typer.Exit(any(entry.damage is not None for entry in found))
 
 
 @app.command()

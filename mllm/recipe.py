@@ -175,7 +175,12 @@ class DataSection(Section):
 
 
 class RunSection(Section):
-    """How long, how precise, on what, and where to."""
+    """How long, how precise, on what, and where to.
+
+    `keep` = how many of the newest checkpoints stay; unless given two, and one when the stage is
+    finished; `max_skipped` = how many steps in a row may be left out because their loss or gradient
+    is not finite.
+    """
 
     tokens: Whole | None = Field(default=None, gt=0)
     epochs: Whole | None = Field(default=None, gt=0, le=100_000)
@@ -184,6 +189,8 @@ class RunSection(Section):
     zero: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_no_bool)] = "auto"
     seed: Whole = Field(default=0, ge=0)
     checkpoint_every: Whole | None = Field(default=None, gt=0)
+    keep: Whole | None = Field(default=None, gt=0)
+    max_skipped: Whole = Field(default=3, ge=0)
     output: str | None = None
 
 
@@ -219,6 +226,8 @@ class Recipe(Section):
         for section, key in (
             ("run", "output"),
             ("run", "checkpoint_every"),
+            ("run", "keep"),
+            ("run", "max_skipped"),
             ("run", "zero"),
             ("data", "workers"),
             ("data", "max_refused"),

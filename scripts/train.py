@@ -1,4 +1,9 @@
-"""One rank of one stage, for the launcher: deepspeed --num_gpus 8 scripts/train.py recipe.yaml"""
+"""One rank of a recipe or of a folder of recipes, for the launchers:
+
+deepspeed --num_gpus 8 scripts/train.py recipe.yaml
+torchrun --nproc-per-node 8 scripts/train.py recipe.yaml
+srun --ntasks-per-node 8 python scripts/train.py recipe.yaml
+"""
 
 import sys
 from pathlib import Path

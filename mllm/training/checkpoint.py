@@ -4,8 +4,9 @@
         index.json                what is where, its size and its SHA-256; step, cursor, hashes
         00-0000.safetensors …     "<parameter>/master" and its moments, full tensors
 
-Parameter i is written by rank i % world, so all ranks write at once and none holds more than a
-file's worth. The folder is written under another name and renamed when all of it is on disk.
+Parameter i is written by rank i % world, so all ranks write at once. Every rank copies its share
+to host memory between two steps; a thread writes it while training goes on, under another name;
+when all ranks have written theirs, rank 0 adds the index and renames the folder.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import hashlib
 import json
 import os
 import shutil
+import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import safetensors.torch
@@ -26,94 +30,142 @@ from torch import Tensor, nn
 
 from data_packing.files import sync_folder
 from mllm.training import masters
-from mllm.training.run_folder import full_disk_is_clear, write_atomically
+from mllm.training.checkpoint_index import DRAFT, INDEX, State, homes, read_state
+from mllm.training.run_folder import NoSpace, full_disk_is_clear, write_atomically
 
 FILE_BYTES = 256 * 2**20
 KEPT = 2
-FORMAT = 1
+"""Checkpoints that stay while a stage trains, when the recipe does not say."""
+
+File = tuple[str, dict[str, Tensor], list[str]]
+"""Name, tensors, and the parameters they belong to."""
 
 
 @dataclass(slots=True)
-class State:
-    """What a checkpoint says about the run, beside the tensors.
+class _Writing:
+    """A checkpoint on its way to the disk: this rank's files, and what became of them."""
 
-    Attributes:
-        step: steps done.
-        cursor: where the data plan goes on.
-        plan: hash of the data plan.
-        frozen: hash of everything that does not train.
-        seed: the recipe's.
-        seconds: training time so far.
-        tokens: useful tokens so far.
-        groups: parameter → name of its group.
-        files: file name → {"bytes": size, "sha256": hex, "parameters": names}.
-    """
+    state: State
+    draft: Path
+    files: deque[File]
+    written: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failure: Exception | None = None
+    thread: Thread | None = None
 
-    step: int
-    cursor: dict[str, int | str]
-    plan: str
-    frozen: str
-    seed: int
-    seconds: float
-    tokens: int
-    groups: dict[str, str] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    format: int = FORMAT
+    def write(self) -> None:
+        """Write this rank's files; a file's memory is free as soon as it is written."""
+        try:
+            with full_disk_is_clear(self.draft):
+                self.draft.mkdir(parents=True, exist_ok=True)
+            while self.files:
+                name, tensors, names = self.files.popleft()
+                self.written[name] = _write(self.draft / name, tensors) | {"parameters": names}
+        except Exception as error:  # told to all ranks by `Saver.settle`
+            self.failure = error
 
 
-def save(engine: Any, state: State, folder: Path) -> Path:
-    """Write a checkpoint and remove all but the newest two (collective).
+class Saver:
+    """Writes checkpoints while training goes on, one at a time (all methods are collective).
 
     Args:
-        engine: DeepSpeed's, between two steps.
-        state: `groups` and `files` are filled in here.
-        folder: the run's `state/`.
-
-    Raises:
-        NoSpace: on the rank that could not write; `PeerFailed` on the others. The checkpoints
-            written before are kept.
+        folder: the run's `state/`. What a killed run left unfinished there is removed.
+        keep: how many of the newest checkpoints stay.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    home = folder / f"step-{state.step:08d}"
-    draft = folder / f".writing-{home.name}"
-    if rank == 0:
-        shutil.rmtree(draft, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        draft.mkdir()
-    dist.barrier()
-    written: dict[str, dict[str, Any]] = {}
-    failure: Exception | None = None
-    try:
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._writing: _Writing | None = None
+        if dist.get_rank() == 0:
+            for draft in folder.glob(f"{DRAFT}*"):
+                shutil.rmtree(draft, ignore_errors=True)
+        dist.barrier()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written (the same on all ranks)."""
+        return self._writing is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether this rank has written its share, or failed to; others may not have."""
+        thread = self._writing.thread if self._writing is not None else None
+        return thread is not None and not thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank could not write its share."""
+        return self.ended and self._writing is not None and self._writing.failure is not None
+
+    def begin(self, engine: Any, state: State) -> None:
+        """Copy everything to host memory and start to write; waits for the one before.
+
+        Args:
+            engine: DeepSpeed's, between two steps.
+
+        Raises:
+            As `settle`, for the one before.
+        """
+        self.settle()
+        state = replace(state, saved=time.time(), groups=_group_names(engine), files={})
+        draft = self.folder / f"{DRAFT}{home_name(state)}"
         with masters.readable(engine):
-            for name, tensors, names in _batches(engine, rank, world):
-                if failure is None:
-                    try:
-                        written[name] = _write(draft / name, tensors) | {"parameters": names}
-                    except Exception as error:  # every rank must reach the next collective
-                        failure = error
-    finally:
-        everyone: list[Any] = [None] * world
-        dist.all_gather_object(everyone, (written, failure is not None))
-    if any(failed for _, failed in everyone):
-        if rank == 0:
-            shutil.rmtree(draft, ignore_errors=True)
-        if failure is not None:
-            raise failure
-        raise PeerFailed("another rank could not write the checkpoint")
-    state.files = {name: facts for files, _ in everyone for name, facts in files.items()}
-    state.groups = _group_names(engine)
-    _commit(draft, home, state, rank)
-    return home
+            files = deque(_share(engine, dist.get_rank(), dist.get_world_size()))
+        self._writing = _Writing(state, draft, files)
+        self._writing.thread = Thread(target=self._writing.write, daemon=True, name="checkpoint")
+        self._writing.thread.start()
+
+    def settle(self) -> None:
+        """Wait until the checkpoint that is being written is whole on the disk.
+
+        Raises:
+            NoSpace: on every rank, when one of them found no space; the checkpoints written
+                before are kept.
+            RuntimeError: on every rank, when one could not write for another reason.
+        """
+        if self._writing is None:
+            return
+        writing, self._writing = self._writing, None
+        assert writing.thread is not None
+        writing.thread.join()
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (writing.written, _told(writing.failure)))
+        try:
+            _raise_first([told for _, told in everyone])
+            writing.state.files = {
+                name: facts for files, _ in everyone for name, facts in files.items()
+            }
+            _commit(writing.draft, self.folder / home_name(writing.state), writing.state, self.keep)
+        except Exception:
+            if dist.get_rank() == 0:
+                shutil.rmtree(writing.draft, ignore_errors=True)
+            raise
 
 
-class PeerFailed(RuntimeError):
-    """Another rank has the error message."""
+def home_name(state: State) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{state.step:08d}"
 
 
-def _batches(
-    engine: Any, rank: int, world: int
-) -> Iterator[tuple[str, dict[str, Tensor], list[str]]]:
-    """This rank's share, a file at a time. Every rank takes part in every gathering."""
+Told = tuple[bool, str] | None
+"""An error as other ranks learn of it: whether there was no space, and the message."""
+
+
+def _told(error: Exception | None) -> Told:
+    if error is None:
+        return None
+    return isinstance(error, NoSpace), str(error) or type(error).__name__
+
+
+def _raise_first(told: list[Told]) -> None:
+    """Raise the first of the ranks' errors, the same one on every rank."""
+    for error in told:
+        if error is not None:
+            no_space, text = error
+            raise NoSpace(text) if no_space else RuntimeError(f"saving a checkpoint: {text}")
+
+
+def _share(engine: Any, rank: int, world: int) -> Iterator[File]:
+    """Copies of this rank's share, a file at a time. Every rank takes part in every gathering."""
     tensors: dict[str, Tensor] = {}
     names: list[str] = []
     size = number = 0
@@ -123,7 +175,7 @@ def _batches(
             continue
         names.append(name)
         for key, value in full.items():
-            tensors[f"{name}/{key}"] = saved = value.detach().cpu().clone()
+            tensors[f"{name}/{key}"] = saved = value.detach().to("cpu", copy=True)
             size += saved.nbytes
         if size >= FILE_BYTES:
             yield f"{rank:02d}-{number:04d}.safetensors", tensors, names
@@ -141,70 +193,25 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _commit(draft: Path, home: Path, state: State, rank: int) -> None:
+def _commit(draft: Path, home: Path, state: State, keep: int) -> None:
     """Rank 0 writes the index, renames, and removes what is too old; the others wait."""
     failure: Exception | None = None
-    if rank == 0:
+    if dist.get_rank() == 0:
         try:
-            write_atomically(draft / "index.json", json.dumps(asdict(state), indent=1))
-            sync_folder(draft)
-            if home.exists():
-                shutil.rmtree(home)
-            os.rename(draft, home)
-            sync_folder(home.parent)
-            for old in sorted(home.parent.glob("step-*"))[:-KEPT]:
-                shutil.rmtree(old)
+            with full_disk_is_clear(draft):
+                write_atomically(draft / INDEX, json.dumps(asdict(state), indent=1))
+                sync_folder(draft)
+                if home.exists():
+                    shutil.rmtree(home)
+                os.rename(draft, home)
+                sync_folder(home.parent)
+                for old in homes(home.parent)[:-keep]:
+                    shutil.rmtree(old)
         except OSError as error:
             failure = error
-    failed = torch.tensor(int(failure is not None))
-    if dist.get_backend() == "nccl":
-        failed = failed.cuda()
-    dist.broadcast(failed, 0)
-    if failure is not None:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise failure
-    if failed.item():
-        raise PeerFailed("rank 0 could not write the checkpoint")
-
-
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and one warning for each that is not.
-
-    Every file's size is checked here and its SHA-256 when it is loaded.
-    """
-    warnings: list[str] = []
-    for home in sorted(folder.glob("step-*"), reverse=True):
-        problem = damage(home)
-        if problem is None:
-            return home, warnings
-        warnings.append(f"{home} is damaged ({problem}) and is not used")
-    return None, warnings
-
-
-def damage(home: Path) -> str | None:
-    """What is wrong with a checkpoint, None if nothing is."""
-    try:
-        state = read_state(home)
-    except (OSError, ValueError, TypeError) as error:
-        return f"index.json: {error}"
-    for name, facts in state.files.items():
-        path = home / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != facts["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, not {facts['bytes']}"
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
-                return f"{name} does not have the checksum it was written with"
-    return None
-
-
-def read_state(home: Path) -> State:
-    """What index.json says. Raises ValueError for another format."""
-    values = json.loads((home / "index.json").read_text(encoding="utf-8"))
-    if values.get("format") != FORMAT:
-        raise ValueError(f"format {values.get('format')}, this program reads {FORMAT}")
-    return State(**values)
+    told: list[Told] = [_told(failure)]
+    dist.broadcast_object_list(told, 0)
+    _raise_first(told)
 
 
 def load_weights(module: nn.Module, home: Path) -> None:
@@ -225,7 +232,7 @@ def load(engine: Any, home: Path) -> None:
     parameters = dict(masters.named_trainable(engine.module))
     state = read_state(home)
     _check_names(set(parameters), state)
-    masters.prepare(engine, state.step)
+    masters.prepare(engine, state.step - state.skipped)
     for name, full in _tensors(home):
         masters.write(engine, parameters[name], full)
     masters.refresh(engine)

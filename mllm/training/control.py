@@ -1,8 +1,9 @@
 """What workers and the command that started them tell each other.
 
-The command gives the workers a folder through `MLLM_CONTROL`: rank 0 writes its phases there, a
-worker that fails its error, and the command a request to stop. Without it (workers started by
-`deepspeed` directly) rank 0 prints plain lines and errors go to the screen.
+The command gives the workers a folder, through `MLLM_CONTROL` or on their command line: rank 0
+writes its phases there, a worker that fails its error, and the command a request to stop. Without
+it (workers started by `deepspeed`, `torchrun` or `srun` directly) rank 0 prints plain lines and
+errors go to the screen.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ PARENT = "MLLM_PARENT"
 EVENTS = "events.jsonl"
 ERROR = "error.json"
 STOP = "stop"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Each asks for a checkpoint and the end. SIGUSR1 is what Slurm is told to send before the end."""
+LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "slurmstepd")
+"""What the commands of launchers have in them."""
 WATCH_SECONDS = 0.5
 ALONE_SECONDS = 10.0
 
@@ -39,22 +44,30 @@ class Control:
     Args:
         rank: this worker's.
         folder: shared with the command and the other workers, None when there is no command.
-        title: of the plain lines that are printed when there is no command.
     """
 
-    def __init__(self, rank: int, folder: Path | None, title: str = "") -> None:
+    def __init__(self, rank: int, folder: Path | None) -> None:
         self.rank = rank
         self.folder = folder
-        self.screen = Screen(title, Console(force_terminal=False, width=1000))
+        self.title("")
         self._stop = threading.Event()
         self._siblings: list[psutil.Process] = []
         self._failed = False
 
     @classmethod
-    def from_environment(cls, rank: int, title: str) -> Control:
-        """The channel that the command opened, if one did."""
-        folder = os.environ.get(CONTROL)
-        return cls(rank, Path(folder) if folder else None, title)
+    def from_environment(cls, rank: int, folder: Path | None = None) -> Control:
+        """The channel that the command opened, if one did; `folder` where it says so itself."""
+        given = os.environ.get(CONTROL)
+        return cls(rank, folder or (Path(given) if given else None))
+
+    @property
+    def heard(self) -> bool:
+        """Whether there is a command, which says itself what people should know."""
+        return self.folder is not None
+
+    def title(self, name: str) -> None:
+        """Begin a stage: its plain lines start with its name when there is no command."""
+        self.screen = Screen(name, Console(force_terminal=False, width=1000))
 
     @property
     def stop_requested(self) -> bool:
@@ -63,7 +76,7 @@ class Control:
 
     def watch(self) -> None:
         """Listen for signals, for the command's wishes, its death, and other workers' errors."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, lambda *_: self._stop.set())
         threading.Thread(target=self._watch, daemon=True, name="watch").start()
 
@@ -107,6 +120,8 @@ class Control:
                 continue
             if (self.folder / STOP).exists():
                 self._stop.set()
+            if not self.folder.exists():
+                os._exit(1)  # the command has ended and could not end this worker itself
             if (self.folder / ERROR).exists() and not self._failed:
                 time.sleep(2 * WATCH_SECONDS)  # let a rank that fails as well say so in the log
                 os._exit(1)
@@ -162,11 +177,11 @@ def message(error: BaseException) -> str:
 
 
 def launchers() -> list[psutil.Process]:
-    """The processes of the `deepspeed` command above this one; a worker does not outlive them."""
+    """The launcher's processes above this one; a worker does not outlive them."""
     above = []
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process().parents():
-            if not any("deepspeed" in part for part in process.cmdline()):
+            if not any(name in part for part in process.cmdline() for name in LAUNCHERS):
                 break
             above.append(process)
     return above

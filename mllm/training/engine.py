@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from dataclasses import dataclass
@@ -157,12 +158,16 @@ def start(
     """
     optimizer = make_optimizer(recipe.optimizer, optimizer_groups(module.model, groups))
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        config=config(recipe, placement, accumulation, trainable),
-        dist_init_required=False,
-    )
+    gc.freeze()  # under ZeRO-1 in bf16 it collects garbage twice for every group of parameters
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=config(recipe, placement, accumulation, trainable),
+            dist_init_required=False,
+        )
+    finally:
+        gc.unfreeze()
     engine.mllm_groups = groups
     return engine
 
@@ -195,12 +200,25 @@ def set_lr(engine: Any, step: int, total: int, section: OptimizerSection) -> flo
     return max(rates)
 
 
-def gradient_norm(engine: Any) -> float | None:
-    """Norm of the whole step's gradient, before clipping; call it right before the update.
+def update(engine: Any) -> float:
+    """Update the weights, unless the step's gradient is not finite; then nothing changes.
 
-    Every ZeRO stage keeps it itself and has it after the update; without ZeRO nobody does.
+    Call it on every rank after the last backward of a step.
+
+    Returns:
+        The norm of the whole step's gradient, before clipping; infinite when nothing changed.
     """
     if engine.zero_optimization_stage() > 0:
-        return None
+        # Every ZeRO stage looks for itself: it drops such a gradient and says that it is infinite.
+        engine.step()
+        return float(engine.get_global_grad_norm())
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    if math.isfinite(norm):
+        engine.step()
+        return norm
+    groups = engine.optimizer.param_groups
+    engine.optimizer.param_groups = []  # DeepSpeed goes through its motions, the optimizer does not
+    engine.step()
+    engine.optimizer.param_groups = groups
+    return math.inf

@@ -18,6 +18,7 @@ from torch import Tensor
 from data_packing.files import sync_folder
 from mllm.recipe import Recipe
 from mllm.training import lora, masters, quantised
+from mllm.training.checkpoint_index import homes
 from mllm.training.groups import longest_match
 from mllm.training.run_folder import RunFolder, full_disk_is_clear, settle, write_atomically
 
@@ -52,7 +53,7 @@ def finish(
             shutil.rmtree(draft, ignore_errors=True)
         facts = facts | {"weights": weights_id(folder.path)}
         write_atomically(folder.marker, json.dumps(facts, indent=2) + "\n")
-        for old in sorted(folder.state.glob("step-*"))[:-1]:
+        for old in homes(folder.state)[: -(recipe.run.keep or 1)]:
             shutil.rmtree(old)
     dist.barrier()
 

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,8 +24,10 @@ from rich.console import Console
 
 from data_packing.wording import counted
 from mllm.recipe import Recipe, load_all
-from mllm.training.control import CONTROL, ERROR, EVENTS, PARENT, STOP, parent_mark
+from mllm.training.control import CONTROL, ERROR, EVENTS, PARENT, SIGNALS, STOP, parent_mark
+from mllm.training.processes import free_port
 from mllm.training.progress import Screen, complain, duration
+from mllm.training.ranks import Ranks
 from mllm.training.run_folder import Lock, NoSpace, RunFolder, full_disk_is_clear
 from mllm.training.sources import check_models, parent_id, shards
 
@@ -37,64 +38,10 @@ LOCK_SECONDS = 5.0
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36)}
 """For glibc on processors: activations keep their pages from step to step. Handing them back and
 taking them anew was a fifth of the time of a step on a page of 1,024 tokens."""
+CHANNEL = ".control-"
+"""Begins the name of the channel's folder where it lies in the stage's."""
 PORTS = 3
 """How many ports are tried."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """How many workers, and on what.
-
-    Attributes:
-        count: number of workers.
-        gpus: whether each has a GPU; otherwise they share the processor.
-    """
-
-    count: int
-    gpus: bool
-
-    @classmethod
-    def choose(cls, gpus: int | None, cpus: int | None) -> Ranks:
-        """What the user asked for, or all GPUs, or one rank per core (at most two).
-
-        Raises:
-            ValueError: when both are given, or more GPUs than there are.
-        """
-        if gpus is not None and cpus is not None:
-            raise ValueError("give --gpus or --cpus, not both")
-        if cpus is not None:
-            return cls(cpus, gpus=False)
-        present = gpu_count()
-        if gpus is not None:
-            if gpus > present:
-                raise ValueError(
-                    f"--gpus {gpus}: this machine has {present}; use --cpus N to train without"
-                )
-            return cls(gpus, gpus=True)
-        if present:
-            return cls(present, gpus=True)
-        return cls(min(2, len(os.sched_getaffinity(0))), gpus=False)
-
-
-def gpu_count() -> int:
-    """GPUs that may be used here, without importing torch (which takes seconds).
-
-    CUDA_VISIBLE_DEVICES chooses among those that nvidia-smi names; without any it chooses nothing.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    chosen = None
-    if visible is not None:
-        chosen = len([d for d in visible.split(",") if d.strip() not in ("", "-1")])
-        if not chosen:
-            return 0
-    try:
-        listing = subprocess.run(
-            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    present = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
-    return present if chosen is None or present == 0 else chosen
 
 
 def train(
@@ -214,8 +161,8 @@ class Launch:
 
     def run(self) -> int:
         """Start, watch, clean up. Returns the exit status."""
-        control = Path(tempfile.mkdtemp(prefix="mllm-"))
-        previous = {n: signal.signal(n, self._interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+        control = self._channel()
+        previous = {number: signal.signal(number, self._interrupt) for number in SIGNALS}
         process: subprocess.Popen[bytes] | None = None
         try:
             with self._log() as log, self.screen:
@@ -235,6 +182,15 @@ class Launch:
                 signal.signal(number, handler)
             shutil.rmtree(control, ignore_errors=True)
 
+    def _channel(self) -> Path:
+        """The folder for what is told to workers and by them; other machines must see it too."""
+        if self.ranks.hostfile is None:
+            return Path(tempfile.mkdtemp(prefix="mllm-"))
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        for old in self.folder.path.glob(f"{CHANNEL}*"):  # of a command that was killed
+            shutil.rmtree(old, ignore_errors=True)
+        return Path(tempfile.mkdtemp(prefix=CHANNEL, dir=self.folder.path)).resolve()
+
     def _log(self) -> IO[bytes]:
         self.folder.path.mkdir(parents=True, exist_ok=True)
         log = self.folder.log.open("ab")
@@ -247,16 +203,19 @@ class Launch:
         # ninja, which compiles DeepSpeed's op, lies beside this environment's python
         here = os.path.dirname(sys.executable)
         environment["PATH"] = os.pathsep.join([here, os.environ.get("PATH", os.defpath)])
-        if not self.ranks.gpus:
+        if not self.ranks.gpus:  # a host file's workers take what their machine has
             cores = max(1, len(os.sched_getaffinity(0)) // self.ranks.count)
             environment["DS_ACCELERATOR"] = "cpu"
             environment.setdefault("OMP_NUM_THREADS", str(cores))
             for name, value in KEEP_MEMORY.items():
                 environment.setdefault(name, value)
         # --num_gpus counts workers, on processors too; the port is free at this moment
-        command = [*launcher(), "--num_gpus", str(self.ranks.count)]
-        command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-        command += ["--module", "mllm.training.worker", str(self.file), *self.overrides]
+        where = ["--num_gpus", str(self.ranks.count), "--master_addr", "127.0.0.1"]
+        if self.ranks.hostfile is not None:
+            where = ["--hostfile", str(self.ranks.hostfile), "--force_multi"]
+        command = [*launcher(), *where, "--master_port", str(free_port())]
+        command += ["--module", "mllm.training.worker", "--control", str(control)]
+        command += [str(self.file), *self.overrides]
         self.screen.event({"phase": f"starting {counted(self.ranks.count, 'worker')}"})
         return subprocess.Popen(
             command,
@@ -353,13 +312,6 @@ def launcher() -> list[str]:
     return [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def end_session(process: subprocess.Popen[bytes]) -> None:
     """End everything that was started with the workers, loaders and compilers included."""
     for number, patience in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 10.0)):
@@ -373,4 +325,4 @@ def end_session(process: subprocess.Popen[bytes]) -> None:
             time.sleep(0.1)
 
 
-__all__ = ["NoSpace", "Ranks", "train", "train_stage"]
+__all__ = ["NoSpace", "train", "train_stage"]

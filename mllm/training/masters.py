@@ -122,7 +122,7 @@ def prepare(engine: Any, step: int) -> None:
 @torch.no_grad()
 def refresh(engine: Any) -> None:
     """Copy the masters into the weights that the model computes with, and pack what is packed."""
-    _pack(engine)
+    pack(engine)
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage in (1, 2):
         optimizer.update_lp_params()
@@ -153,12 +153,14 @@ def readable(engine: Any) -> Iterator[None]:
             _link(engine)
 
 
-def _pack(engine: Any) -> None:
-    """Moments in 8 bits as the optimizer has them, after all were written."""
+def pack(engine: Any) -> None:
+    """Give moments in 8 bits the form that the optimizer steps; after `prepare` and all `write`."""
     optimizer = _torch_optimizer(engine)
-    for piece, group in _optimized(engine):
-        if _packs(group):
-            eight_bit.collapse(optimizer.state[piece])
+    states = [optimizer.state[piece] for piece, group in _optimized(engine) if _packs(group)]
+    for state in states:
+        eight_bit.collapse(state)
+    if states and engine.zero_optimization_stage() in (1, 2):
+        _link(engine)
 
 
 def _packs(group: dict[str, Any]) -> bool:

@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from data_packing.wording import some
+
 PLAIN_SECONDS = 5.0
 RECENT = 20
 """Steps over which speed is averaged."""
@@ -99,6 +101,10 @@ class Screen:
             self._recent.clear()  # the first step waited for the loader to start
         self._recent.append((float(record["seconds"]), int(record["tokens"])))
         self.step, self.steps = int(record["step"]), int(record["steps"])
+        if "skipped" in record:
+            why, documents = record["skipped"], some(record["documents"])
+            self.note(f"step {self.step} is skipped: {why} (documents {documents})")
+            return
         loss = float(record["loss"])
         self.loss = loss if self.loss is None else self.loss + SMOOTH * (loss - self.loss)
 

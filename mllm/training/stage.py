@@ -26,8 +26,10 @@ from data_packing.loader import Loader
 from data_packing.loss_weights import Weighting
 from data_packing.plan import Plan
 from data_packing.planned import Cursor
+from data_packing.wording import counted
 from mllm.recipe import Recipe
-from mllm.training import build, checkpoint, comm_op, engine, export, groups, loop
+from mllm.training import build, checkpoint, comm_op, engine, export, groups, loop, masters
+from mllm.training.checkpoint_index import State, newest, read_state
 from mllm.training.control import Control
 from mllm.training.run_folder import Lock, RunFolder, append_line, keep_lines_up_to, read_lines
 from mllm.training.sources import parent_id
@@ -45,24 +47,36 @@ class Worker:
         self.control = control
         self.folder = RunFolder(recipe.output)
 
-    def run(self) -> None:
-        """Train the stage, from the lock to the marker. The process group must be there."""
+    def run(self) -> bool:
+        """Train the stage, from the lock to the marker. The process group must be there.
+
+        Returns:
+            False when it was asked to stop before the end; the state is saved.
+        """
+        self.control.meet()
         lock = self._take_lock()
         try:
-            self._stage()
+            return self._stage()
         finally:
             lock.release()
 
-    def _stage(self) -> None:
+    def _stage(self) -> bool:
         recipe, control, folder = self.recipe, self.control, self.folder
         world, rank = dist.get_world_size(), dist.get_rank()
-        identity = recipe.identity() | {"model.parent": parent_id(recipe)}
-        folder.check_same(identity)
-        if folder.finished() is not None:
+        # rank 0 alone looks: on a shared disk others may see late what the stage before wrote
+        identity = from_rank_0(lambda: recipe.identity() | {"model.parent": parent_id(recipe)})
+        from_rank_0(lambda: folder.check_same(identity))
+        finished = from_rank_0(folder.finished)
+        if finished is not None:
             control.part()
             dist.barrier()
-            control.event(done="finished", note=f"{folder.path} is already finished")
-            return
+            steps = counted(finished["steps"], "step")
+            control.event(
+                done="finished",
+                step=finished["steps"],
+                note=f"already finished ({steps}), in {folder.path}",
+            )
+            return True
 
         control.phase("loading the model")
         precision = self._precision()
@@ -90,9 +104,12 @@ class Worker:
         deepspeed_engine = engine.start(step, recipe, placement, parameter_groups, accumulation)
         if home is not None:
             checkpoint.load(deepspeed_engine, home)
+        else:
+            masters.prepare(deepspeed_engine, 0)  # a first step that is skipped would leave none
+            masters.pack(deepspeed_engine)
 
-        finished = self._train(deepspeed_engine, processor, plan, state, accumulation)
-        if finished:
+        ended = self._train(deepspeed_engine, processor, plan, state, accumulation)
+        if ended:
             control.phase("saving the model")
             facts = {
                 "steps": state.step,
@@ -107,7 +124,8 @@ class Worker:
         deepspeed_engine.destroy()
         control.part()
         dist.barrier()
-        control.event(done="finished" if finished else "stopped", step=state.step)
+        control.event(done="finished" if ended else "stopped", step=state.step)
+        return ended
 
     def _take_lock(self) -> Lock:
         """Rank 0 keeps other runs out of the folder for as long as it lives."""
@@ -168,14 +186,14 @@ class Worker:
 
     def _resumed(self, plan: Plan) -> Path | None:
         """The checkpoint to go on from: the newest that is whole, as rank 0 sees it."""
-        home, warnings = from_rank_0(lambda: checkpoint.newest(self.folder.state))
+        home, warnings = from_rank_0(lambda: newest(self.folder.state))
         for warning in warnings:
             self.control.note(warning)
         if home is None and warnings:
             self.control.note("no checkpoint is whole: starting from the beginning")
         if home is None:
             return None
-        state = checkpoint.read_state(home)
+        state = read_state(home)
         try:
             same = state.plan == plan.hash
             plan.check(Cursor.from_json(state.cursor))
@@ -189,9 +207,9 @@ class Worker:
             )
         return home
 
-    def _state(self, home: Path | None, plan: str, frozen: str) -> checkpoint.State:
+    def _state(self, home: Path | None, plan: str, frozen: str) -> State:
         if home is None:
-            return checkpoint.State(
+            return State(
                 step=0,
                 cursor=Cursor().to_json(),
                 plan=plan,
@@ -200,7 +218,7 @@ class Worker:
                 seconds=0.0,
                 tokens=0,
             )
-        state = checkpoint.read_state(home)
+        state = read_state(home)
         if state.frozen != frozen:
             raise ValueError(
                 f"{home}: the frozen weights are not those that this run began with; restore "
@@ -234,7 +252,7 @@ class Worker:
             return torch.cuda.get_device_name()
         return f"CPU, {os.cpu_count()} cores"
 
-    def _write_ledger(self, plan: Plan, state: checkpoint.State) -> None:
+    def _write_ledger(self, plan: Plan, state: State) -> None:
         """What became of every document up to here; what is still to come counts as unreached."""
         ledger = account(plan, Cursor.from_json(state.cursor)).ledger
         ledger.drop(
@@ -266,7 +284,7 @@ class Worker:
         deepspeed_engine: Any,
         processor: Any,
         plan: Plan,
-        state: checkpoint.State,
+        state: State,
         accumulation: int,
     ) -> bool:
         recipe, control = self.recipe, self.control
@@ -281,11 +299,6 @@ class Worker:
             weighting=Weighting(recipe.data.loss_weights, recipe.uses),
         )
 
-        def save(now: checkpoint.State) -> None:
-            control.event(activity="saving a checkpoint")
-            checkpoint.save(deepspeed_engine, now, self.folder.state)
-            control.event(activity="")
-
         control.phase("training", step=state.step, steps=plan.total_steps)
         training = loop.Loop(
             deepspeed_engine,
@@ -295,16 +308,24 @@ class Worker:
             plan.total_steps,
             accumulation,
             lambda: control.stop_requested,
-            save,
+            checkpoint.Saver(self.folder.state, recipe.run.keep or checkpoint.KEPT),
             control.metric,
+            lambda activity: control.event(activity=activity),
         )
         return training.run(loader)
 
 
 def from_rank_0(ask: Callable[[], T]) -> T:
-    """What rank 0 finds, on every rank (collective)."""
-    found: list[Any] = [ask() if dist.get_rank() == 0 else None]
+    """What rank 0 finds, on every rank (collective); what it refuses is refused on every rank."""
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = ask()
+        except ValueError as error:
+            found[1] = str(error)
     dist.broadcast_object_list(found, 0)
+    if found[1] is not None:
+        raise ValueError(found[1])
     return cast(T, found[0])
 
 
@@ -324,7 +345,6 @@ def start_processes(control: Control) -> None:
     dist.barrier()
     comm_op.forget_buffer(dist.get_rank())
     dist.barrier()
-    control.meet()
 
 
 def threads_per_rank(ranks: int) -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mllm.recipe import load, stages
-from mllm.training.launch import Ranks, train_stage
+from mllm.training.launch import train_stage
+from mllm.training.ranks import Ranks
 
 __all__ = ["OUTPUTS", "RECIPES", "overrides", "train_stages"]
 

@@ -44,8 +44,8 @@ def _row(steps: list[dict[str, Any]]) -> tuple[str, ...]:
     tokens = sum(step["tokens"] for step in steps)
     seconds = sum(step["seconds"] for step in steps)
     averaged = max(1, min(AVERAGED_STEPS, len(steps) // 2))
-    first = _mean([step["loss"] for step in steps[:averaged]])
-    last = _mean([step["loss"] for step in steps[-averaged:]])
+    losses = [step["loss"] for step in steps if step["loss"] is not None]  # None: skipped
+    first, last = _mean(losses[:averaged]), _mean(losses[-averaged:])
     return (
         str(len(steps)),
         f"{tokens:,}",

@@ -15,7 +15,7 @@ import threading
 import time
 
 from mllm.training.comm_op import compiled
-from mllm.training.launch import gpu_count
+from mllm.training.ranks import gpu_count
 from scripts.quickstart.console import Advance, bar, warn
 from scripts.quickstart.downloads import ended
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from mllm.training import comm_op
-from mllm.training.launch import end_session, free_port, launcher
+from mllm.training.launch import end_session, launcher
+from mllm.training.processes import free_port
 from mllm.training.run_folder import RunFolder, read_lines
 from tests.training import second, tiny
 
@@ -34,6 +36,18 @@ CROSS: dict[str, Any] = {
     "run__epochs": 2,
 }
 BOTH = ("language_modeling", second.NAME)
+CURVE: dict[str, Any] = {"run__epochs": None, "run__tokens": 20 * 256}
+"""Twenty steps."""
+PARTS: dict[str, Any] = {
+    **CURVE,
+    "train": {
+        "encoder": "frozen",
+        "encoder.vision.encoder.layers.0": {"lr": 1e-3},
+        "connector": {"lr": 1e-2},
+        "language_model": {"lr": 5e-3, "lora": {"rank": 4, "dropout": 0.1}},
+    },
+}
+"""A frozen part, adapters, three learning rates."""
 LONG: dict[str, Any] = {"run__epochs": 12, "run__checkpoint_every": 4, "run__zero": 3}
 
 
@@ -77,6 +91,11 @@ class Runs:
         """The gradient's norm of every step, before clipping."""
         return [record["grad_norm"] for record in read_lines(self.folder(name).metrics)]
 
+    def groups(self, name: str) -> list[dict[str, Any]]:
+        """What the optimizer's groups were when the run's last part ended."""
+        groups: list[dict[str, Any]] = json.loads((self.path / f"{name}.groups").read_text())
+        return groups
+
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         """What the stage saved for others."""
         return load_file(self.path / name / "model.safetensors")
@@ -91,7 +110,7 @@ class Runs:
 
 
 def run_many(ranks: int, recipes: list[str]) -> None:
-    """Launch deepspeed once for a list of recipes (`file` or `file@steps`)."""
+    """Launch deepspeed once for a list of recipes (`file`, `file@steps` or `file@full`)."""
     command = [*launcher(), "--num_gpus", str(ranks), "--master_addr", "127.0.0.1"]
     command += ["--master_port", str(free_port()), str(ROOT / "tests/training/run_many.py")]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -168,6 +187,39 @@ def sources(home: Path, **objectives: tuple[str, ...]) -> list[dict[str, Any]]:
     ]
 
 
+def spoiled(home: Path) -> dict[str, Any]:
+    """Twelve steps, of which five change nothing; three of these follow one another."""
+    return {
+        "objectives": [second.TRAPS],
+        "data__sources": [{"path": str(home / "data" / "traps-*.tar")}],
+        "data__packing": {"tokens": 64, "documents": 1},
+        "run__epochs": 2,
+        "run__checkpoint_every": 1,
+        "run__keep": 100,
+    }
+
+
+@pytest.fixture(scope="session")
+def skipping(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Two ranks whose steps are not all finite; `-again` stops at its limit and goes on."""
+    runs = Runs(tmp_path_factory.mktemp("skipping"))
+    write, changes = writer(home, runs), spoiled(home)
+    recipes = []
+    for precision, zero in (("fp32", 0), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 3)):
+        name, how = f"{precision}-{zero}", {"run__zero": zero, "run__precision": precision}
+        recipes.append(write(name, **changes, **how))
+        if (precision, zero) in SKIPPING_AGAIN:
+            stopping = write(f"{name}-again", f"{name}-stops", **changes, **how, run__max_skipped=2)
+            recipes += [stopping, write(f"{name}-again", **changes, **how)]
+    full = write("full", run__checkpoint_every=1)
+    recipes += [write("fits"), f"{full}@2", f"{full}@full", full]
+    run_many(2, recipes)
+    return runs
+
+
+SKIPPING_AGAIN = (("fp32", 0), ("fp32", 3), ("bf16", 1))
+
+
 @pytest.fixture(scope="session")
 def two(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Everything that runs on two ranks."""
@@ -217,7 +269,9 @@ def two(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         )
     )
     recipes += [write(name, run__zero=3, **experts(home, name)) for name in tiny.EXPERTS]
-    recipes.append(write("hop", run__zero=2) + "@2")
+    recipes += [write(f"curve-{zero}", run__zero=zero, **CURVE) for zero in (1, 2, 3)]
+    recipes.append(write("parts", run__zero=2, **PARTS))
+    recipes.append(write("hop", run__zero=2, **PARTS) + "@9")
     recipes.append(write("long", **LONG))
     recipes.append(write("changed", run__seed=5) + "@2")
     recipes.append(write("changed", "changed-later", run__seed=6))
@@ -235,13 +289,14 @@ def one(home: Path, two: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs
         1,
         [
             write("fp32-0", run__zero=0),
-            write("fp32-3", run__zero=3),
+            write("curve-0", run__zero=0, **CURVE),
+            write("curve-3", run__zero=3, **CURVE),
             write("bf16-1", run__zero=1, run__precision="bf16"),
             write("lora", run__zero=0, **LORA),
             write("weighted", run__zero=0, **weighted(home)),
             write("crossed", run__zero=0, **crossed(home)),
             *(write(name, run__zero=0, **experts(home, name)) for name in tiny.EXPERTS),
-            write("hop", run__zero=3),
+            write("hop", run__zero=3, **PARTS),
             write("windows", **windows(home)),
         ],
     )
@@ -249,10 +304,12 @@ def one(home: Path, two: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs
 
 
 @pytest.fixture(scope="session")
-def four(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """What runs on four ranks."""
+def four(home: Path, two: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """What runs on four ranks; `hop` goes on with what two ranks began."""
     runs = Runs(tmp_path_factory.mktemp("four"))
     write = writer(home, runs)
-    recipes = [write("fp32-2", run__zero=2), write("fp32-3", run__zero=3)]
+    shutil.copytree(two.path / "hop", runs.path / "hop")
+    recipes = [write(f"curve-{zero}", run__zero=zero, **CURVE) for zero in (1, 2, 3)]
+    recipes.append(write("hop", run__zero=1, **PARTS))
     run_many(4, [*recipes, write("weighted", run__zero=2, **weighted(home))])
     return runs

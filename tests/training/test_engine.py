@@ -20,7 +20,7 @@ from mllm import recipe_parts
 from mllm.models.assemble import assemble, load
 from mllm.recipe import load as load_recipe
 from mllm.training import build
-from mllm.training.checkpoint import read_state
+from mllm.training.checkpoint_index import read_state
 from mllm.training.run_folder import read_lines
 from tests.training import tiny
 from tests.training.conftest import BOTH, Runs, same_bits
@@ -30,26 +30,21 @@ COMBINATIONS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3)]
 COMBINATIONS += [("bf16", 1), ("bf16", 2), ("bf16", 3)]
 
 
-def test_the_loss_does_not_depend_on_ranks_accumulation_or_zero(
+def test_the_loss_curve_does_not_depend_on_ranks_accumulation_or_zero(
     one: Runs, two: Runs, four: Runs
 ) -> None:
-    reference, norms = one.losses("fp32-0"), one.gradient_norms("fp32-0")
-    assert len(reference) == 5
-    assert reference[-1] < reference[0] - 0.1
+    reference, norms = one.losses("curve-0"), one.gradient_norms("curve-0")
+    assert len(reference) == 20
+    assert reference[-1] < reference[0] - 0.3
     assert min(norms) > 0.0
-    others = {
-        "1x4, ZeRO 3": (one, "fp32-3"),
-        "2x2, ZeRO 0": (two, "fp32-0"),
-        "2x2, ZeRO 1": (two, "fp32-1"),
-        "2x2, ZeRO 2": (two, "fp32-2"),
-        "2x2, ZeRO 3": (two, "fp32-3"),
-        "4x1, ZeRO 2": (four, "fp32-2"),
-        "4x1, ZeRO 3": (four, "fp32-3"),
-    }
+    others = {"1x4, ZeRO 3": (one, "curve-3")}
+    for runs, name in ((two, "2x2"), (four, "4x1")):
+        others |= {f"{name}, ZeRO {zero}": (runs, f"curve-{zero}") for zero in (1, 2, 3)}
     for name, (runs, run) in others.items():
-        assert runs.losses(run) == pytest.approx(reference, abs=CLOSE), name
+        assert runs.losses(run) == pytest.approx(reference, rel=1e-6), name
         # AdamW's losses would not show gradients that are all too large by one factor
-        assert runs.gradient_norms(run) == pytest.approx(norms, rel=1e-3), name
+        assert runs.gradient_norms(run) == pytest.approx(norms, rel=1e-4), name
+    assert two.losses("fp32-0") == pytest.approx(one.losses("fp32-0"), rel=1e-6)
 
 
 def test_weighted_losses_do_not_depend_on_ranks_or_accumulation(
@@ -169,13 +164,28 @@ def test_dropout_is_the_same_on_any_number_of_ranks(one: Runs, two: Runs) -> Non
     assert two.losses("lora") == pytest.approx(one.losses("lora"), abs=CLOSE)
 
 
-def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(one: Runs, two: Runs) -> None:
-    assert len(two.losses("hop")) == 2
-    assert one.losses("hop") == pytest.approx(two.losses("fp32-2"), abs=CLOSE)
-    state, reference = one.state("hop"), two.state("fp32-2")
-    assert state.keys() == reference.keys()
-    for name, tensor in reference.items():
-        torch.testing.assert_close(state[name], tensor, atol=2e-4, rtol=2e-3)
+def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(
+    one: Runs, two: Runs, four: Runs
+) -> None:
+    """With a frozen part, adapters and three learning rates."""
+    assert len(two.losses("hop")) == 9
+    reference, whole = two.state("parts"), two.losses("parts")
+    batches = [record["learned"] for record in read_lines(two.folder("parts").metrics)]
+    groups = {group["name"]: group for group in two.groups("parts")}
+    peaks = {"encoder.vision.encoder.layers.0": 1e-3, "connector": 1e-2, "language_model": 5e-3}
+    assert {name: group["peak_lr"] for name, group in groups.items()} == {
+        name: peaks[name.removesuffix("/no_decay")] for name in groups
+    }
+    assert {group["weight_decay"] for group in groups.values()} == {0.0, 0.1}
+    for runs in (one, four):
+        records = read_lines(runs.folder("hop").metrics)
+        assert [record["learned"] for record in records] == batches
+        assert runs.losses("hop") == pytest.approx(whole, abs=1e-5)
+        assert {group["name"]: group for group in runs.groups("hop")} == groups
+        state = runs.state("hop")
+        assert state.keys() == reference.keys()
+        for name, tensor in reference.items():
+            torch.testing.assert_close(state[name], tensor, atol=2e-4, rtol=2e-3)
 
 
 @pytest.mark.parametrize(("name", "epochs"), [("text", 1), ("crossed", 2)])
@@ -225,7 +235,7 @@ def test_a_document_that_fails_at_decode_is_left_out_and_named(two: Runs) -> Non
 
 
 def test_another_recipe_in_the_same_folder_is_refused(two: Runs) -> None:
-    message = (two.path / "changed.error").read_text()
+    message = (two.path / "changed.error-0").read_text()
     assert "run.seed: was 5, is now 6" in message
     assert "another run.output or delete" in message
     assert len(two.losses("changed")) == 2

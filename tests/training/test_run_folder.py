@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from mllm.recipe import load
-from mllm.training import checkpoint
+from mllm.training import checkpoint_index as checkpoint
 from mllm.training.control import Control, message, parent_lives, parent_mark
 from mllm.training.launch import Tail
 from mllm.training.progress import Screen, duration

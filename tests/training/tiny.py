@@ -152,14 +152,28 @@ def broken(count: int) -> Iterator[Document]:
         yield document
 
 
+TRAPS = {4: "#", 13: "%", 18: "#"}
+"""Which of `trapped` hold what."""
+
+
+def trapped(count: int) -> Iterator[Document]:
+    """Captions, some with a letter that the objective `traps` cannot bear."""
+    for i, document in enumerate(captions(count, "traps")):
+        image, text = document.parts
+        assert isinstance(text, Text)
+        parts = (image, Text(text.text + TRAPS.get(i, "")))
+        yield Document(parts, source=document.source, key=document.key)
+
+
 def make_data(folder: Path, count: int = 48) -> None:
-    """Write the shards captions-000000.tar, texts-000000.tar and broken-000000.tar.
+    """Write the shards captions-000000.tar, texts-, broken- and traps-000000.tar.
 
     The captions are there a second time in shards of six, small-000000.tar and on.
     """
     write_shards(captions(count), folder, "captions")
     write_shards(texts(count // 2), folder, "texts")
     write_shards(broken(count // 2), folder, "broken")
+    write_shards(trapped(count // 2), folder, "traps")
     write_shards(captions(count, "small"), folder, "small", 6)
 
 
