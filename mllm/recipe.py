@@ -13,25 +13,40 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from mllm.recipe_errors import validated
 from mllm.recipe_parts import (
-    MODULES,
     fusion_problems,
     model_problems,
     objective_problems,
     ridge_problems,
+)
+from mllm.recipe_section import Number, Section, Whole
+from mllm.recipe_train import (
+    MODULES,
+    LoraSection,
+    OptimizerSection,
+    TrainSection,
+    TrainValue,
+    optimizer_problems,
     train_problems,
 )
 from mllm.recipe_yaml import Path_, RecipeError, flatten, override, read
 
-__all__ = ["MODULES", "Parts", "Recipe", "RecipeError", "load", "load_all", "load_parts", "stages"]
-
-
-def _whole(value: Any) -> Any:
-    """A float without a fraction is a whole number: 1e6 is how people write a million."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+__all__ = [
+    "MODULES",
+    "LoraSection",
+    "OptimizerSection",
+    "TrainSection",
+    "Parts",
+    "Recipe",
+    "RecipeError",
+    "load",
+    "load_all",
+    "load_parts",
+    "stages",
+]
 
 
 def _no_bool(value: Any) -> Any:
@@ -39,17 +54,6 @@ def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("expected a choice that is not true or false")
     return value
-
-
-# Strict, so that `true` and "8" in quotes are refused and not read as 1 and 8.
-Whole = Annotated[int, Field(strict=True), BeforeValidator(_whole)]
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are refused, values do not change once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
 class PartSection(Section):
@@ -110,35 +114,6 @@ class ModelSection(Section):
     images: ImagesSection | None = None
 
 
-class LoraSection(Section):
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685). Scale is alpha / rank."""
-
-    rank: Whole = Field(gt=0)
-    alpha: Number | None = Field(default=None, gt=0)
-    dropout: Number = Field(default=0.0, ge=0, lt=1)
-    targets: tuple[str, ...] | None = None
-
-
-class TrainSection(Section):
-    """How one module learns: not at all, all of it, or through adapters."""
-
-    frozen: bool = False
-    lr: Number | None = Field(default=None, gt=0)
-    lora: LoraSection | None = None
-    qlora: dict[str, Any] | None = None
-
-
-def _frozen_word(value: Any) -> Any:
-    if value == "frozen":
-        return {"frozen": True}
-    if not isinstance(value, dict | TrainSection):
-        raise ValueError("expected frozen or {lr: …, lora: {…}}")
-    return value
-
-
-TrainValue = Annotated[TrainSection, BeforeValidator(_frozen_word)]
-
-
 class SourceSection(Section):
     """Shards of one source.
 
@@ -197,18 +172,6 @@ class DataSection(Section):
     workers: Whole = Field(default=1, ge=0)
     max_refused: Number = Field(default=0.1, ge=0, le=1)
     allow_http: bool = False
-
-
-class OptimizerSection(Section):
-    """AdamW and the course of its learning rate. `warmup` is a fraction of the run."""
-
-    name: Literal["adamw"] = "adamw"
-    lr: Number | None = Field(default=None, gt=0)
-    betas: tuple[Number, Number] = (0.9, 0.95)
-    weight_decay: Number = Field(default=0.0, ge=0)
-    warmup: Number = Field(default=0.0, ge=0, lt=1)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    clip: Number = Field(default=1.0, ge=0)
 
 
 class RunSection(Section):
@@ -283,7 +246,7 @@ class Parts(Section):
     """What a recipe says of its model and of how it learns."""
 
     model: ModelSection
-    train: dict[str, TrainValue] = {}
+    train: dict[str, TrainValue] = Field(default={})
     optimizer: OptimizerSection = OptimizerSection()
 
 
@@ -329,7 +292,7 @@ def load_parts(file: str | Path, overrides: Sequence[str] = ()) -> Parts:
     parts = validated(Parts, source)
     problems = list(model_problems(parts.model))
     if parts.train:
-        problems += train_problems(parts.train, parts.optimizer.lr)
+        problems += train_problems(parts.train, parts.optimizer)
         problems += fusion_problems(parts.model, parts.train)
     if problems:
         raise RecipeError("\n".join(f"{source.place(path)}: {text}" for path, text in problems))
@@ -366,7 +329,7 @@ def load_all(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple[Path
 def _impossible(recipe: Recipe) -> Iterable[tuple[Path_, str]]:
     """Combinations that the types allow and that cannot work."""
     yield from model_problems(recipe.model)
-    yield from train_problems(recipe.train, recipe.optimizer.lr)
+    yield from train_problems(recipe.train, recipe.optimizer)
     yield from fusion_problems(recipe.model, recipe.train)
     yield from ridge_problems(recipe.model, recipe.train)
     run, packing = recipe.run, recipe.data.packing
@@ -393,8 +356,7 @@ def _impossible(recipe: Recipe) -> Iterable[tuple[Path_, str]]:
             ("run", "zero"),
             "run.zero: 0 keeps no fp32 master weights for bf16; use zero: 1 or precision: fp32",
         )
-    if not all(0 <= beta < 1 for beta in recipe.optimizer.betas):
-        yield ("optimizer", "betas"), "optimizer.betas must lie in [0, 1)"
+    yield from optimizer_problems(recipe.optimizer, run.precision, run.zero)
     if not recipe.data.sources:
         yield ("data", "sources"), "data.sources is empty: give at least one {path: …}"
     yield from objective_problems(recipe.objectives, recipe.data.sources)

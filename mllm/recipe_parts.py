@@ -18,14 +18,11 @@ if TYPE_CHECKING:
         ConnectorSection,
         ModelSection,
         SourceSection,
-        TrainSection,
     )
+    from mllm.recipe_train import TrainSection
 
 PARTS = ("encoder", "connector", "language_model")
 """What a new model is made of."""
-
-MODULES = (*PARTS, "fusion")
-"""What `train:` may name."""
 
 OBJECTIVE_NAMES = tuple(OBJECTIVES)
 
@@ -78,37 +75,6 @@ def model_problems(model: ModelSection) -> Iterable[tuple[Path_, str]]:
         yield ("model", "connector"), "give model.connector.name"
 
 
-def train_problems(
-    train: Mapping[str, TrainSection], default_lr: float | None
-) -> Iterable[tuple[Path_, str]]:
-    """What is wrong with the modules and how they learn: (path, message)."""
-    for name, how in train.items():
-        path: Path_ = ("train", name)
-        root = name.split(".")[0]
-        if root not in MODULES:
-            yield path, f"train: unknown module {name!r}{nearest(root, MODULES)}"
-            continue
-        if how.frozen:
-            if how.lr or how.lora:
-                yield path, f"train.{name} is frozen and has a learning rate; choose one"
-            continue
-        if how.qlora is not None:
-            yield (
-                (*path, "qlora"),
-                f"train.{name}.qlora is not supported yet (4-bit weights do not learn under "
-                "ZeRO-2 and ZeRO-3); use lora: {rank: …}",
-            )
-        if how.lora is not None and name != "language_model":
-            yield (
-                (*path, "lora"),
-                f"train.{name}: LoRA is for language_model only; give {name} a plain lr",
-            )
-        if how.lr is None and default_lr is None:
-            yield path, f"train.{name} has no learning rate; give train.{name}.lr or optimizer.lr"
-    if all(how.frozen for how in train.values()):
-        yield ("train",), "nothing would be trained: give at least one module a learning rate"
-
-
 def fusion_problems(
     model: ModelSection, train: Mapping[str, TrainSection]
 ) -> Iterable[tuple[Path_, str]]:
@@ -125,6 +91,13 @@ def fusion_problems(
             f"model.fusion: the gates of {name} start closed, so nothing would come of images; "
             "give train.fusion a learning rate",
         )
+    for key in learning:
+        if name in WITH_WEIGHTS and train[key].adapters:
+            yield (
+                ("train", key),
+                f"train.{key}: a new fusion learns in full: its gates start closed and are no "
+                "linear layers, so adapters alone would never open them",
+            )
     if name not in WITH_WEIGHTS and learning:
         yield ("train", learning[0]), f"train.{learning[0]}: fusion {name} has nothing to learn"
 
@@ -146,8 +119,9 @@ def ridge_problems(
     weight = f"{layer}.weight"
     keys = [key for key in train if weight == key or weight.startswith(f"{key}.")]
     key = max(keys, key=len, default=None)
-    if key is None or train[key].frozen:
-        why = f"train.{key} is frozen" if key else "train does not name it"
+    if key is None or not train[key].full:
+        how = "is frozen" if key and train[key].frozen else "has adapters over it"
+        why = f"train.{key} {how}" if key else "train does not name it"
         yield (
             ("model", "connector", "init"),
             f"model.connector.init: ridge solves {layer}, which must be trained, and {why}: a "

@@ -168,8 +168,8 @@ REFUSALS = {
     "warmup of everything": (["optimizer.warmup=1.5"], "optimizer.warmup: expected less than 1"),
     "wrong word": (
         ["optimizer.schedule=cosin"],
-        "optimizer.schedule: expected 'cosine', 'linear' or 'constant', got 'cosin'; did you mean "
-        "'cosine'?",
+        "optimizer.schedule: expected 'cosine', 'linear', 'constant' or 'wsd', got 'cosin'; did "
+        "you mean 'cosine'?",
     ),
     "wrong optimizer": (["optimizer.name=adam"], "did you mean 'adamw'?"),
     "wrong zero": (["run.zero=4"], "run.zero: expected 'auto', 0, 1, 2 or 3, got 4"),
@@ -214,11 +214,47 @@ REFUSALS = {
         ["train.conector.lr=1e-3"],
         "train: unknown module 'conector'; did you mean 'connector'?",
     ),
-    "lora elsewhere": (
+    "ridge under adapters": (
         ["train.connector.lora={rank: 4}"],
-        "train.connector: LoRA is for language_model only",
+        "which must be trained, and train.connector has adapters over it",
     ),
-    "qlora": (["train.language_model={lr: 1e-4, qlora: {rank: 4}}"], "qlora is not supported yet"),
+    "two kinds of adapters": (
+        ["train.language_model.qlora={rank: 4}"],
+        "train.language_model has lora and qlora; choose one",
+    ),
+    "unknown key of qlora": (
+        ["train.language_model={lr: 1e-4, qlora: {rnak: 4}}"],
+        "unknown key 'train.language_model.qlora.rnak'; did you mean 'rank'?",
+    ),
+    "frozen with adapters": (
+        ["train.encoder={frozen: true, dora: {rank: 2}}"],
+        "train.encoder is frozen and has dora; choose one",
+    ),
+    "frozen with a decay by layer": (
+        ["train.encoder={frozen: true, layer_decay: 0.9}"],
+        "train.encoder is frozen and has layer_decay; choose one",
+    ),
+    "a decay that grows": (
+        ["train.connector={lr: 1e-3, layer_decay: 1.1}"],
+        "train.connector.layer_decay: expected less than or equal to 1",
+    ),
+    "a fall without wsd": (
+        ["optimizer.decay=0.2"],
+        "optimizer.decay is how much of a run falls under schedule wsd; cosine has no such part",
+    ),
+    "all warm-up and fall": (
+        ["optimizer={schedule: wsd, decay: 0.8, warmup: 0.3}"],
+        "warmup and optimizer.decay are together more than the run",
+    ),
+    "muon under ZeRO-2": (
+        ["optimizer.name=muon", "run.zero=2"],
+        "optimizer.name: muon under run.zero: 2 in bf16: DeepSpeed clips Muon's steps there",
+    ),
+    "muon in fp32 under ZeRO-1": (
+        ["optimizer.name=muon", "run.zero=1", "run.precision=fp32"],
+        "use zero: 0 with precision: fp32 or zero: 1 with bf16",
+    ),
+    "misspelt optimizer": (["optimizer.name=muno"], "did you mean 'muon'?"),
     "bf16 without masters": (
         ["run.zero=0", "run.precision=bf16"],
         "run.zero: 0 keeps no fp32 master weights for bf16",
@@ -421,7 +457,7 @@ def test_a_refusal_says_what_and_where(recipe: Path, case: str) -> None:
         ("path: models/llm}", "path: models/llm", 5, "not valid YAML"),
         ("weight: 2", "weight: 2026-13-45", 12, "'2026-13-45' cannot be read"),
         ("weight: 2", "objectives: [lm]", 12, "data.sources.1.objectives: unknown objective 'lm'"),
-        ("{lr: 1e-3}", "{lr: 1e-3, lora: {rank: 2}}", 7, "LoRA is for language_model only"),
+        ("{lr: 1e-3}", "{lr: 1e-3, warmup: 1}", 7, "train.connector.warmup: expected less than 1"),
     ],
 )
 def test_a_refusal_names_the_line(
@@ -467,7 +503,12 @@ def test_a_fusion_is_a_part_with_its_own_learning_rate(recipe: Path) -> None:
         ("every: 2", "only_immediate: 1", 5, "only_immediate must be true or false"),
         ("  fusion: {lr: 1e-3}\n", "", 5, "give train.fusion a learning rate"),
         ("fusion: {lr: 1e-3}", "fusion: frozen", 5, "give train.fusion a learning rate"),
-        ("fusion: {lr: 1e-3}", "fusion: {lr: 1e-3, lora: {rank: 2}}", 7, "LoRA is for language_"),
+        (
+            "fusion: {lr: 1e-3}",
+            "fusion: {lr: 1e-3, lora: {rank: 2}}",
+            7,
+            "a new fusion learns in full: its gates start",
+        ),
         ("cross_attention, every: 2", "in_sequence", 7, "in_sequence has nothing to learn"),
         ("train:", "  images: {regions: feature}\ntrain:", 6, "none for a region of it; write"),
         (

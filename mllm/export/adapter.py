@@ -73,6 +73,10 @@ class Adapter:
                 f"--adapter: the merged weights are in {name}, and the adapter cannot be taken out "
                 "of them in that precision; give --dtype float32, or leave --adapter out"
             )
+        if self.config.use_dora:
+            raise ValueError(
+                "--adapter: DoRA cannot be taken out of merged weights; leave --adapter out"
+            )
         linears = dict(model.language_model.named_modules())
         scale = self.config.lora_alpha / self.config.r
         for name in self._layers():

@@ -102,10 +102,8 @@ def image_table(processor: Processor) -> Table:
 def _prepare(model: Any, parts: Parts) -> None:
     """Set what learns, as a run would."""
     groups.freeze(model, parts.train)
-    how = parts.train.get("language_model")
-    if how is not None and how.lora is not None:
-        lora.inject(model.language_model, how.lora)
-    groups.parameter_groups(model, parts.train, parts.optimizer.lr, 0.0)
+    lora.adapt(model, parts.train, 0)
+    groups.parameter_groups(model, parts.train, parts.optimizer)
 
 
 @contextmanager

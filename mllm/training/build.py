@@ -24,9 +24,6 @@ UNBOUNDED = 2**40
 """Vision patches of a pack when the recipe sets no limit."""
 
 
-LANGUAGE_MODEL = "language_model"
-
-
 def model(
     section: ModelSection, recipe: Recipe, dtype: torch.dtype, weights: bool = True
 ) -> tuple[Any, Any, Any]:
@@ -38,18 +35,13 @@ def model(
         weights: False reads none: the model is on the meta device, to be looked at.
 
     Returns:
-        Model, processor, and PEFT's configuration of the adapters (None without).
+        Model, processor, and PEFT's configuration of the adapters of each key that has some.
     """
     from mllm.models.assemble import assemble
 
     built, processor = assemble(section, dtype=dtype, weights=weights)
     groups.freeze(built, recipe.train)
-    how = recipe.train.get(LANGUAGE_MODEL)
-    adapter = None
-    if how is not None and how.lora is not None:
-        torch.manual_seed(recipe.run.seed)
-        adapter = lora.inject(built.language_model, how.lora)
-    return built, processor, adapter
+    return built, processor, lora.adapt(built, recipe.train, recipe.run.seed)
 
 
 def plan(

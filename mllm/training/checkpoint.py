@@ -2,7 +2,7 @@
 
     state/step-00000100/
         index.json                what is where, its size and its SHA-256; step, cursor, hashes
-        00-0000.safetensors …     "<parameter>/master", "/exp_avg", "/exp_avg_sq", full fp32 tensors
+        00-0000.safetensors …     "<parameter>/master" and its moments, full tensors
 
 Parameter i is written by rank i % world, so all ranks write at once. Every rank copies its share
 to host memory between two steps; a thread writes it while training goes on, under another name;
@@ -108,7 +108,8 @@ class Saver:
         self.settle()
         state = replace(state, saved=time.time(), groups=_group_names(engine), files={})
         draft = self.folder / f"{DRAFT}{home_name(state)}"
-        files = deque(_share(engine, dist.get_rank(), dist.get_world_size()))
+        with masters.readable(engine):
+            files = deque(_share(engine, dist.get_rank(), dist.get_world_size()))
         self._writing = _Writing(state, draft, files)
         self._writing.thread = Thread(target=self._writing.write, daemon=True, name="checkpoint")
         self._writing.thread.start()
@@ -174,8 +175,8 @@ def _share(engine: Any, rank: int, world: int) -> Iterator[File]:
             continue
         names.append(name)
         for key, value in full.items():
-            tensors[f"{name}/{key}"] = value.detach().to("cpu", torch.float32, copy=True)
-            size += 4 * value.numel()
+            tensors[f"{name}/{key}"] = saved = value.detach().to("cpu", copy=True)
+            size += saved.nbytes
         if size >= FILE_BYTES:
             yield f"{rank:02d}-{number:04d}.safetensors", tensors, names
             tensors, names, size, number = {}, [], 0, number + 1
@@ -241,8 +242,8 @@ def _tensors(home: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
     for file, facts in read_state(home).files.items():
         tensors = safetensors.torch.load_file(home / file)
         for name in facts["parameters"]:
-            keys = ("master", *masters.MOMENTS)
-            yield name, {key: tensors[f"{name}/{key}"] for key in keys}
+            whole = {key.rpartition("/"): tensor for key, tensor in tensors.items()}
+            yield name, {key: tensor for (of, _, key), tensor in whole.items() if of == name}
 
 
 def _check_names(trained: set[str], state: State) -> None:

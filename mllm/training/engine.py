@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from dataclasses import dataclass
@@ -11,13 +12,18 @@ from typing import Any
 import deepspeed
 import torch
 
-from mllm.recipe import Recipe
+from mllm.recipe import OptimizerSection, Recipe
+from mllm.recipe_train import muon_refusal
+from mllm.training import eight_bit, muon, schedule
 from mllm.training.groups import Group, optimizer_groups
 from mllm.training.step import TrainStep
 
 BYTES_PER_TRAINABLE = 12
 """fp32 master and two moments."""
 
+
+EPSILON = 1e-8
+"""Of Adam."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -51,9 +57,16 @@ def choose_zero(
     Args:
         world: number of ranks.
         parameters, trainable: parameters of the model, and those that learn.
+
+    Raises:
+        ValueError: the optimizer cannot run so.
     """
     if recipe.run.zero != "auto":
+        if recipe.optimizer.name == "muon" and (why := muon_refusal(precision, recipe.run.zero)):
+            raise ValueError(why)
         return recipe.run.zero, ""
+    if recipe.optimizer.name == "muon":
+        return (1 if precision == "bf16" else 0), "under no other stage Muon is itself"
     if world == 1:
         return (1 if precision == "bf16" else 0), "one rank has nothing to share"
     memory = rank_memory(world)
@@ -123,6 +136,7 @@ def config(
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": zero,
+        "zero_allow_untested_optimizer": recipe.optimizer.name == "adamw_8bit",
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
@@ -142,29 +156,47 @@ def start(
         module: with `requires_grad` set, in the precision it computes in.
         groups: who learns how fast; the parameters' names in `module.model`.
     """
-    optimizer = torch.optim.AdamW(
-        optimizer_groups(module.model, groups),
-        betas=recipe.optimizer.betas,
-        eps=1e-8,
-        fused=True,  # ten times faster than the default on a CPU
-    )
+    optimizer = make_optimizer(recipe.optimizer, optimizer_groups(module.model, groups))
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        config=config(recipe, placement, accumulation, trainable),
-        dist_init_required=False,
-    )
+    gc.freeze()  # under ZeRO-1 in bf16 it collects garbage twice for every group of parameters
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=config(recipe, placement, accumulation, trainable),
+            dist_init_required=False,
+        )
+    finally:
+        gc.unfreeze()
     engine.mllm_groups = groups
     return engine
 
 
-def set_lr(engine: Any, factor: float) -> float:
-    """Set every group to a fraction of its peak. Returns the largest rate, for the log."""
+def make_optimizer(
+    section: OptimizerSection, groups: list[dict[str, Any]]
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer for `groups.optimizer_groups`."""
+    if section.name == "muon":
+        return muon.optimizer(groups, section.betas, EPSILON)
+    if section.name == "adamw_8bit":
+        return eight_bit.optimizer(groups, section.betas, EPSILON)
+    # fused: ten times faster than the default on a CPU
+    return torch.optim.AdamW(groups, betas=section.betas, eps=EPSILON, fused=True)
+
+
+def set_lr(engine: Any, step: int, total: int, section: OptimizerSection) -> float:
+    """Set every group's rate for one step. Returns the largest, for the log.
+
+    Args:
+        step: 0-based.
+        total: steps of the run.
+        section: the course of the rates.
+    """
     rates: list[float] = []
     for group in engine.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
-        rates.append(group["lr"])
+        course = schedule.factor(step, total, group["warmup"], section.schedule, section.decay)
+        rates.append(group["peak_lr"] * course)
+        group["lr"] = group["scale"] * rates[-1]
     return max(rates)
 
 

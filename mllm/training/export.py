@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from data_packing.files import sync_folder
 from mllm.recipe import Recipe
-from mllm.training import lora, masters
-from mllm.training.build import LANGUAGE_MODEL
+from mllm.training import lora, masters, quantised
 from mllm.training.checkpoint_index import homes
+from mllm.training.groups import longest_match
 from mllm.training.run_folder import RunFolder, full_disk_is_clear, settle, write_atomically
 
 
@@ -27,13 +28,13 @@ def finish(
     processor: Any,
     recipe: Recipe,
     folder: RunFolder,
-    adapter: LoraConfig | None,
+    adapters: Mapping[str, LoraConfig],
     facts: dict[str, Any],
 ) -> None:
     """Gather the model, merge adapters, write everything, then the marker (collective).
 
     Args:
-        adapter: what `lora.inject` returned, None without adapters.
+        adapters: what `lora.adapt` returned.
         facts: what the marker says, beside the identity of the weights.
 
     Raises:
@@ -46,7 +47,7 @@ def finish(
         shutil.rmtree(draft, ignore_errors=True)
         try:
             with full_disk_is_clear(draft):
-                write_model(model, processor, recipe, weights, adapter, draft)
+                write_model(model, processor, recipe, weights, adapters, draft)
                 _move(draft, folder.path)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -61,20 +62,22 @@ def finish(
 def gather(engine: Any) -> dict[str, Tensor]:
     """All weights of the model on rank 0's CPU, {} on the other ranks (collective).
 
-    Trained ones are the fp32 masters, frozen ones and buffers are as the model has them.
+    Trained ones are the fp32 masters, frozen ones and buffers are as the model has them; what it
+    has in 4 bits is what it computes with.
     """
     keep = dist.get_rank() == 0
     model = engine.module.model
     result: dict[str, Tensor] = {}
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    known = dict(model.named_parameters())
     for name, weight in masters.full_weights(model):
-        full = masters.read(engine, trained[name])["master"] if name in trained else weight
+        parameter = known[name]
+        full = masters.master(engine, parameter) if parameter.requires_grad else weight
         if keep:
-            result[name] = full.detach().cpu().clone()
+            result[name] = quantised.plain(parameter, full).detach().cpu().clone()
     if keep:
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         for name, tensor in model.state_dict().items():
-            if name not in parameters:
+            if name not in parameters and not quantised.is_own(name):
                 result[name] = tensor.detach().cpu().clone()
     return result
 
@@ -84,20 +87,21 @@ def write_model(
     processor: Any,
     recipe: Recipe,
     weights: dict[str, Tensor],
-    adapter: LoraConfig | None,
+    adapters: Mapping[str, LoraConfig],
     folder: Path,
 ) -> None:
     """Write model, processor and adapters into a new folder."""
     folder.mkdir(parents=True)
     plain = lora.merged(weights, model)
-    dtype = next(p.dtype for p in model.parameters())
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     plain = {n: (w.to(dtype) if w.is_floating_point() else w) for n, w in plain.items()}
     model.save_pretrained(folder, state_dict=plain)
     processor.save_pretrained(folder)
-    if adapter is not None:
-        language = recipe.model.language_model
-        base = recipe.model.from_ or (language.path if language else "")
-        lora.save(weights, LANGUAGE_MODEL, adapter, base, folder / "lora")
+    for key, config in adapters.items():
+        mine = {n: w for n, w in weights.items() if longest_match(n, recipe.train) == key}
+        part = getattr(recipe.model, key.split(".")[0])
+        base = recipe.model.from_ or getattr(part, "path", None) or ""
+        lora.save(mine, key, config, base, folder / lora.folder_name(key))
     settle(folder)
 
 

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from mllm.recipe import TrainSection
+from mllm.recipe import OptimizerSection, TrainSection
 from mllm.recipe_yaml import nearest
+from mllm.training import muon
+from mllm.training.layers import layer_rates
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Parameters that share a learning rate and a weight decay.
+    """Parameters that share a learning rate, a weight decay and a warm-up.
 
     Attributes:
-        name: the recipe's key, with "/no_decay" for vectors (norms and biases).
+        name: the recipe's key; with "/layer_3" under `layer_decay`, with "/muon_64" for matrices of
+            64 columns under Muon, with "/embedding" for tables whose moments stay in fp32 where
+            others are in 8 bits, and with "/no_decay" for vectors (norms and biases).
         lr: peak learning rate.
         weight_decay: decoupled weight decay.
+        warmup: fraction of the run during which the rate rises.
         parameters: their names in the model, in the model's order.
+        muon: what a step of Muon is multiplied with, None for AdamW.
+        eight_bit: whether AdamW's moments are in 8 bits.
     """
 
     name: str
     lr: float
     weight_decay: float
     parameters: tuple[str, ...]
+    warmup: float = 0.0
+    muon: float | None = None
+    eight_bit: bool = False
 
 
 def longest_match(name: str, keys: Iterable[str]) -> str | None:
@@ -60,30 +70,24 @@ def freeze(model: nn.Module, train: Mapping[str, TrainSection]) -> None:
     check_modules(model, train)
     for name, parameter in model.named_parameters():
         key = longest_match(name, train)
-        how = train[key] if key is not None else None
-        parameter.requires_grad_(how is not None and not how.frozen and how.lora is None)
+        parameter.requires_grad_(key is not None and train[key].full)
 
 
 def parameter_groups(
-    model: nn.Module,
-    train: Mapping[str, TrainSection],
-    default_lr: float | None,
-    weight_decay: float,
+    model: nn.Module, train: Mapping[str, TrainSection], optimizer: OptimizerSection
 ) -> list[Group]:
-    """Group the trainable parameters by the recipe's key and by whether they decay.
+    """Group the trainable parameters by the recipe's key and by how they are stepped.
 
-    Vectors (norms, biases) do not decay, as is usual for AdamW.
+    Vectors (norms, biases, magnitudes) do not decay, as is usual for AdamW.
 
     Raises:
-        ValueError: when nothing is trainable.
+        ValueError: when nothing is trainable, or a key's layers cannot be told apart.
     """
-    gathered: dict[tuple[str, bool], list[str]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        key = longest_match(name, train)
-        assert key is not None, f"{name} is trainable and no key of the recipe covers it"
-        gathered.setdefault((key, dimensions(parameter) > 1), []).append(name)
+    gathered: dict[tuple[str, str], list[str]] = {}
+    shared: dict[tuple[str, str], dict[str, Any]] = {}
+    for key, name, end, values in _each(model, train, optimizer):
+        gathered.setdefault((key, end), []).append(name)
+        shared[key, end] = values
     for key, how in train.items():
         if not how.frozen and not any(key == found for found, _ in gathered):
             raise ValueError(
@@ -92,30 +96,67 @@ def parameter_groups(
             )
     if not gathered:
         raise ValueError("nothing would be trained: no parameter of the model is trainable")
-    groups = []
-    for (key, decays), names in gathered.items():
-        lr = train[key].lr or default_lr
+    return [
+        Group(name=key + end, parameters=tuple(names), **shared[key, end])
+        for (key, end), names in gathered.items()
+    ]
+
+
+def _each(
+    model: nn.Module, train: Mapping[str, TrainSection], optimizer: OptimizerSection
+) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """Key, name, the end of its group's name and the group's values, of what is trainable."""
+    eight = optimizer.name == "adamw_8bit"
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices = muon.matrices(model) if optimizer.name == "muon" else {}
+    layers = {
+        key: layer_rates(model, key, how.layer_decay)
+        for key, how in train.items()
+        if how.layer_decay is not None
+    }
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        key = longest_match(name, train)
+        assert key is not None, f"{name} is trainable and no key of the recipe covers it"
+        how = train[key]
+        lr = how.lr or optimizer.lr
         assert lr is not None, f"the recipe let train.{key} pass without a learning rate"
-        groups.append(
-            Group(
-                name=key if decays else f"{key}/no_decay",
-                lr=lr,
-                weight_decay=weight_decay if decays else 0.0,
-                parameters=tuple(names),
-            )
-        )
-    return groups
+        decay = optimizer.weight_decay if how.weight_decay is None else how.weight_decay
+        end, scale = "", None
+        if key in layers:
+            number, factor = layers[key][name]
+            end, lr = f"/layer_{number}", lr * factor
+        if name in matrices:
+            columns, scale = matrices[name]
+            end = f"{end}/muon_{columns}"
+        elif dimensions(parameter) < 2:
+            end, decay = f"{end}/no_decay", 0.0
+        elif eight and id(parameter) in embeddings:
+            end = f"{end}/embedding"
+        warmup = optimizer.warmup if how.warmup is None else how.warmup
+        values = {"lr": lr, "weight_decay": decay, "warmup": warmup, "muon": scale}
+        values["eight_bit"] = eight and end.rpartition("/")[2] not in ("no_decay", "embedding")
+        yield key, name, end, values
 
 
 def optimizer_groups(model: nn.Module, groups: Iterable[Group]) -> list[dict[str, Any]]:
-    """The groups as torch optimizers take them, with `name` and `peak_lr` beside."""
+    """The groups as torch optimizers take them; `name`, `peak_lr`, `warmup`, `scale` beside.
+
+    A step of Muon is `scale` times the rate, so its decay is divided by it: rate times decay is
+    what it would be without.
+    """
     parameters = dict(model.named_parameters())
     return [
         {
             "params": [parameters[name] for name in group.parameters],
-            "lr": group.lr,
+            "lr": group.lr * (group.muon or 1.0),
             "peak_lr": group.lr,
-            "weight_decay": group.weight_decay,
+            "scale": group.muon or 1.0,
+            "muon": group.muon is not None,
+            "eight_bit": group.eight_bit,
+            "warmup": group.warmup,
+            "weight_decay": group.weight_decay / (group.muon or 1.0),
             "name": group.name,
         }
         for group in groups

@@ -18,7 +18,6 @@ from data_packing.planned import PlannedStep
 from data_packing.wording import counted, some
 from mllm.recipe import Recipe
 from mllm.training import engine as engines
-from mllm.training import schedule
 from mllm.training.checkpoint import Saver
 from mllm.training.checkpoint_index import State
 from mllm.training.run_folder import RunFolder, append_line
@@ -163,10 +162,7 @@ class Loop:
     ) -> None:
         step = planned.number
         assert step == self.state.step, f"the data is at step {step}, the run at {self.state.step}"
-        factor = schedule.factor(
-            step, self.total_steps, self.recipe.optimizer.warmup, self.recipe.optimizer.schedule
-        )
-        rate = engines.set_lr(self.engine, factor)
+        rate = engines.set_lr(self.engine, step, self.total_steps, self.recipe.optimizer)
         outcome = self._propagate(step, packs, agreed.weights)
         self.state.step = step + 1
         self.state.cursor = planned.after.to_json()

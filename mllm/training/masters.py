@@ -8,7 +8,8 @@ full tensor per parameter, so that a checkpoint fits any stage and any number of
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -23,7 +24,15 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from mllm.training import eight_bit, muon
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def kept(parameter: nn.Parameter) -> tuple[str, ...]:
+    """What the optimizer keeps of one parameter, in tensors of its shape."""
+    names: tuple[str, ...] = getattr(parameter, "kept", MOMENTS)
+    return names
 
 
 def named_trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -32,21 +41,34 @@ def named_trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 @torch.no_grad()
+def master(engine: Any, parameter: nn.Parameter) -> Tensor:
+    """The full fp32 master of one parameter, on every rank (collective)."""
+    if engine.zero_optimization_stage() == 0:
+        return parameter.data
+    return cast(Tensor, safe_get_full_fp32_param(parameter)).reshape(full_shape(parameter))
+
+
+@torch.no_grad()
 def read(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
     """The full fp32 master and moments of one parameter, on every rank (collective).
 
+    Call it inside `readable`.
+
     Returns:
-        "master", "exp_avg" and "exp_avg_sq", each with the parameter's full shape.
+        "master" and what is `kept`, each with the parameter's full shape; fp32, or bytes.
     """
+    keys = kept(parameter)
     if engine.zero_optimization_stage() == 0:
         state = engine.optimizer.state[parameter]
-        full = {"master": parameter.data} | {key: state[key] for key in MOMENTS}
+        full = {"master": parameter.data} | {key: state[key] for key in keys}
     else:
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is not None and not mapping.optim_fragment:
             _link(engine)
         full = {"master": safe_get_full_fp32_param(parameter)}
-        full |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+        full |= {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
+    if eight_bit.SCALES[0] in keys:
+        full |= {key: full[key].byte() for key in eight_bit.CODES}
     shape = full_shape(parameter)
     return {key: value.reshape(shape) for key, value in full.items()}
 
@@ -57,21 +79,21 @@ def write(engine: Any, parameter: nn.Parameter, full: dict[str, Tensor]) -> None
 
     `prepare` must have been called before, and `refresh` must be called after the last one.
     """
-    stage = engine.zero_optimization_stage()
+    stage, keys = engine.zero_optimization_stage(), kept(parameter)
     device = parameter.device
     if stage == 0:
         state = engine.optimizer.state[parameter]
         parameter.data.copy_(full["master"])
-        for key in MOMENTS:
+        for key in keys:
             state[key].copy_(full[key])
     elif stage == 3:
         safe_set_local_fp32_param(parameter, _local_piece(parameter, full["master"]).to(device))
-        for key in MOMENTS:
+        for key in keys:
             piece = _local_piece(parameter, full[key]).to(device)
             safe_set_local_optimizer_state(parameter, piece, key)
     else:
         safe_set_full_fp32_param(parameter, full["master"].to(device))
-        for key in MOMENTS:
+        for key in keys:
             safe_set_full_optimizer_state(parameter, full[key].to(device), key)
 
 
@@ -82,21 +104,25 @@ def prepare(engine: Any, step: int) -> None:
     Args:
         step: how many steps the state has seen (Adam corrects its bias by it).
     """
-    optimizer = _torch_optimizer(engine)
-    for piece in _optimized(engine):
-        optimizer.state[piece] = {
-            "step": torch.tensor(float(step), dtype=torch.float32, device=piece.device),
-            **{
+    optimizer: Any = _torch_optimizer(engine)
+    for piece, group in _optimized(engine):
+        if "eight_bit" in group and hasattr(optimizer, "fill_qmap"):
+            optimizer.state[piece] = eight_bit.empty(optimizer, piece, group, step)
+        elif group.get("use_muon"):
+            optimizer.state[piece] = {muon.KEPT[0]: torch.zeros_like(piece)}
+        else:
+            count: Any = torch.tensor(float(step), dtype=torch.float32, device=piece.device)
+            optimizer.state[piece] = {"step": step if "use_muon" in group else count} | {
                 key: torch.zeros_like(piece, memory_format=torch.preserve_format) for key in MOMENTS
-            },
-        }
+            }
     if engine.zero_optimization_stage() in (1, 2):
         _link(engine)
 
 
 @torch.no_grad()
 def refresh(engine: Any) -> None:
-    """Copy the masters into the weights that the model computes with."""
+    """Copy the masters into the weights that the model computes with, and pack what is packed."""
+    pack(engine)
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage in (1, 2):
         optimizer.update_lp_params()
@@ -106,6 +132,39 @@ def refresh(engine: Any) -> None:
             optimizer._reassign_or_swap_out_partitioned_parameters(i)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+@contextmanager
+def readable(engine: Any) -> Iterator[None]:
+    """While it lasts, `read` finds all that is kept: of moments in 8 bits the scales too."""
+    optimizer = _torch_optimizer(engine)
+    states = [optimizer.state[piece] for piece, group in _optimized(engine) if _packs(group)]
+    for state in states:
+        eight_bit.expand(state)
+    if states and engine.zero_optimization_stage() in (1, 2):
+        _link(engine)
+    try:
+        yield
+    finally:
+        for state in states:
+            for key in eight_bit.SCALES:
+                state.pop(key, None)
+        if states and engine.zero_optimization_stage() in (1, 2):
+            _link(engine)
+
+
+def pack(engine: Any) -> None:
+    """Give moments in 8 bits the form that the optimizer steps; after `prepare` and all `write`."""
+    optimizer = _torch_optimizer(engine)
+    states = [optimizer.state[piece] for piece, group in _optimized(engine) if _packs(group)]
+    for state in states:
+        eight_bit.collapse(state)
+    if states and engine.zero_optimization_stage() in (1, 2):
+        _link(engine)
+
+
+def _packs(group: dict[str, Any]) -> bool:
+    return bool(group.get("eight_bit"))
 
 
 @torch.no_grad()
@@ -152,14 +211,18 @@ def _torch_optimizer(engine: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def _optimized(engine: Any) -> list[Tensor]:
-    """What AdamW steps: the parameters themselves, or this rank's flat fp32 pieces."""
+def _optimized(engine: Any) -> list[tuple[Tensor, dict[str, Any]]]:
+    """What is stepped, the parameters themselves or this rank's flat fp32 pieces, and its group."""
     optimizer = engine.optimizer
+    groups = optimizer.param_groups
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3, maybe many of one group
+        of = optimizer.sub_group_to_group_id
+        pieces = optimizer.fp32_partitioned_groups_flat
+        return [(piece, groups[of[i]]) for i, piece in enumerate(pieces)]
     for attribute in (
-        "fp32_partitioned_groups_flat",  # ZeRO-3
         "single_partition_of_fp32_groups",  # ZeRO-1 and 2
         "fp32_groups_flat_partition",  # ZeRO-1 with bf16 weights and fp32 gradients
     ):
         if hasattr(optimizer, attribute):
-            return list(getattr(optimizer, attribute))
-    return [p for group in optimizer.param_groups for p in group["params"]]
+            return list(zip(getattr(optimizer, attribute), groups, strict=True))
+    return [(p, group) for group in groups for p in group["params"]]

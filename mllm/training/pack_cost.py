@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_packing.balance import PackCost
 from mllm.models.encoders import VisionEncoder
 from mllm.recipe import Recipe
+from mllm.training.quantised import numel, unpacked
 
 FORWARD, THROUGH, LEARNS = 1, 1, 1
 """Multiplications of a weight: forward, for the gradient of its input, for its own gradient."""
@@ -72,12 +73,12 @@ def pair_cost(config: Any) -> float:
 
 def patch_cost(encoder: VisionEncoder) -> float:
     """Multiply-adds of one patch of a view."""
-    empty = {
-        name: torch.empty_like(tensor, device="meta")
-        for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers())
-    }
     pixels, sizes = encoder.blank("meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with unpacked(encoder), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        empty = {
+            name: torch.empty_like(tensor, device="meta")
+            for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers())
+        }
         functional_call(encoder, empty, (pixels, sizes))
     passes = FORWARD + (THROUGH + LEARNS if encoder.trains else 0)
     return float(passes * counter.get_total_flops() / 2 / encoder.patches(*sizes[0].tolist()))
@@ -93,7 +94,7 @@ def fusion_cost(model: Any, processor: Any) -> tuple[float, float]:
 def _passes(weights: Iterable[nn.Parameter]) -> float:
     """Multiply-adds of all these weights, once each."""
     always = FORWARD + THROUGH
-    return float(sum((always + LEARNS * w.requires_grad) * w.numel() for w in weights))
+    return float(sum((always + LEARNS * w.requires_grad) * numel(w) for w in weights))
 
 
 def _rounded(value: float) -> float:

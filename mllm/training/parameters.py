@@ -6,6 +6,7 @@ from rich.table import Table
 from torch import nn
 
 from mllm.recipe import MODULES
+from mllm.training.quantised import is_quantised, numel
 
 
 def parameter_table(model: nn.Module, trains: bool = True, dtypes: bool = False) -> Table:
@@ -37,7 +38,7 @@ def _count(module: nn.Module) -> list[int]:
     """Parameters without adapters, trainable ones, those in adapters; a tied one counts once."""
     row = [0, 0, 0]
     for name, parameter in module.named_parameters():
-        row[2 if ".lora_" in name else 0] += parameter.numel()
+        row[2 if ".lora_" in name else 0] += numel(parameter)
         row[1] += parameter.numel() if parameter.requires_grad else 0
     return row
 
@@ -45,6 +46,9 @@ def _count(module: nn.Module) -> list[int]:
 def _add(table: Table, name: str, numbers: list[int], module: nn.Module | None) -> None:
     cells = [f"{number:,}" for number in numbers]
     if module is not None:
-        kinds = {str(each.dtype).removeprefix("torch.") for each in module.parameters()}
+        kinds = {
+            "nf4" if is_quantised(each) else str(each.dtype).removeprefix("torch.")
+            for each in module.parameters()
+        }
         cells.append(", ".join(sorted(kinds)))
     table.add_row(name, *cells)

@@ -9,7 +9,8 @@ windows.jsonl      fingerprints of the data, of a corpus that is planned in seve
 train.log          what the workers printed
 state/             checkpoints, see checkpoint.py
 config.json …      the loadable model, written when the stage ends
-lora/              the adapters alone, when there are any
+lora/              the language model's adapters alone, when there are any
+lora_<key>/        those of other modules
 FINISHED           written last
 """
 

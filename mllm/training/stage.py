@@ -80,12 +80,10 @@ class Worker:
 
         control.phase("loading the model")
         precision = self._precision()
-        model, processor, adapter = self._model(engine.DTYPES[precision])
+        model, processor, adapters = self._model(engine.DTYPES[precision])
         placement = self._placement(model, precision, world)
         step = TrainStep(model, recipe.objectives, recipe.data.packing.tokens)
-        parameter_groups = groups.parameter_groups(
-            model, recipe.train, recipe.optimizer.lr, recipe.optimizer.weight_decay
-        )
+        parameter_groups = groups.parameter_groups(model, recipe.train, recipe.optimizer)
         plan = self._plan(model, processor, rank, world)
         home = self._resumed(plan)
         control.phase("checking the weights")
@@ -108,6 +106,7 @@ class Worker:
             checkpoint.load(deepspeed_engine, home)
         else:
             masters.prepare(deepspeed_engine, 0)  # a first step that is skipped would leave none
+            masters.pack(deepspeed_engine)
 
         ended = self._train(deepspeed_engine, processor, plan, state, accumulation)
         if ended:
@@ -121,7 +120,7 @@ class Worker:
             }
             if rank == 0:
                 self._write_ledger(plan, state)
-            export.finish(deepspeed_engine, processor, recipe, folder, adapter, facts)
+            export.finish(deepspeed_engine, processor, recipe, folder, adapters, facts)
         deepspeed_engine.destroy()
         control.part()
         dist.barrier()
@@ -149,7 +148,7 @@ class Worker:
         return precision
 
     def _model(self, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-        """Model with `requires_grad` set, processor, and the adapters' configuration."""
+        """Model with `requires_grad` set, processor, and the adapters' configurations."""
         torch.manual_seed(self.recipe.run.seed)
         return build.model(self.recipe.model, self.recipe, dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -83,6 +84,10 @@ def test_what_cannot_be_written_is_refused_in_one_line(stage: Path, tmp_path: Pa
         write(stage, "transformers", tmp_path / "out", dtype="int8")
     with pytest.raises(ValueError, match=r"in bfloat16.*give --dtype float32"):
         write(stage, "transformers", tmp_path / "out", dtype="bfloat16", adapter=True)
+    config = json.loads((stage / "lora" / "adapter_config.json").read_text())
+    (stage / "lora" / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.raises(ValueError, match="DoRA cannot be taken out of merged weights"):
+        write(stage, "transformers", tmp_path / "out", adapter=True)
     (stage / "lora" / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match="this stage was trained without LoRA"):
         write(stage, "transformers", tmp_path / "out", adapter=True)

@@ -129,6 +129,16 @@ def run_many(ranks: int, recipes: list[str]) -> None:
     assert process.returncode == 0, output.decode(errors="replace")[-6000:]
 
 
+def same_bits(runs: Runs, whole: str, again: str) -> None:
+    """A run that was stopped and went on is the one that was not."""
+    assert runs.losses(again) == runs.losses(whole)
+    for read in (runs.weights, runs.state):
+        expected, got = read(whole), read(again)
+        assert expected.keys() == got.keys()
+        different = [name for name in expected if not torch.equal(expected[name], got[name])]
+        assert different == []
+
+
 Writer = Callable[..., str]
 
 

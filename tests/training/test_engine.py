@@ -23,7 +23,7 @@ from mllm.training import build
 from mllm.training.checkpoint_index import read_state
 from mllm.training.run_folder import read_lines
 from tests.training import tiny
-from tests.training.conftest import BOTH, Runs
+from tests.training.conftest import BOTH, Runs, same_bits
 
 CLOSE = 2e-5
 COMBINATIONS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3)]
@@ -135,17 +135,17 @@ def test_bf16_keeps_fp32_masters_and_stays_near_fp32(one: Runs, two: Runs) -> No
 
 @pytest.mark.parametrize(("precision", "zero"), COMBINATIONS)
 def test_a_resumed_run_is_bit_identical(two: Runs, precision: str, zero: int) -> None:
-    _same_bits(two, f"{precision}-{zero}", f"{precision}-{zero}-again")
+    same_bits(two, f"{precision}-{zero}", f"{precision}-{zero}-again")
 
 
 def test_a_resumed_run_with_adapters_dropout_ridge_and_workers_is_bit_identical(
     two: Runs,
 ) -> None:
-    _same_bits(two, "lora", "lora-again")
+    same_bits(two, "lora", "lora-again")
 
 
 def test_a_run_over_several_windows_goes_on_inside_a_later_one(one: Runs, two: Runs) -> None:
-    _same_bits(two, "windows", "windows-again")
+    same_bits(two, "windows", "windows-again")
     assert one.losses("windows") == pytest.approx(two.losses("windows"), abs=CLOSE)
     assert len(two.losses("windows")) == 10
     recipe = load_recipe(two.path / "windows.yaml")
@@ -158,15 +158,6 @@ def test_a_run_over_several_windows_goes_on_inside_a_later_one(one: Runs, two: R
     ledger = Ledger.load(two.folder("windows").ledger)
     assert ledger.counts == account(plan, plan.end).ledger.counts
     assert sum(counts.used for counts in ledger.counts.values()) == 72
-
-
-def _same_bits(runs: Runs, whole: str, again: str) -> None:
-    assert runs.losses(again) == runs.losses(whole)
-    for read in (runs.weights, runs.state):
-        expected, got = read(whole), read(again)
-        assert expected.keys() == got.keys()
-        different = [name for name in expected if not torch.equal(expected[name], got[name])]
-        assert different == []
 
 
 def test_dropout_is_the_same_on_any_number_of_ranks(one: Runs, two: Runs) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from mllm.recipe import LoraSection, TrainSection
-from mllm.training import groups, lora, schedule
+from mllm.recipe import LoraSection, OptimizerSection, TrainSection
+from mllm.training import groups, lora
 from mllm.training.loop import seed
 
 
@@ -45,7 +45,9 @@ def section(lr: float | None = None, **values: Any) -> TrainSection:
 def made(model: nn.Module, train: Mapping[str, TrainSection]) -> dict[str, groups.Group]:
     """Freeze and group; groups by name."""
     groups.freeze(model, train)
-    return {g.name: g for g in groups.parameter_groups(model, train, None, 0.1)}
+    return {
+        g.name: g for g in groups.parameter_groups(model, train, OptimizerSection(weight_decay=0.1))
+    }
 
 
 def test_the_longest_path_wins() -> None:
@@ -91,7 +93,7 @@ def test_adapters_alone_learn() -> None:
     groups.freeze(model, train)
     config = lora.inject(model.language_model, LoraSection(rank=2))
     assert set(config.target_modules or ()) == {"q_proj", "up_proj"}
-    found = groups.parameter_groups(model, train, None, 0.1)
+    found = groups.parameter_groups(model, train, OptimizerSection(weight_decay=0.1))
     names = {name for group in found for name in group.parameters}
     assert len(names) == 4
     assert all(".lora_" in name for name in names)
@@ -105,7 +107,9 @@ def test_a_module_beside_adapters_can_learn_in_full() -> None:
     }
     groups.freeze(model, train)
     lora.inject(model.language_model, LoraSection(rank=2))
-    found = {g.name: g for g in groups.parameter_groups(model, train, None, 0.1)}
+    found = {
+        g.name: g for g in groups.parameter_groups(model, train, OptimizerSection(weight_decay=0.1))
+    }
     assert set(found["language_model.norm/no_decay"].parameters) == {
         "language_model.norm.weight",
         "language_model.norm.bias",
@@ -131,18 +135,6 @@ def test_merging_adds_the_scaled_product_in_fp32() -> None:
     merged = lora.merged(weights, model)
     assert torch.equal(merged[f"{prefix}.weight"], (base.float() + 3.0 * (b @ a)).bfloat16())
     assert set(merged) == {name for name, _ in Whole().named_parameters()}
-
-
-@pytest.mark.parametrize("course", ["cosine", "linear", "constant"])
-def test_the_rate_rises_and_falls(course: Any) -> None:
-    factors = [schedule.factor(step, 100, 0.1, course) for step in range(100)]
-    assert factors[0] == pytest.approx(1 / 11)
-    assert factors[9] == pytest.approx(10 / 11)
-    assert factors[10] == 1.0
-    assert all(0 < factor <= 1 for factor in factors)
-    end = 1.0 if course == "constant" else schedule.FLOOR
-    assert factors[-1] == pytest.approx(end, abs=0.02)
-    assert schedule.factor(0, 1, 0.0, course) == 1.0
 
 
 def test_a_pack_draws_the_same_masks_wherever_it_is_computed() -> None:

@@ -14,7 +14,7 @@ from data_packing.pack import Pack, collate
 from data_packing.sample import Sample
 from mllm.models.assemble import assemble
 from mllm.objectives import OBJECTIVES
-from mllm.recipe import ModelSection, TrainSection
+from mllm.recipe import ModelSection, OptimizerSection, TrainSection
 from mllm.training import groups
 from mllm.training.stage import threads_per_rank
 from mllm.training.step import TrainStep
@@ -181,7 +181,7 @@ def test_frozen_modules_get_no_gradients_and_no_graph(home: Path) -> None:
     assert not embedded[0].requires_grad
     assert not step.model.encoder.training
 
-    made = groups.parameter_groups(step.model, train, None, 0.1)
+    made = groups.parameter_groups(step.model, train, OptimizerSection())
     trained = {name for group in made for name in group.parameters}
     assert all(name.startswith("connector.") for name in trained)
 
