@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as PillowImage
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPImageProcessor, CLIPVisionModel, SiglipVisionModel
 
 from data_packing.images import decode
 from data_packing.pack import join_views
-from mllm.models.encoders import ENCODERS
+from mllm.models.encoders import ENCODERS, WITHOUT_PATH
 from mllm.models.encoders.efficientnet_lite import (
     EfficientNetLiteEncoder,
     convert_package_weights,
 )
 from mllm.models.geometry import ImageGeometry
+from mllm.training.pack_cost import patch_cost
 from tests.models.conftest import picture, save_efficientnet
 
 HALF = (0.5, 0.5, 0.5)
@@ -40,6 +43,18 @@ def test_features_have_the_promised_shape(folders: dict[str, Path], name: str, c
     assert all(p.requires_grad for p in encoder.parameters())
     features.square().sum().backward()
     assert [n for n, p in encoder.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("name", sorted(ENCODERS.keys() - {*WITHOUT_PATH, "timm"}))
+def test_a_patch_costs_what_a_forward_pass_multiplies(folders: dict[str, Path], name: str) -> None:
+    """The cost is counted without data; here is the same with it."""
+    encoder = ENCODERS[name].from_folder(folders[name]).requires_grad_(False)
+    pixels, sizes = encoder.blank()
+    every = sdpa_kernel(SDPBackend.MATH)  # the products of others are not counted
+    with torch.no_grad(), every, FlopCounterMode(display=False) as counter:
+        encoder(pixels, sizes)
+    patches = encoder.patches(*sizes[0].tolist())
+    assert 0 < patch_cost(encoder) == counter.get_total_flops() / 2 / patches
 
 
 @pytest.mark.parametrize("layer", [-1, -2, -3])

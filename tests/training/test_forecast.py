@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mllm import cli
+from mllm.models.composites import COMPOSITES
 from mllm.training.forecast import forecast
+from tests.models import composite_folders, llava_folders
 from tests.models.llava_folders import save_llava_siglip
+from tests.models.qwen_folders import KINDS, save_qwen_vl
 from tests.training import tiny
 
 RUNNER = CliRunner()
@@ -67,6 +72,31 @@ def test_no_weights_are_read(home: Path, tmp_path: Path) -> None:
         console = Console(record=True, width=160, force_terminal=False)
         assert forecast(file, [], console) == 0
         assert "packing efficiency" in console.export_text()
+
+
+COMPOSITE_FOLDERS: dict[str, Callable[[Path], Path]] = {
+    "blip-2": llava_folders.save_blip2,
+    "gemma3": composite_folders.save_gemma3,
+    "idefics3": composite_folders.save_idefics3,
+    "internvl": composite_folders.save_internvl,
+    "llava": llava_folders.save_llava,
+    "llava_next": llava_folders.save_llava_next,
+    "llava_onevision": llava_folders.save_llava_onevision,
+    "smolvlm": partial(composite_folders.save_idefics3, name="smolvlm"),
+    **{name: partial(save_qwen_vl, name=name) for name in KINDS},
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_every_kind_of_whole_model_is_forecast(home: Path, tmp_path: Path, name: str) -> None:
+    """With weights of costs from the model itself: its tower runs without data."""
+    values = tiny.recipe(home, tmp_path / "out", data__packing={"tokens": 512})
+    values["model"] = {"from": str(COMPOSITE_FOLDERS[name](tmp_path / "whole"))}
+    values["train"] = {"encoder": {"lr": 1e-3}, "connector": {"lr": 1e-3}}
+    console = Console(record=True, width=160, force_terminal=False)
+    file = tiny.write_recipe(tmp_path / "r.yaml", values)
+    assert forecast(file, ["run.tokens_per_step=512"], console) == 0
+    assert "slowest rank / mean" in console.export_text()
 
 
 def test_documents_that_do_not_fit_are_named(home: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from transformers import Idefics3VisionConfig, PreTrainedConfig
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
@@ -52,10 +53,31 @@ class Idefics3Encoder(VisionTransformer):
         side = square(edge, f"{path}: max_image_size of the preprocessor file")
         return {**seen, "size": {"height": side, "width": side}, "do_pad": False}
 
+    def features(self, images: Tensor) -> Tensor:
+        """Encode [V, 3, S, S] to [V, cells, Dv].
+
+        A view has no padding. The tower's own `forward` makes a mask nevertheless and reads its
+        values: a GPU is waited for, and tensors without data fail.
+        """
+        vision: Any = self.vision
+        cells = self.square.cells
+        along = positions(cells, images.device)
+        places = (along[:, None] * cells + along).flatten()
+        states = vision.embeddings.patch_embedding(images).flatten(2).transpose(1, 2)
+        states = states + vision.embeddings.position_embedding(places)
+        states = vision.encoder(inputs_embeds=states).last_hidden_state
+        found: Tensor = vision.post_layernorm(states)
+        return found
+
+
+def positions(cells: int, device: torch.device | str | None = None) -> Tensor:
+    """Return the position int64 [cells] of each cell along a side, as the tower rounds in fp32."""
+    bounds = torch.arange(1 / cells, 1.0, 1 / cells, dtype=torch.float32, device=device)
+    places = torch.arange(cells, dtype=torch.float32, device=device)
+    places = places * (1.0 / torch.full((1,), cells, device=device))
+    return torch.bucketize(places.clamp(max=1.0 - 1e-6), bounds, right=True)
+
 
 def shares_positions(cells: int) -> bool:
-    """Return whether rounding gives two of so many cells of a side one position, in fp32."""
-    bounds = torch.arange(1 / cells, 1.0, 1 / cells)
-    places = torch.arange(cells, dtype=torch.float32) * (1.0 / torch.tensor([cells]))
-    found = torch.bucketize(places.clamp(max=1.0 - 1e-6), bounds, right=True)
-    return found.tolist() != [*range(cells)]
+    """Return whether rounding gives two of so many cells of a side one position."""
+    return positions(cells, "cpu").tolist() != [*range(cells)]
