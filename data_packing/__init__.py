@@ -1,7 +1,8 @@
 """From files to packs: reading, sharding, indexing, planning, packing and loading.
 
-Reading order: document.py, formats/, sample.py, shards.py, index.py, corpus.py, mixture.py,
-packing.py, balance.py, plan.py, account.py, loss_weights.py, pack.py, loader.py, workers.py.
+Reading order: document.py, formats/, sample.py, shards.py, costing.py, index.py, corpus.py,
+mixture.py, packing.py, balance.py, plan.py, account.py, loss_weights.py, pack.py, loader.py,
+workers.py.
 Nothing here knows the model. It is handed `cost(document)` for the index and `encode(document)` for
 the loader. Only pack.py, loader.py and workers.py import torch; everything that plans runs without
 it. For people who look at data: info.py, lint.py and preview.py.

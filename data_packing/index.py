@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_packing.costing import checked_cost
 from data_packing.document import Document, DocumentError
 from data_packing.executors import HERE, Executor
 from data_packing.files import OpenFiles, load_arrays, pack_strings, save_arrays, unpack_strings
@@ -275,12 +276,16 @@ def _count(
     piece_images: list[int] = []
     refused: list[int] = []
     reasons: list[str] = []
+    left_out: list[int] = []
+    first_image = _starts(index["image_count"]).tolist()
     with OpenFiles() as files:
         for number in range(len(index["offset"])):
             try:
                 size, offset = int(index["size"][number]), int(index["offset"][number])
                 span, crc = files.read(shard, offset, size), int(index["crc"][number])
-                price = _checked_cost(parse_span(span, crc, variant), cost)
+                document = parse_span(span, crc, variant)
+                price, unseen = checked_cost(document, cost)
+                left_out += [first_image[number] + at for at in unseen]
             except DocumentError as error:
                 price = Cost(0, ())
                 refused.append(number)
@@ -297,27 +302,8 @@ def _count(
         "piece_images": np.array(piece_images, dtype=np.int32),
         "cost_refused": np.array(refused, dtype=np.int64),
         **pack_strings("cost_reasons", reasons),
+        **({"left_out": np.array(left_out, dtype=np.int64)} if left_out else {}),
     }
-
-
-def _checked_cost(document: Document, cost: Callable[[Document], Cost]) -> Cost:
-    try:
-        price = cost(document)
-    except DocumentError:
-        raise
-    except Exception as error:
-        raise RuntimeError(f"cost() failed on document {document.key!r}: {error}") from error
-    images = [image for _, images in price.pieces for image in images]
-    if images != list(range(len(document.images))):
-        raise ValueError(
-            f"cost() of document {document.key!r} names the images {images}; it must name each of "
-            f"the {len(document.images)} once, in order"
-        )
-    if not price.pieces:
-        raise DocumentError("nothing to learn from: the document has no piece")
-    if price.overhead < 0 or any(text < 0 for text, _ in price.pieces):
-        raise ValueError(f"cost() of document {document.key!r} is negative: {price}")
-    return price
 
 
 def source_name(shards: Sequence[Path], text: str | None = None) -> str:
@@ -352,7 +338,7 @@ def _assemble(
     for arrays in counted:
         for field in ("sha256", "offset", "size", "overhead", "piece_count", "piece_text"):
             digest.update(np.ascontiguousarray(arrays[field]).tobytes())
-        for field in ("piece_images", "height", "width"):
+        for field in ("piece_images", "height", "width", *({"left_out"} & arrays.keys())):
             digest.update(np.ascontiguousarray(arrays[field]).tobytes())
     return Index(
         name=name,
@@ -377,10 +363,12 @@ def _assemble(
 
 
 def _used_images(arrays: _Arrays) -> NDArray[np.bool_]:
-    """Which images of a shard belong to documents that were not refused."""
+    """Which images of a shard pieces refer to: not those of a refused document."""
     keep = np.ones(len(arrays["offset"]), dtype=bool)
     keep[arrays["cost_refused"]] = False
-    return np.repeat(keep, arrays["image_count"])
+    used = np.repeat(keep, arrays["image_count"])
+    used[arrays.get("left_out", [])] = False
+    return used
 
 
 def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:

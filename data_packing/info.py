@@ -277,6 +277,7 @@ def _count_tokens(
         facts.refused[f"by the model: {general(str(error))}"] += 1
         return
     text = price.overhead + sum(count for count, _ in price.pieces)
-    images = sum(rules.image_cost(image.height, image.width)[0] for image in document.images)
+    shown = [document.images[at] for _, images in price.pieces for at in images]
+    images = sum(rules.image_cost(image.height, image.width)[0] for image in shown)
     tokens[TEXT_TOKENS].append(text)
     tokens[TOKENS].append(text + images)

@@ -81,7 +81,9 @@ class Cost:
     Attributes:
         overhead: tokens that every slice of the document pays (begin token, system prompt, end
             token).
-        pieces: for each of `Document.pieces()`: (text tokens, indices of its images).
+        pieces: for each of `Document.pieces()`: (text tokens, indices of its images). Every image
+            of the document stands in one of them, in order, but frames that `encode` leaves out;
+            of each clip at least one is kept.
     """
 
     overhead: int

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from packing_toys import captions, cost, image, index_of, page
 
-from data_packing.document import Document, DocumentError, Text
+from data_packing.document import Document, DocumentError, Image, Text
 from data_packing.executors import Executor
 from data_packing.index import build_index, source_names
 from data_packing.ledger import Refusal
@@ -112,6 +113,47 @@ def test_unfinished_shards_are_refused(tmp_path: Path) -> None:
         build_index(paths, cost, "f")
     with pytest.raises(ValueError, match="no shards"):
         build_index([], cost, "f")
+
+
+def naming(*images: int) -> Callable[[Document], Cost]:
+    """A cost of one piece that names these images."""
+    return lambda document: Cost(1, ((3, images),))
+
+
+def clips(*frames: int) -> Document:
+    """A picture of height 1 and clips of so many frames of heights 2, 3 and so on."""
+    heights = iter(range(2, 100))
+    parts = [Image(b"", next(heights), 9, clip=n) for n, k in enumerate(frames, 1) for _ in [0] * k]
+    return Document((Image(b"", 1, 9), *parts, Text("xyz")), "toys", "clips")
+
+
+def test_frames_that_no_piece_names_cost_nothing(tmp_path: Path) -> None:
+    last = Document((Image(b"", 50, 9), Text("last")), "toys", "last")
+    paths = write_shards([*captions(1), clips(3, 2), last], tmp_path, "toys").paths
+
+    def thin(document: Document) -> Cost:
+        return naming(0, 1, 3, 5)(document) if document.key == "clips" else cost(document)
+
+    for _ in range(2):
+        index = build_index(paths, thin, "thin")
+        assert index.piece_image_start.tolist() == [0, 1, 5, 6]
+        assert index.height.tolist() == [8, 1, 2, 4, 6, 50]
+    assert build_index(paths, cost, "all").height.tolist() == [8, *range(1, 7), 50]
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        *((), (1, 4), (0, 1, 2, 3), (0, 4, 5), (0, 4, 1), (0, 1, 1, 4), (0, 1, 4, 6), (-1, 1, 4)),
+        (0, 1, 4, 4),
+    ],
+)
+def test_a_forgotten_picture_or_clip_is_a_wrong_cost(
+    tmp_path: Path, named: tuple[int, ...]
+) -> None:
+    paths = write_shards([clips(3, 2)], tmp_path, "toys").paths
+    with pytest.raises(ValueError, match=r"'clips' names the images .* each of the 6 once"):
+        build_index(paths, naming(*named), "f")
 
 
 def test_a_cost_function_that_is_wrong_is_caught_with_the_key(tmp_path: Path) -> None:

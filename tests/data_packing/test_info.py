@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,14 @@ def test_a_spread_counts_doubling_bins() -> None:
 def test_reasons_lose_what_is_particular() -> None:
     assert general("image 3: broken 'x y'") == general("image 4: broken 'z'")
     assert general("no text") != general("no image")
+
+
+def test_frames_that_a_clip_goes_without_take_no_tokens(tmp_path: Path) -> None:
+    frames = [replace(image(), clip=1) for _ in range(3)]
+    write_shards([Document((*frames, Text("abc")), "toys", "k")], tmp_path, "toys")
+    rules = Rules(lambda document: Cost(1, ((3, (1,)),)), image_cost, no_special)
+    spread = survey(find_sources([str(tmp_path)]), rules)["toys"].spreads()[TOKENS]
+    assert spread.total == 1 + 3 + image_cost(8, 9)[0]
 
 
 def test_a_cache_counts_only_where_it_fits_every_shard(folder: Path) -> None:

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from data_packing.document import Box, Document, DocumentError, Text
+from data_packing.index import build_index
+from data_packing.loader import Loader
 from data_packing.pack import Pack, collate
+from data_packing.plan import Plan
+from data_packing.sharding import write_shards
 from mllm.models.assemble import load
 from mllm.models.geometry import ImageGeometry
 from mllm.models.images import Images
@@ -233,6 +237,46 @@ def test_each_clip_has_its_own_budget_and_slices_agree(build: Callable[..., Part
             chosen = cost.pieces[start:stop]
             tokens = sum(text + 16 * len(images) for text, images in chosen)
             assert len(part.input_ids) == cost.overhead + tokens
+
+
+@pytest.mark.parametrize("tokens", [256, 64])
+def test_a_thinned_clip_is_planned_and_loaded_and_learned(
+    build: Callable[..., Parts], tmp_path: Path, tokens: int
+) -> None:
+    """Frames that are left out are never decoded; a pack of 64 holds one clip, not both."""
+    model, processor = build("clip", "mlp", images={"clip_tokens": 32})
+    frames = [*clip(6), *clip(3, 2)]
+    for place in (0, 2, 3, 5, 7):
+        frames[place] = replace(frames[place], data=b"cut")
+    page = Document((*frames[:6], Text("a red chair"), *frames[6:], Text("a cat")), key="page")
+    talk = Document.conversation([("user", [*frames, "What?"]), ("assistant", "A dog.")], key="t")
+    index = build_index(
+        write_shards([page, talk], tmp_path, "clips").paths,
+        processor.cost,
+        processor.text_fingerprint,
+    )
+    assert not index.refused
+    plan = Plan(
+        [index],
+        [1.0],
+        processor_fingerprint=processor.fingerprint,
+        image_cost=processor.image_cost,
+        tokens=tokens,
+        patches=1000,
+        tokens_per_step=tokens,
+        seed=0,
+        epochs=1,
+    )
+    loader = Loader(plan, processor.encode, rank=0, world=1, workers=0)
+    steps = list(loader)
+    for step, packs in steps:
+        for planned, pack in zip(step.packs, packs, strict=True):
+            assert not pack.refused
+            assert pack.input_ids.numel() == planned.tokens
+            assert len(pack.sizes) * 16 == planned.patches
+            assert torch.isfinite(hidden_of(model, pack)).all()
+    shown = sum(len(pack.sizes) for _, packs in steps for pack in packs)
+    assert shown == (8 if tokens == 256 else 4)
 
 
 def test_another_budget_is_another_count(build: Callable[..., Parts]) -> None:
