@@ -156,6 +156,12 @@ def test_a_forgotten_picture_or_clip_is_a_wrong_cost(
         build_index(paths, naming(*named), "f")
 
 
+def test_pictures_are_no_clip_that_can_go_without_one(tmp_path: Path) -> None:
+    paths = write_shards([page([3, 5], images=True)], tmp_path, "toys").paths
+    with pytest.raises(ValueError, match=r"names the images \[1\]"):
+        build_index(paths, naming(1), "f")
+
+
 def test_a_cost_function_that_is_wrong_is_caught_with_the_key(tmp_path: Path) -> None:
     paths = write_shards(captions(1), tmp_path, "toys").paths
     with pytest.raises(ValueError, match="'k0' names the images \\[\\]"):
