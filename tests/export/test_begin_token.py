@@ -1,4 +1,4 @@
-"""An exported processor puts the begin token where this package's own does."""
+"""An exported processor puts the begin token and padding where this package's own does."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from PIL import Image as PillowImage
+from transformers import AutoTokenizer
 
 from data_packing.document import Document
 from mllm.export import standalone_processor
 from mllm.export.source_sections import with_sections
 from mllm.export.transformers import make_processor
+from mllm.models.composites.text import written_tokenizer
 from mllm.models.geometry import ImageGeometry
 from mllm.models.processor import Processor
 from mllm.models.template import ImageText
@@ -92,3 +94,22 @@ def test_texts_of_both_kinds_are_not_mixed() -> None:
     with pytest.raises(ValueError, match="process those of the chat template and raw ones apart"):
         exported(text=texts, padding=True)
     exported(text=texts, padding=True, add_special_tokens=True)
+
+
+@pytest.mark.parametrize("pad", [None, BEGIN])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_rows_of_an_export_begin_with_padding(
+    template: str, pad: str | None, tmp_path: Path
+) -> None:
+    """Whatever side the tokenizer had, with the end token if it had no other; also after saving."""
+    ours, _ = both(True, TEMPLATES[template], None)
+    tokenizer: Any = ours.tokenizer
+    tokenizer.padding_side = "right"
+    tokenizer.init_kwargs.pop("padding_side", None)  # what is not there is not saved
+    tokenizer.pad_token = pad
+    exported: Any = make_processor(plain_module(), ours)
+    for made in (exported.tokenizer, written_tokenizer(tokenizer)):
+        made.save_pretrained(tmp_path)
+        for one in (made, AutoTokenizer.from_pretrained(tmp_path)):
+            assert (one.padding_side, one.pad_token) == ("left", pad or tokenizer.eos_token)
+    assert (tokenizer.padding_side, tokenizer.pad_token) == ("right", pad)

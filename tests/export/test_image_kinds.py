@@ -122,6 +122,15 @@ def test_arrays_and_tensors(name: str, kind: str) -> None:
     check(array, wanted)
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 3), (3, 5, 4), (4, 1, 3), (3, 3, 3)])
+def test_where_both_ends_could_be_channels(shape: tuple[int, int, int]) -> None:
+    """They are the last of an array and the first of a tensor."""
+    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    array[..., 3:] = 255
+    check(array, array[..., :3])
+    check(torch.from_numpy(np.moveaxis(array, 2, 0).copy()), array[..., :3])
+
+
 def test_a_tensor_in_bfloat16_on_a_graph() -> None:
     tensor = torch.zeros(3, 4, 5, dtype=torch.bfloat16, requires_grad=True) + 1
     assert pixels_of(tensor / 2).tolist() == np.full((4, 5, 3), 128).tolist()

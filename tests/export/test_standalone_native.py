@@ -11,8 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mllm.export import standalone_native, standalone_square
 from mllm.export.standalone_images import image_layout
 from mllm.export.standalone_native import MllmImageProcessor, image_layouts
+from mllm.models.geometry import ImageGeometry
 from mllm.models.native import NativeGeometry
 
 COLOURS: dict[str, Any] = {"mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)}
@@ -90,3 +92,35 @@ def test_images_come_as_for_other_encoders() -> None:
     for form in (array, torch.from_numpy(array.transpose(2, 0, 1).copy()), [[image]]):
         found = processor("pixels")(form, return_tensors="pt")["pixel_values"]
         assert torch.equal(found, wanted)
+
+
+ORDERS = [[2, 0], [1, 2, 1, 2, 0], [0, 1, 2]]
+THREE = pictures((45, 70), (8, 8), (64, 40))
+
+
+@pytest.mark.parametrize("images", ORDERS)
+def test_images_are_picked_in_the_order_asked_for(images: list[int]) -> None:
+    """Rows of beams repeat an image: what is picked is what those images alone become."""
+    made = processor("pixels")
+    grids = made(THREE, return_tensors="pt")
+    layouts = image_layouts(RULES["pixels"], made.connector, grids["image_grid_thw"].tolist())
+    found = standalone_native.pick_images(*grids.values(), layouts, images)
+    wanted = made([THREE[image] for image in images], return_tensors="pt")
+    for one, other in zip(found, wanted.values(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("images", ORDERS)
+def test_tiles_are_picked_in_the_order_asked_for(images: list[int]) -> None:
+    square = ImageGeometry(32, 4, **COLOURS)
+    made = standalone_square.MllmImageProcessor(
+        square.to_dict(), {"tiling": "dynamic", "tiles": 6}, CONNECTORS["mlp"]
+    )
+    rule = standalone_square.image_geometry(made.geometry, made.images)
+    views = made(THREE, return_tensors="pt")
+    layouts = standalone_square.image_layouts(rule, made.connector, views["original_sizes"])
+    assert len({len(layout.sizes) for layout in layouts}) > 1
+    found = standalone_square.pick_images(*views.values(), layouts, images)
+    wanted = made([THREE[image] for image in images], return_tensors="pt")
+    for one, other in zip(found, wanted.values(), strict=True):
+        assert torch.equal(one, other)

@@ -55,7 +55,9 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_qwen_vl(folder: Path, name: str, tied: bool = False, **processor: Any) -> Path:
+def save_qwen_vl(
+    folder: Path, name: str, tied: bool = False, merge: int = 2, **processor: Any
+) -> Path:
     """A model of two layers with 320 rows in its embedding, more than the tokenizer has."""
     torch.manual_seed(31)
     config, kind, processor_class = KINDS[name]
@@ -80,7 +82,7 @@ def save_qwen_vl(folder: Path, name: str, tied: bool = False, **processor: Any) 
         text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     whole = config(
         text_config=text,
-        vision_config=VISION[name.removesuffix("_moe")],
+        vision_config={**VISION[name.removesuffix("_moe")], "spatial_merge_size": merge},
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
@@ -89,6 +91,6 @@ def save_qwen_vl(folder: Path, name: str, tied: bool = False, **processor: Any) 
     )
     randomize(kind(whole)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    seen = qwen_processor(processor_class=processor_class, **processor)
+    seen = qwen_processor(processor_class=processor_class, merge_size=merge, **processor)
     (folder / "preprocessor_config.json").write_text(json.dumps(seen))
     return folder

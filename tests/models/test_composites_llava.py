@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,27 @@ def test_onevision_s_own_preprocessing_of_one_image_is_ours(trained: dict[str, P
         torch.testing.assert_close(found["pixel_values"][0], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [*SAVERS, *ASSEMBLED])
+def test_a_map_of_many_tiles_is_not_scaled(
+    trained: dict[str, Parts], written: dict[str, Path], name: str
+) -> None:
+    """Of all the grids that a model has, also of more tiles than the nine of the published rule."""
+    model, processor = trained[name]
+    own: Any = AutoModelForImageTextToText.from_pretrained(written[name])
+    high, wide = max(getattr(processor.geometry, "grids", [(1, 1)]), key=prod)
+    asked = processor.prompt(
+        Document.conversation([("user", [picture(4, 32 * high, 32 * wide), "What is this?"])])
+    )
+    squares = model.encoder.normalised(model.encoder.squares(asked["pixels"], asked["sizes"]))
+    inputs = {"input_ids": asked["input_ids"], "pixel_values": squares.permute(0, 3, 1, 2)}
+    if not isinstance(own, LlavaForConditionalGeneration):
+        inputs["pixel_values"] = inputs["pixel_values"][None]
+        inputs["image_sizes"] = torch.tensor([[32 * high, 32 * wide]])
+    torch.testing.assert_close(logits(model, asked), logits(own, inputs), rtol=0, atol=1e-5)
+    if "onevision" not in name:
+        assert own.config.image_seq_length == model.encoder.geometry.cells**2
+
+
 def test_the_outer_configuration_says_whether_embeddings_are_tied(tmp_path: Path) -> None:
     folder = llava_folders.save_llava_next(tmp_path)
     config = json.loads((folder / "config.json").read_text())
@@ -313,16 +335,6 @@ def test_the_outer_configuration_says_whether_embeddings_are_tied(tmp_path: Path
     own: Any = AutoModelForImageTextToText.from_pretrained(folder)
     assert torch.equal(model.get_output_embeddings().weight, own.lm_head.weight)  # type: ignore[arg-type]
     assert not torch.equal(own.lm_head.weight, own.get_input_embeddings().weight)
-
-
-def test_onevision_leaves_out_grids_that_it_would_scale(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    processor = load(llava_folders.save_llava_onevision(tmp_path))[1]
-    grids = processor.geometry.grids  # type: ignore[attr-defined]
-    assert "at most 9 tiles" in caplog.text
-    assert {(3, 3), (2, 4)} < set(grids)
-    assert (3, 4) not in grids
 
 
 def test_dtype_is_the_folder_s_or_the_one_asked_for(tmp_path: Path) -> None:

@@ -63,6 +63,16 @@ def test_tiles_that_are_scaled_and_cut_again_are_not_read(tmp_path: Path) -> Non
         load(folder)
 
 
+def test_onevision_leaves_out_grids_that_it_would_scale(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    processor = load(llava_folders.save_llava_onevision(tmp_path))[1]
+    grids = processor.geometry.grids  # type: ignore[attr-defined]
+    assert "at most 9 tiles" in caplog.text
+    assert {(3, 3), (2, 4)} < set(grids)
+    assert (3, 4) not in grids
+
+
 def test_llava_s_own_padding_is_not_read(tmp_path: Path) -> None:
     folder = llava_folders.save_llava(tmp_path)
     file = folder / "preprocessor_config.json"

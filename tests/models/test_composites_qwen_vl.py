@@ -113,6 +113,21 @@ def test_a_round_trip_changes_nothing(whole: dict[str, Path], name: str, tmp_pat
     assert processor.fingerprint == processor_again.fingerprint
 
 
+@pytest.mark.parametrize("merge", [1, 4])
+def test_other_blocks_and_filters_are_kept(merge: int, tmp_path: Path) -> None:
+    folder = save_qwen_vl(tmp_path / "theirs", "qwen2_vl", merge=merge, resample=merge // 2)
+    model, processor = load(folder, torch.float32)
+    assert model.encoder.geometry.merge == merge  # type: ignore[attr-defined]
+    check_read("qwen2_vl", folder, model, processor)
+    COMPOSITES["qwen2_vl"].write(model, processor, tmp_path / "out")
+    check_read("qwen2_vl", tmp_path / "out", model, processor)
+    found = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert (found["merge_size"], found["resample"]) == (merge, merge // 2)
+    again, same = load(tmp_path / "out", torch.float32)
+    assert again.config.to_dict() == model.config.to_dict()
+    assert same.fingerprint == processor.fingerprint
+
+
 def test_an_export_goes_back_to_where_the_model_came_from(
     whole: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -150,6 +165,8 @@ def test_refuses_parts_that_it_has_no_place_for(
     refused("qwen2_vl", *parts, tmp_path / "out", "cannot hold the encoder qwen2_5_vl")
     model, processor = build("clip", "patch_merger")
     refused("qwen2_vl", model, processor, tmp_path / "out", "cannot hold the encoder clip")
+    parts = build("qwen2_vl", "patch_merger", encoder_options={"layer": -2}, factor=2)
+    refused("qwen2_vl", *parts, tmp_path / "out", "the encoder's layer -2: it takes the last")
     for options, match in (
         ({"name": "mlp"}, "the connector mlp"),
         ({"norm": "layer"}, "the connector's norm layer: it is rms there"),

@@ -144,11 +144,15 @@ def test_the_box_decides_the_feature(build: Callable[..., Parts]) -> None:
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
+@pytest.mark.parametrize(
+    ("resize", "short_edge"), [("squash", 0), ("crop", 0), ("crop", 44), ("pad", 0)]
+)
 @pytest.mark.parametrize("size", [(40, 80), (80, 40), (64, 64)])
-def test_boxes_follow_what_the_encoder_is_shown(resize: str, size: tuple[int, int]) -> None:
+def test_boxes_follow_what_the_encoder_is_shown(
+    resize: str, short_edge: int, size: tuple[int, int]
+) -> None:
     half = (0.5, 0.5, 0.5)
-    geometry = ImageGeometry(32, 8, half, half, resize=resize, resampling="nearest")
+    geometry = ImageGeometry(32, 8, half, half, resize, "nearest", short_edge)
     height, width = size
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     box: Box = (0.4, 0.3, 0.7, 0.8)
@@ -168,6 +172,19 @@ def test_a_box_too_small_for_a_middle_takes_the_nearest() -> None:
     geometry = ImageGeometry(32, 4, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     found = inside((0.99, 0.99, 1.0, 1.0), 50, 50, geometry, lambda grid: grid)
     assert found.tolist() == [15]
+
+
+@pytest.mark.parametrize(
+    ("box", "tokens"),
+    [
+        ((0.25, 0.25, 0.75, 0.75), [5, 6, 9, 10]),  # edges between cells
+        ((0.125, 0.125, 0.375, 0.375), [0]),  # edges on middles: neighbouring boxes share no token
+        ((0.375, 0.375, 0.875, 0.875), [5, 6, 9, 10]),
+    ],
+)
+def test_an_edge_on_a_middle_belongs_to_one_box(box: Box, tokens: list[int]) -> None:
+    geometry = ImageGeometry(32, 4, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert inside(box, 50, 50, geometry, lambda grid: grid).tolist() == tokens
 
 
 def test_what_cannot_be_a_region_is_refused(build: Callable[..., Parts]) -> None:

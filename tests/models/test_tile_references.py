@@ -6,14 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_next.modeling_llava_next import unpad_image
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from mllm.models.geometry import ImageGeometry
 from mllm.models.tiles import tiled
+from mllm.models.tiles.any_resolution import _without_padding
 
 SIDE = 16
 HALF = (0.5, 0.5, 0.5)
@@ -77,3 +80,13 @@ def test_split_tiles_are_those_of_idefics3(kind: Any, longest: int, splits: bool
         assert (found["rows"][0][0], found["cols"][0][0]) == tiles.tile_grid(high, wide)
         assert len(views) == tiles.count(high, wide)
         assert np.array_equal(views, found["pixel_values"][0]), (high, wide)
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (4, 8), (12, 4), (5, 5), (27, 54)])
+def test_padding_is_left_out_as_llava_next_does(grid: tuple[int, int]) -> None:
+    """Among the sizes are those whose scaled side is a hair below a whole number of cells."""
+    cells = np.arange(grid[0] * grid[1]).reshape(grid)
+    hairs = [(196, 49), (49, 196), (98, 245), (245, 98), (49, 49), (99, 55)]
+    for high, wide in [*hairs, *sizes()]:
+        own = unpad_image(torch.from_numpy(cells)[None], (high, wide))[0]
+        assert np.array_equal(_without_padding(cells, high, wide), own.numpy()), (high, wide)
