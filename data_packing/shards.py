@@ -12,6 +12,7 @@ import json
 import os
 import re
 import zlib
+from collections.abc import Sequence
 from glob import glob, has_magic
 from itertools import product
 from pathlib import Path
@@ -173,9 +174,17 @@ def expand(pattern: str | Path, allow_http: bool = False) -> list[Path]:
         where = "" if "://" in str(pattern) else f"; looked from {os.getcwd()}"
         raise ValueError(
             f"no shard matches {', '.join(missing[:3])}{more}{where}. "
-            "Is the path right, and was the data prepared?"
+            + (_below(missing) or "Is the path right, and was the data prepared?")
         )
     return sorted(found)
+
+
+def _below(folders: Sequence[str]) -> str:
+    """What to give instead of a folder whose shards lie in folders of it; empty if none do."""
+    for folder in folders:
+        if "://" not in folder and any(Path(folder).glob("*/*.tar")):
+            return f"Shards lie in folders of it: give '{folder.rstrip('/')}/*/*.tar'"
+    return ""
 
 
 def _matches(candidate: Path) -> list[Path]:

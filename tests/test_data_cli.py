@@ -114,6 +114,7 @@ def test_wrong_use_is_an_error_for_people(folder: Path, tmp_path: Path) -> None:
         (["lint", folder / "none-*.tar"], "no shard matches"),
         (["lint", folder, "--tokens", 64], "--tokens needs --model"),
         (["info", folder / "none.tar"], "no shard matches"),
+        (["info", folder.parent], f"in folders of it: give '{folder.parent}/*/*.tar'"),
         (["info", folder, "--model", folder], "no config.json"),
         (["preview", folder], "folder of stages"),
         (["preview", tmp_path / "r.yaml"], "no such recipe"),

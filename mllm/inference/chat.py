@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_packing.document import Document, DocumentError, Image, Role
+from data_packing.video import EXTENSIONS
 from mllm.inference.generate import Generator
 from mllm.inference.quiet import quiet
 
@@ -63,7 +64,7 @@ def chat(
     """
     if question is not None and not question.strip() and not images:
         raise ValueError("--question is empty; ask something, or leave it out to talk")
-    shown = [Image.open(Path(path).expanduser()) for path in images]
+    shown = [_opened(path) for path in images]
     quiet()
     generator = Generator.from_pretrained(folder, device)
 
@@ -75,6 +76,21 @@ def chat(
         return
     print(f"{folder}: ask about an image, or /help", file=sys.stderr)
     talk(answer, Conversation(images=shown), _read_line)
+
+
+def _opened(path: str | Path) -> Image:
+    """Read an image.
+
+    Raises:
+        DocumentError: it is missing or damaged, or a clip.
+    """
+    file = Path(path).expanduser()
+    if file.suffix.lower() in EXTENSIONS and file.is_file():
+        raise DocumentError(
+            f"{path} is a clip, and chat takes images: save some of its frames as images and give "
+            "each with --image"
+        )
+    return Image.open(file)
 
 
 def talk(
@@ -96,7 +112,7 @@ def talk(
             return
         try:
             if command == "/image":
-                image = Image.open(Path(rest.strip().strip("'\"")).expanduser())
+                image = _opened(rest.strip().strip("'\""))
                 conversation = Conversation(images=[image])
                 print(f"({image.width} × {image.height} pixels)")
             elif command == "/new":

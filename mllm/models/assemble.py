@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import mllm.models.auto  # noqa: F401  (the Auto classes know the model from here on)
-from mllm.models.checks import read_config
+from mllm.models.checks import check_sections, read_config
 from mllm.models.composites import COMPOSITES, UNREADABLE
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors import CONNECTORS, PretrainedConnector
@@ -115,6 +115,7 @@ def load(
     if isinstance(config, MultimodalConfig):
         model, processor = _saved(folder, config, dtype, changes, weights)
     elif config.model_type in COMPOSITES:
+        check_sections(config, folder, "text_config", "vision_config")
         model, processor = COMPOSITES[config.model_type].read(folder, dtype, weights)
         changed_connector(model.config.connector, changes)  # theirs have no reloadable options
     elif config.model_type in UNREADABLE:

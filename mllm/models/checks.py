@@ -35,6 +35,9 @@ _HEADS = (
 )
 """(what is divided, among how many); a width only where no other width of a head is given."""
 
+_FLAT = ("qwen2_vl", "qwen2_5_vl")
+"""Their first files have the fields of the text on top."""
+
 _WORDS = ("a", "1", "的")
 _ANOTHER = "copy the checkpoint's own config.json"
 
@@ -56,6 +59,33 @@ def read_config(what: str, path: str | Path, **options: Any) -> PreTrainedConfig
         check_sizes(values, named)
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, **options)
     return config
+
+
+def check_sections(config: PreTrainedConfig, path: str | Path, *sections: str) -> None:
+    """Refuse a model of several parts whose config.json says nothing of one of them.
+
+    transformers would take that part's class as it is by default, with billions of weights.
+
+    Args:
+        config: as transformers reads it.
+        path: its folder (or hub id).
+        sections: that the file must have if the class has them, such as "text_config".
+
+    Raises:
+        ValueError: naming the folder and the section.
+    """
+    kind = type(config)
+    values, _ = PreTrainedConfig.get_config_dict(path)
+    for name in sections:
+        given = values.get(name), values.get(f"{name}_dict")  # the second in CLIP's oldest files
+        if name not in kind.sub_configs or any(isinstance(one, Mapping) for one in given):
+            continue
+        if name == "text_config" and kind.model_type in _FLAT and "hidden_size" in values:
+            continue
+        raise ValueError(
+            f"{path}: config.json has no {name}, which says what the model's "
+            f"{name.removesuffix('_config')} part is; {_ANOTHER}"
+        )
 
 
 def check_sizes(values: Mapping[str, Any], path: str | Path, above: str = "") -> None:

@@ -83,7 +83,14 @@ def loading(what: str, path: str | Path) -> Iterator[None]:
             f"{what} {path}: a weights file is damaged or cut short ({_first_line(error)}); "
             "copy or download it again"
         ) from error
-    except (OSError, KeyError, json.JSONDecodeError, struct.error) as error:
+    except json.JSONDecodeError as error:
+        file = _no_json(Path(path)) or "one of its JSON files"
+        raise ValueError(
+            f"cannot load {what} from {path}: {file} is no valid JSON ({error}), so damaged or cut "
+            "short; copy or download it again"
+        ) from error
+    except (OSError, KeyError, struct.error) as error:
+        _check_gguf(path, what, error)
         said = _first_line(error) + (" is missing or not known" if type(error) is KeyError else "")
         if isinstance(error, OSError) and not Path(path).parent.exists():
             said += " (and there is no folder of this name)"
@@ -94,6 +101,7 @@ def loading(what: str, path: str | Path) -> Iterator[None]:
             "checkpoint's own"
         ) from error
     except ValueError as error:
+        _check_gguf(path, what, error)
         raise ValueError(_explained(str(error), what, path)) from error
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(
@@ -106,6 +114,25 @@ def loading(what: str, path: str | Path) -> Iterator[None]:
         raise ValueError(
             f"{what} {path}: weights have another shape than config.json says; take both files "
             "from one checkpoint"
+        ) from error
+
+
+def _check_gguf(path: str | Path, what: str, error: Exception) -> None:
+    """Say so where it is a .gguf file that cannot be read from its beginning to its end.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not str(path).endswith(".gguf") or not Path(path).is_file() or find_spec("gguf") is None:
+        return
+    from gguf import GGUFReader  # an extra
+
+    try:
+        GGUFReader(path)
+    except (ArithmeticError, LookupError, OSError, TypeError, ValueError, struct.error):
+        raise ValueError(
+            f"cannot load {what} from {path}: the file is damaged or cut short "
+            f"({_first_line(error)}); copy or download it again"
         ) from error
 
 
@@ -129,7 +156,19 @@ def _explained(text: str, what: str, path: str | Path) -> str:
 def _last_line(error: BaseException) -> str:
     """The innermost cause, without its class."""
     last = str(error).strip().splitlines()[-1].strip()
-    return (last.partition("Error: ")[2] or last).rstrip(".")
+    last = (last.partition("Error: ")[2] or last).rstrip(".")
+    types = re.match("Field '(.*?)' with value (.*?) doesn't match any type", last)
+    return f"{types[1]} is {types[2]}, which is of no type that it may have" if types else last
+
+
+def _no_json(folder: Path) -> str:
+    """The name of a file of a folder that is not the JSON that it should be; empty without one."""
+    for file in sorted(folder.glob("*.json")):
+        try:
+            json.loads(file.read_bytes())
+        except ValueError:
+            return file.name
+    return ""
 
 
 def _first_line(error: BaseException) -> str:

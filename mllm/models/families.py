@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from mllm.models.positions import check_directions
 from mllm.models.qwen_vl_text import CAUSAL
 
 _ATTENTION = {"attention", "full_attention", "sliding_attention"}
@@ -179,6 +180,7 @@ def check_config(config: PreTrainedConfig) -> None:
         if getattr(config, setting, None):
             raise ValueError(f"{name} {what} ({setting}), which is not supported")
     logits_rule(config)
+    check_directions(config)
     if not getattr(config, "is_causal", True):
         raise ValueError(f"{name} is not causal; a causal language model is needed")
     model = model_class(config)

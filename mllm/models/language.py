@@ -29,7 +29,7 @@ from mllm.models.errors import check_language_model, loading
 from mllm.models.families import blueprint, causal_class, check_config, check_model
 from mllm.models.probe import probe
 from mllm.models.template import Template
-from mllm.models.weight_files import check_all_used, check_weight_files
+from mllm.models.weight_files import check_all_used, check_shapes, check_weight_files
 
 _ROWS = 64  # the embedding is padded to a multiple: tensor cores want it
 
@@ -76,6 +76,7 @@ def load_language_model(
         return plan, tokenizer
     if not options:
         check_weight_files(path, "language model")
+        check_shapes(path, plan, "language model")
     with loading("language model", path):
         loaded: Any = causal_class(config).from_pretrained(
             folder,
@@ -93,7 +94,10 @@ def load_language_model(
             f"config.json says, {wrong[0]} first; take both files from one checkpoint"
         )
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{path}: {len(missing)} weights are missing, {missing[0]} first")
+        raise ValueError(
+            f"{path}: {len(missing)} weights are missing, {missing[0]} first; take "
+            "config.json and weights from one checkpoint"
+        )
     check_all_used(report["unexpected_keys"], plan, path, "language model")
     probe(model)
     return model, tokenizer

@@ -32,6 +32,25 @@ def is_spatial(config: Any) -> bool:
     return config.model_type in _FAMILIES or rope.get("mrope_section") is not None
 
 
+def check_directions(config: Any) -> None:
+    """Refuse parts of the rotary widths that are not the three of a head.
+
+    Raises:
+        ValueError: naming them and what they must come to.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = rope.get("mrope_section")
+    if config.model_type not in _FAMILIES or parts is None:
+        return
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    whole = isinstance(parts, list | tuple) and all(type(part) is int for part in parts)
+    if not whole or len(parts) != 3 or sum(parts) != width // 2:
+        raise ValueError(
+            f"config.json has mrope_section {parts}, which must be three numbers that come to "
+            f"{width // 2}, half the width of a head; copy the checkpoint's own"
+        )
+
+
 def named(order: Tensor | None, bags: Tensor | None) -> list[int] | None:
     """Return which of the M visual tokens each of the K image tokens is, -1 where it is none alone.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,63 @@ def check_weight_files(path: str | Path, what: str) -> None:
     folder = Path(path)
     if not folder.is_dir():
         return
-    files = [_FILE] if (folder / _FILE).is_file() else _shards(folder, what)
-    for name in files:
+    for name in _files(folder, what):
         _check_file(folder / name, what)
+
+
+def check_shapes(path: str | Path, model: nn.Module, what: str) -> None:
+    """Refuse a model that is another than the one that a folder has weights of, before it is built.
+
+    Only the beginning of each file is read. Under older names weights are not found in the model;
+    a model more than twice as large as all that is saved is refused all the same.
+
+    Args:
+        path: the folder, looked at with `check_weight_files`; a hub id is left to the hub.
+        model: as config.json describes it, on the meta device.
+        what: the part, for messages.
+
+    Raises:
+        ValueError: naming the folder, the first weight and both shapes, or both sizes.
+    """
+    folder, config = Path(path), getattr(model, "config", None)
+    if not folder.is_dir() or getattr(config, "quantization_config", None):
+        return
+    saved = _shapes(folder, what)
+    wrong = [
+        (name, list(tensor.shape))
+        for name, tensor in model.state_dict().items()
+        # transformers turns some round while it reads them
+        if name in saved and sorted(saved[name]) != sorted(tensor.shape)
+    ]
+    if wrong:
+        first, shape = wrong[0]
+        raise ValueError(
+            f"{path}: {len(wrong)} weights of the {what} have another shape than config.json says, "
+            f"{first} first ({list(saved[first])} in the file, {shape} by config.json); take both "
+            "files from one checkpoint"
+        )
+    described = sum(weight.numel() for weight in model.parameters())
+    held = sum(map(prod, saved.values()))
+    if described > 2 * held:
+        raise ValueError(
+            f"{path}: config.json describes a {what} of {described:,} weights, the files hold "
+            f"{held:,}; take both from one checkpoint"
+        )
+
+
+def _shapes(folder: Path, what: str) -> Mapping[str, Sequence[int]]:
+    """The shape of every weight by its name."""
+    result: dict[str, Sequence[int]] = {}
+    for file in _files(folder, what):
+        with safe_open(folder / file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (no mapping)
+                result[name] = opened.get_slice(name).get_shape()
+    return result
+
+
+def _files(folder: Path, what: str) -> list[str]:
+    """The names of the files that hold a folder's weights."""
+    return [_FILE] if (folder / _FILE).is_file() else _shards(folder, what)
 
 
 def _shards(folder: Path, what: str) -> list[str]:

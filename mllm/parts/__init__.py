@@ -55,7 +55,7 @@ PATH = "the folder or hub id of their weights"
 INIT = "random, or ridge (the last layer in closed form)"
 
 REGISTRIES = (
-    Registry("encoders", "model.encoder", ENCODERS, f"all take path, {PATH}, and"),
+    Registry("encoders", "model.encoder", ENCODERS, f"all take path, {PATH}"),
     Registry("connectors", "model.connector", CONNECTORS, f"all take init: {INIT}"),
     Registry("fusions", "model.fusion", FUSIONS, "how visual tokens reach the language model:"),
     Registry("tilings", "model.images", TILINGS, "an image as several views; with one or without:"),

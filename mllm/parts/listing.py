@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from mllm.parts.option import CHOICE, Option, Part
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ANY = "any causal LM of transformers that goes through its AttentionInterface, tried when assembled"
+_NAME = 17  # columns of a terminal for a part's name
 _NARROW = (14, 8, 10)  # columns of a terminal: an option's name, its values, its default
 _WIDE = (14, 24, 10)
 _INTERNAL = ("Spec:", "Args:", "Attributes:", "Legend:", "Shapes:")  # said to programmers
@@ -32,12 +33,16 @@ def overview() -> Group:
     blocks: list[RenderableType] = []
     for registry in _PAGES:
         blocks += [*_heading(registry.title, f"{registry.key}: …", registry.note)]
-        common = _common(registry)
+        common, usual = _common(registry), _usual(registry)
         if common:
             blocks += [_options(common)]
+        for option, without in usual.items():
+            words = Text(f"all but {_listed(without)} take", style="italic")
+            blocks += [words, _options({option: _of_most(registry)[option]})]
         for name, part in registry.parts.items():
-            blocks.append(Text.assemble("  ", (name.ljust(16), "bold"), f" {part.summary}"))
-            if own := {n: o for n, o in part.options.items() if n not in common}:
+            blocks.append(_line(name, part.summary))
+            said = {*common, *(each for each, without in usual.items() if name not in without)}
+            if own := {n: o for n, o in part.options.items() if n not in said}:
                 blocks.append(_options(own))
         blocks.append(Text())
     blocks += [*_heading("language models", "model.language_model: {path: …}", ANY)]
@@ -67,7 +72,7 @@ def in_full(name: str) -> Group:
             if _is_named(name, family):
                 blocks += [*_language_model(family, kind), Text()]
     if not blocks:
-        near = " or ".join(map(repr, _near(name)))
+        near = _listed([repr(one) for one in _near(name)], "or")
         guess = f"did you mean {near}? " if near else ""
         raise ValueError(f"there is no part {name!r}; {guess}`mllm models` lists all")
     return Group(*blocks[:-1])
@@ -105,13 +110,15 @@ def _short(family: str) -> str:
 
 
 def _near(name: str) -> list[str]:
-    """The names that may be meant, the nearest first, at most three."""
+    """The names that may be meant: all that contain it, or else the three nearest."""
     parts = {each: part for registry in _PAGES for each, part in registry.parts.items()}
     known = {*parts, *(other for part in parts.values() for other in part.also)}
     known |= {_short(family) for kind in (*TESTED, *REFUSED) for family in kind.families}
     spelt: dict[str, str] = {}
     for one in sorted(known, key=lambda one: one in parts):  # a part's own name counts
         spelt[plain(one)] = one
+    if len(plain(name)) > 2 and (longer := [one for one in spelt if plain(name) in one]):
+        return sorted(spelt[one] for one in longer)
     return [spelt[one] for one in get_close_matches(plain(name), spelt, n=3, cutoff=0.6)]
 
 
@@ -160,6 +167,38 @@ def _common(registry: Registry) -> dict[str, Option]:
         for name, option in first.items()
         if others and all(options.get(name) == option for options in others)
     }
+
+
+def _of_most(registry: Registry) -> dict[str, Option]:
+    """The options that at least three of four parts have alike."""
+    result: dict[str, Option] = {}
+    for part in registry.parts.values():
+        for name, option in part.options.items():
+            alike = sum(other.options.get(name) == option for other in registry.parts.values())
+            if 4 * alike >= 3 * len(registry.parts):
+                result[name] = option
+    return result
+
+
+def _usual(registry: Registry) -> dict[str, list[str]]:
+    """The options that most parts have alike, but not all → the parts that do not."""
+    alike = {
+        option: [each for each, part in registry.parts.items() if part.options.get(option) != most]
+        for option, most in _of_most(registry).items()
+    }
+    return {option: without for option, without in alike.items() if without}
+
+
+def _listed(words: Sequence[str], last: str = "and") -> str:
+    return f" {last} ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
+def _line(name: str, summary: str) -> RenderableType:
+    """A part's name and summary, below it where the name is longer than its column."""
+    if len(name) <= _NAME:
+        return Text.assemble("  ", (name.ljust(_NAME), "bold"), f" {summary}")
+    below = Padding(Text(summary), (0, 0, 0, _NAME + 3))
+    return Group(Text(f"  {name}", style="bold"), below)
 
 
 def _heading(title: str, where: str, note: str) -> Iterator[RenderableType]:

@@ -234,6 +234,10 @@ def test_an_image_that_cannot_be_read(stage: Path, tmp_path: Path) -> None:
     for path in (broken, tmp_path / "none.png"):
         with pytest.raises(ValueError, match=path.name):
             chats.chat(stage, [path], "What?")
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"\0\0\0\x18ftypmp42")
+    with pytest.raises(ValueError, match=r"clip\.mp4 is a clip, and chat takes images: save some"):
+        chats.chat(stage, [clip], "What?")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

@@ -54,6 +54,22 @@ def test_a_language_model_that_its_configuration_does_not_fit(
     refused(str(folder), **language(folder))
 
 
+def test_a_model_far_larger_than_its_weights_is_never_built(
+    copy: Copy, refused: Callable[..., None]
+) -> None:
+    folder = copy("llama")
+    change(folder / "config.json", intermediate_size=64 * 10**9)  # no machine has room for it
+    refused("6 weights of the language model have another shape than", **language(folder))
+    refused(
+        "mlp.gate_proj.weight first ([64, 32] in the file, [64000000000, 32] by", **language(folder)
+    )
+    weights = load_file(folder / "model.safetensors")
+    renamed = {f"older.{name}": tensor for name, tensor in weights.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    refused("config.json describes a language model of ", **language(folder))
+    refused(f"the files hold {sum(map(torch.numel, weights.values())):,}; take", **language(folder))
+
+
 FAMILIES = (
     (Qwen2Config, Qwen2ForCausalLM, {"num_key_value_heads": 2, "intermediate_size": 64}),
     (OPTConfig, OPTForCausalLM, {"word_embed_proj_dim": 32, "ffn_dim": 64}),

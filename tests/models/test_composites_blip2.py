@@ -28,6 +28,7 @@ from tests.models.composite_checks import (
     messages_in_files,
     same_weights,
 )
+from tests.models.composite_folders import CHATML_PARTS
 from tests.models.conftest import CHATML, SMALL, Parts, make_tokenizer, picture
 from tests.models.llava_folders import save_blip2
 
@@ -182,6 +183,26 @@ def test_what_was_trained_is_at_home_in_its_class(
     for name, found in ask_classes(jobs, tmp_path).items():
         assert found["class"] == "Blip2ForConditionalGeneration"
         check_answers(found, documents[name], *trained[name])
+
+
+def test_a_folder_with_a_chat_template_talks_in_its_class_as_in_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_blip2(tmp_path / "given")
+    (folder / "chat_template.jinja").write_text(CHATML_PARTS.replace("IMAGE", "'<image>'"))
+    model, processor = load(folder)
+    assert processor.template.image_text.before_begin
+    turns: Any = [("user", [picture(1), QUESTION]), ("assistant", ["the red room"])]
+    train_one_step(model, [processor.encode(Document.conversation(turns))] * 2)
+    COMPOSITES["blip-2"].write(model, processor, tmp_path / "out")
+    assert "puts the tokens of an image behind the begin token of a caption" in caplog.text
+    asked = [{"messages": messages_in_files(one, tmp_path)} for one in conversations()]
+    jobs = {"chat": (tmp_path / "out", "blip-2", asked)}
+    check_answers(ask_classes(jobs, tmp_path)["chat"], conversations(), model, processor)
+    again = load(tmp_path / "out")[1]
+    for document in conversations():
+        ids = processor.prompt(document)["input_ids"]
+        assert again.prompt(document)["input_ids"].equal(ids)
 
 
 @pytest.mark.parametrize("name", ["caption", "chat"])

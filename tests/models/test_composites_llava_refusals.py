@@ -31,6 +31,11 @@ from tests.models.llava_folders import SAVERS
         ("llava", {"projector_hidden_act": "relu"}, "a projector with relu"),
         ("llava_siglip", {"vision_feature_select_strategy": "default"}, "cuts off a patch"),
         ("llava_next", {"image_grid_pinpoints": [[32, 50]]}, "not whole tiles of 32 pixels"),
+        ("llava_next", {"image_grid_pinpoints": [[32]]}, r"\[height, width\]; copy the"),
+        ("llava_next", {"image_grid_pinpoints": 32}, "image_grid_pinpoints is 32, which is of no"),
+        ("llava", {"image_token_index": -5}, "images are the token -5, but the tokenizer has"),
+        ("llava", {"text_config": None}, "config.json has no text_config, which says"),
+        ("llava_next", {"vision_config": None}, "config.json has no vision_config, which says"),
         ("llava_onevision", {"vision_aspect_ratio": "square"}, "vision_aspect_ratio 'square'"),
         ("llava", {"image_token_index": 319}, "images are the token 319"),
     ],
@@ -41,8 +46,10 @@ def test_what_cannot_be_read(
     folder = SAVERS[save](tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         load(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
 
 
 def test_another_tower_is_not_read(tmp_path: Path) -> None:
@@ -90,7 +97,9 @@ def test_missing_and_torn_weights_are_named(tmp_path: Path) -> None:
         folder / "model.safetensors",
         {"format": "pt"},
     )
-    with pytest.raises(ValueError, match="1 weights of LlavaForConditionalGeneration are missing"):
+    with pytest.raises(
+        ValueError, match="1 weights of LlavaForConditionalGeneration are missing.*; take"
+    ):
         load(folder)
     (folder / "model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(ValueError, match="damaged or cut short"):

@@ -14,6 +14,7 @@ from data_packing.pack import collate
 from mllm.export import command
 from mllm.models.assemble import load
 from mllm.models.composites import COMPOSITES
+from mllm.models.encoders import ENCODERS
 from mllm.models.modeling import MultimodalModel
 from mllm.models.processor import Processor
 from tests.models.composite_checks import (
@@ -25,7 +26,7 @@ from tests.models.composite_checks import (
     train_a_step,
 )
 from tests.models.composite_folders import change_json
-from tests.models.conftest import chat
+from tests.models.conftest import change, chat
 from tests.models.qwen_folders import save_qwen_vl
 
 NAMES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
@@ -184,3 +185,57 @@ def refused(
         COMPOSITES[name].write(model, processor, folder)
     assert "\n" not in str(caught.value)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_config": None}, "config.json has no text_config, which says"),
+        ({"vision_config": None}, "config.json has no vision_config, which says"),
+        ({"image_token_id": -5}, "images are the token -5, but the tokenizer has"),
+        ({"vision_start_token_id": -3}, "vision_start_token_id -3, but the tokenizer has"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    folder = save_qwen_vl(tmp_path / "given", "qwen2_5_vl")
+    change(folder / "config.json", **changes)
+    for weights in (False, True):
+        with pytest.raises(ValueError, match=message) as caught:
+            load(folder, weights=weights)
+        assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_directions_that_are_not_a_head_s(tmp_path: Path, name: str) -> None:
+    folder = save_qwen_vl(tmp_path / "given", name)
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    text["rope_parameters"]["mrope_section"] = [2, 2, 2]
+    change(folder / "config.json", text_config=text)
+    with pytest.raises(ValueError, match=r"mrope_section \[2, 2, 2\], .* come to 8, half"):
+        load(folder, weights=False)
+
+
+def test_a_bound_of_images_that_is_no_number(tmp_path: Path) -> None:
+    folder = save_qwen_vl(tmp_path / "given", "qwen2_vl", min_pixels="many")
+    with pytest.raises(ValueError, match="the preprocessor file makes no sense: .*'many'; copy"):
+        load(folder)
+
+
+def test_weights_of_another_width(tmp_path: Path) -> None:
+    folder = save_qwen_vl(tmp_path / "given", "qwen2_vl")
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    change(folder / "config.json", text_config={**text, "intermediate_size": 10**12})
+    with pytest.raises(ValueError, match=r"of 288,000,000,044,592 weights, the files hold 58,416"):
+        load(folder)  # no machine has room for it
+    change(folder / "config.json", text_config={**text, "intermediate_size": 56})
+    with pytest.raises(ValueError, match=r"9 weights of .*\(\[32, 48\] in the file, \[32, 56\] by"):
+        load(folder)
+
+
+def test_an_encoder_of_a_model_that_says_nothing_of_it(tmp_path: Path) -> None:
+    folder = save_qwen_vl(tmp_path / "given", "qwen2_vl")
+    change(folder / "config.json", vision_config=None)
+    with pytest.raises(ValueError, match="config.json has no vision_config, which says"):
+        ENCODERS["qwen2_vl"].from_folder(folder)

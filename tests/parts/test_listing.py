@@ -33,7 +33,7 @@ def test_everything_is_listed_in_80_columns() -> None:
     assert max(map(len, text.splitlines())) <= 80
     for registry in (*REGISTRIES, WHOLE_MODELS):
         for name, part in registry.parts.items():
-            assert f"{name} " in text
+            assert re.search(rf"^  {name}\s", text, re.MULTILINE)
             assert part.summary in text
             assert all(f"    {option} " in text for option in part.options)
     words = " ".join(text.split())
@@ -101,6 +101,24 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
     for name, near in (("qforme", "q_former"), ("siglp", "siglip"), ("Gema", "Gemma")):
         with pytest.raises(ValueError, match=f"there is no part '{name}'; did you mean '{near}'"):
             in_full(name)
+
+
+def test_a_part_of_a_name_suggests_all_that_contain_it() -> None:
+    with pytest.raises(ValueError, match="did you mean .*'qwen2_vl', 'qwen3_vl' or 'qwen3_vl_moe'"):
+        in_full("qwen")
+
+
+def test_summaries_stand_in_one_column() -> None:
+    lines = printed(overview()).splitlines()
+    for registry in (*REGISTRIES, WHOLE_MODELS):
+        for part in registry.parts.values():
+            assert any(line[20:].rstrip() == part.summary for line in lines), part.summary
+
+
+def test_what_most_encoders_take_is_said_once() -> None:
+    text = printed(overview())
+    assert text.count("    resize ") == 1
+    assert "all but qwen2_vl, qwen2_5_vl, qwen3_vl and siglip2_naflex take\n    resize" in text
 
 
 def test_scripts_read_json() -> None:

@@ -2,13 +2,15 @@
 
 Its processor puts the tokens of the image before everything, the tokenizer's begin token included:
 so does our reading of a raw document (`ImageText.before_begin`). It has no place for a chat
-template, nor for images between texts. A model that was not read from such a folder is therefore
-written with LLaVA's processor, which puts the tokens of an image where the image stands.
+template, nor for images between texts. A model that has a chat template, or was not read from such
+a folder, is therefore written with LLaVA's processor, which puts the tokens of an image where the
+image stands: as in training for conversations, but behind the begin token of other texts.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +150,13 @@ def _processor(processor: Processor, queries: int) -> Any:
     tokenizer = written_tokenizer(processor.tokenizer)
     geometry = ImageGeometry.from_dict(processor.geometry.to_dict())
     options = image_processor(geometry, "blip2")
-    if text.before_begin and token == "<image>":
+    if text.before_begin and tokenizer.chat_template:
+        logging.getLogger(__name__).warning(
+            "blip2: written with LLaVA's processor, as BLIP-2's has no chat template: it makes of "
+            "conversations what training made of them, but puts the tokens of an image behind the "
+            "begin token of a caption, where training put them before"
+        )
+    elif text.before_begin and token == "<image>":
         pictures: Any = CLIPImageProcessorPil(**options)
         if geometry.resize == "squash":
             unused = ("do_center_crop", "crop_size")

@@ -28,7 +28,7 @@ from mllm.models.modeling import MultimodalModel
 from mllm.models.probe import probe
 from mllm.models.processor import Processor
 from mllm.models.tiles import special_tokens
-from mllm.models.weight_files import check_all_used, check_weight_files
+from mllm.models.weight_files import check_all_used, check_shapes, check_weight_files
 
 Names = Sequence[tuple[str, str]]
 
@@ -84,6 +84,7 @@ def read_weights(
     if not weights:
         return Saved.of(_described(path, kind, dtype))
     check_weight_files(path, "model")
+    check_shapes(path, _described(path, kind, dtype), kind.__name__)
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -99,13 +100,22 @@ def read_weights(
         logging.set_verbosity(level)
     model, report = loaded
     for problem in ("missing_keys", "mismatched_keys"):
-        if names := sorted(map(str, report[problem])):
+        if names := sorted(map(_told, report[problem])):
             raise ValueError(
                 f"{path}: {len(names)} weights of {kind.__name__} are "
-                f"{problem.removesuffix('_keys')}, {names[0]} first"
+                f"{problem.removesuffix('_keys')}, {names[0]} first; take config.json and weights "
+                "from one checkpoint"
             )
     check_all_used(report["unexpected_keys"], model, path, kind.__name__)
     return Saved.of(model)
+
+
+def _told(key: Any) -> str:
+    """A weight that transformers reports: its name, or with both shapes where they differ."""
+    if isinstance(key, str):
+        return key
+    name, saved, described = key
+    return f"{name} ({list(saved)} in the file, {list(described)} by config.json)"
 
 
 def _described(

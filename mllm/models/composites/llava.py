@@ -149,14 +149,21 @@ def _tiling(kind: _Kind, config: Any, geometry: ImageGeometry, path: str | Path)
             f"{path}: the preprocessor file scales tiles to {short_edge} pixels and cuts {side} of "
             "them, which is not done here; make size and crop_size equal"
         )
-    if any(edge % side or edge < side for point in points for edge in point):
+    pairs = isinstance(points, list | tuple) and all(map(_is_pair, points))
+    if not pairs or any(edge % side or edge < side for point in points for edge in point):
         raise ValueError(
-            f"{path}: image_grid_pinpoints {points} are not whole tiles of {side} pixels"
+            f"{path}: image_grid_pinpoints {points} of config.json are not whole tiles of {side} "
+            "pixels, each as [height, width]; copy the checkpoint's own"
         )
     grids = [(high // side, wide // side) for high, wide in points]
     if kind.scales:
         grids = _not_scaled(grids, _most_tiles(config, path), path)
     return {"tiling": "any_resolution", "grids": [list(grid) for grid in grids]}
+
+
+def _is_pair(point: Any) -> bool:
+    sizes = point if isinstance(point, list | tuple) else ()
+    return len(sizes) == 2 and all(type(edge) is int for edge in sizes)
 
 
 def _most_tiles(config: Any, path: str | Path) -> int:

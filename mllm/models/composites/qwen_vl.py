@@ -42,7 +42,7 @@ from mllm.models.composites.folder import (
     read_weights,
     save,
 )
-from mllm.models.composites.text import read_tokenizer
+from mllm.models.composites.text import read_tokenizer, token_of
 from mllm.models.config import MultimodalConfig
 from mllm.models.connectors.patch_merger import PatchMerger
 from mllm.models.encoders import ENCODERS
@@ -213,13 +213,13 @@ def _token(tokenizer: PreTrainedTokenizerBase, config: Any, name: str, path: str
         ValueError: the tokenizer has no such token.
     """
     number = getattr(config, f"vision_{name}_token_id")
-    text: Any = tokenizer.convert_ids_to_tokens(number) if number < len(tokenizer) else None
+    text = token_of(tokenizer, number)
     if text is None:
         raise ValueError(
             f"{path}: config.json has vision_{name}_token_id {number}, but the tokenizer has "
             f"{len(tokenizer)} tokens; take both files from one checkpoint"
         )
-    return str(text)
+    return text
 
 
 def _token_ids(kind: _Kind, processor: Processor) -> dict[str, int]:

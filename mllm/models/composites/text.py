@@ -41,7 +41,7 @@ def read_tokenizer(
     with loading("tokenizer", path):
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     check_tokenizer(tokenizer, path)
-    token: Any = tokenizer.convert_ids_to_tokens(image_id) if image_id < len(tokenizer) else None
+    token = token_of(tokenizer, image_id)
     if not token:
         raise ValueError(
             f"{path}: config.json says that images are the token {image_id}, but the tokenizer has "
@@ -51,12 +51,25 @@ def read_tokenizer(
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
     if not tokenizer.chat_template:
         tokenizer.chat_template = _older_template(path)
-    asked = token if asked_id is None else tokenizer.convert_ids_to_tokens(asked_id)
-    with_images(tokenizer, str(asked))
+    asked = token if asked_id is None else token_of(tokenizer, asked_id)
+    if not asked:
+        raise ValueError(
+            f"{path}: config.json says that an image begins with the token {asked_id}, but the "
+            f"tokenizer has {len(tokenizer)}; take both files from one checkpoint"
+        )
+    with_images(tokenizer, asked)
     template: Any = tokenizer.chat_template
     if isinstance(template, str) and _adds_begin(tokenizer) and not _begins(tokenizer):
         tokenizer.chat_template = _BEGIN + template
-    return tokenizer, str(token)
+    return tokenizer, token
+
+
+def token_of(tokenizer: PreTrainedTokenizerBase, number: Any) -> str | None:
+    """Return the token of an id that a config.json gives; None if the tokenizer has none."""
+    if type(number) is not int or not 0 <= number < len(tokenizer):
+        return None
+    token: Any = tokenizer.convert_ids_to_tokens(number)
+    return None if token is None else str(token)
 
 
 def check_token(token: str, named: str, path: str | Path) -> None:

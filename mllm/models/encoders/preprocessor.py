@@ -170,9 +170,11 @@ def read_native(
                 "checkpoint"
             )
     mean, std = normalisation(whole, where)
-    geometry = NativeGeometry(
-        patch, merge, mean, std, **_bounds(whole, where), resampling=resampling(whole, where)
-    )
+    bounds, chosen = _bounds(whole, where), resampling(whole, where)
+    try:
+        geometry = NativeGeometry(patch, merge, mean, std, **bounds, resampling=chosen)
+    except ValueError as error:
+        raise ValueError(f"{where} makes no sense: {error}; copy the checkpoint's own") from error
     return geometry.within({name: limits[name] for name in LIMITS if limits.get(name) is not None})
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from mllm.models.checks import building, read_config
+from mllm.models.checks import building, check_sections, read_config
 from mllm.models.encoders.base import VisionEncoder
 from mllm.models.encoders.preprocessor import read_geometry, read_preprocessor, square
 from mllm.models.errors import check_folder, loading
@@ -121,6 +121,7 @@ class VisionTransformer(VisionEncoder):
         """Read config.json; of a model of images and texts, its vision part."""
         check_folder(path, "encoder")
         config = read_config("encoder", path)
+        check_sections(config, path, "vision_config")
         config = cls._own(getattr(config, "vision_config", config))
         if type(config) is not cls.CONFIG:
             raise ValueError(
