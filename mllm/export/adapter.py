@@ -16,19 +16,18 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from mllm.models.composites import COMPOSITES
 from mllm.models.errors import loading
 from mllm.models.modeling import MultimodalModel
 
 HOLDERS = {
-    "blip2": "language_model.model.",
-    "llava": "model.language_model.",
-    "llava_next": "model.language_model.",
-    "llava_onevision": "model.language_model.",
     "transformers": "model.language_model.",
+    **{composite.name: composite.body for composite in COMPOSITES.values()},
 }
-"""Export → where its classes have the language model's body."""
+"""Export → where its classes have the language model's body; `{}` is the body's name in ours."""
 
 _FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -51,14 +50,26 @@ class Adapter:
         """Read it.
 
         Raises:
-            ValueError: there is none, or it is damaged.
+            ValueError: there is none, it is damaged, or DoRA's.
         """
         if not (folder / _FILE).is_file():
+            others = sorted(path.name for path in folder.parent.glob(f"{folder.name}_*"))
             raise ValueError(
-                f"--adapter: there is no {folder / _FILE}; this stage was trained without LoRA"
+                f"--adapter: there is no {folder / _FILE}; this stage "
+                + (
+                    f"has adapters of other modules ({', '.join(others)}), which are always "
+                    "merged; leave --adapter out"
+                    if others
+                    else "was trained without LoRA"
+                )
             )
         with loading("adapter", folder):
-            return cls(LoraConfig.from_pretrained(str(folder)), load_file(folder / _FILE))
+            found = cls(LoraConfig.from_pretrained(str(folder)), load_file(folder / _FILE))
+        if found.config.use_dora:
+            raise ValueError(
+                "--adapter: DoRA cannot be taken out of merged weights; leave --adapter out"
+            )
+        return found
 
     @torch.no_grad()
     def take_out(self, model: MultimodalModel) -> None:
@@ -73,10 +84,6 @@ class Adapter:
                 f"--adapter: the merged weights are in {name}, and the adapter cannot be taken out "
                 "of them in that precision; give --dtype float32, or leave --adapter out"
             )
-        if self.config.use_dora:
-            raise ValueError(
-                "--adapter: DoRA cannot be taken out of merged weights; leave --adapter out"
-            )
         linears = dict(model.language_model.named_modules())
         scale = self.config.lora_alpha / self.config.r
         for name in self._layers():
@@ -84,17 +91,26 @@ class Adapter:
                 raise ValueError(f"--adapter: the language model has no layer {name}")
             a_RI, b_OR = (self.weights[f"{_PREFIX}{name}.lora_{one}.weight"] for one in "AB")
             weight: Any = linears[name].weight
-            weight -= (b_OR @ a_RI) * scale
+            turned = isinstance(linears[name], Conv1D)  # [in, out], not [out, in]
+            part_OI = (b_OR @ a_RI) * scale
+            part = part_OI.T if turned else part_OI
+            if part.shape != weight.shape:
+                raise ValueError(
+                    f"--adapter: the adapter of the layer {name} is for weights of shape "
+                    f"{list(part.shape)}, the language model's are {list(weight.shape)}"
+                )
+            weight -= part
 
     def write(self, model: MultimodalModel, place: str, folder: Path) -> None:
         """Write it for the exported classes, as `PeftModel.from_pretrained(model, folder)` reads.
 
         Args:
-            place: where they have the language model's body.
+            place: where they have the language model's body; `{}` is the body's name in ours.
         """
         language_model = model.language_model
         body = language_model.base_model
         old = next(name for name, one in language_model.named_modules() if one is body)
+        place = place.format(old)
         renamed = {
             name.replace(f"{_PREFIX}{old}.", _PREFIX + place, 1): weight
             for name, weight in self.weights.items()
@@ -102,8 +118,8 @@ class Adapter:
         folder.mkdir()
         save_file(renamed, folder / _FILE, metadata={"format": "pt"})
         (folder / _FILE).chmod(0o644)
-        lasts = sorted({name.rpartition(".")[2] for name in self._layers()})
-        self.config.target_modules = rf"{re.escape(place)}.*\.({'|'.join(lasts)})"
+        carried = {name.removeprefix(f"{old}.") for name in self._layers()}
+        self.config.target_modules = re.escape(place) + _pattern(carried, body)
         self.config.base_model_name_or_path = ""
         self.config.save_pretrained(str(folder))
 
@@ -112,3 +128,15 @@ class Adapter:
         ending = ".lora_A.weight"
         names = [name for name in self.weights if name.endswith(ending)]
         return [name.removeprefix(_PREFIX).removesuffix(ending) for name in names]
+
+
+def _pattern(names: set[str], body: nn.Module) -> str:
+    """Return a pattern that of all modules of a body these match.
+
+    By the last parts of names, as people read them, where they say no more than that.
+    """
+    lasts = sorted({name.rpartition(".")[2] for name in names})
+    named = {name for name, _ in body.named_modules() if name.rpartition(".")[2] in lasts}
+    if named == names:
+        return rf".*\.({'|'.join(lasts)})"
+    return f"({'|'.join(map(re.escape, sorted(names)))})"

@@ -50,15 +50,13 @@ def write(folder: Path, to: str, output: Path, dtype: str = AUTO, adapter: bool 
         to: a key of EXPORTS.
         output: a folder that does not exist or is empty; nothing is left there when this fails.
         dtype: of the weights, as `precisions.precision`; `auto` keeps the saved one.
-        adapter: take the LoRA adapter out of the weights and keep it beside them.
+        adapter: take the language model's LoRA adapter out of the weights and keep it beside them.
 
     Raises:
         ValueError: what cannot be exported, with the reason.
         NoSpace: the disk is too small.
     """
     exporter = choose(EXPORTS, to, "export")
-    if adapter and to not in HOLDERS:
-        raise ValueError(f"--adapter works with --to {', '.join(HOLDERS)}; leave it out, merged")
     wanted = as_dtype(dtype)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is there already and not empty; give a new folder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import subprocess
 import sys
@@ -20,9 +19,8 @@ from mllm.export.transformers import check, source
 from mllm.models.assemble import load
 from mllm.models.fusion import FUSIONS
 from mllm.models.native import NativeGeometry
-from mllm.recipe import LoraSection
-from mllm.training import lora
 from tests.export.outsider import ask, here, save_pictures
+from tests.export.stages import save_stage
 from tests.models.conftest import open_gates
 
 ROOT = Path(__file__).parents[2]
@@ -33,17 +31,7 @@ def stage(build: Callable[..., Any], tmp_path: Path, request: pytest.FixtureRequ
     """A stage's folder with a trained adapter, merged and apart; its parameter is a fusion."""
     model, processor = build(fusion=getattr(request, "param", "in_sequence"))
     open_gates(model)
-    tuned = copy.deepcopy(model).requires_grad_(False)
-    config = lora.inject(tuned.language_model, LoraSection(rank=2, alpha=6))
-    for name, weight in tuned.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(weight, std=0.05)
-    weights = tuned.state_dict()
-    model.load_state_dict(lora.merged(weights, tuned))
-    model.save_pretrained(tmp_path / "stage")
-    processor.save_pretrained(tmp_path / "stage")
-    lora.save(weights, "language_model", config, "", tmp_path / "stage" / "lora")
-    return tmp_path / "stage"
+    return save_stage((model, processor), tmp_path / "stage")
 
 
 def run(*arguments: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,8 +90,6 @@ def test_nothing_is_left_when_an_exporter_refuses(
         raise ValueError("cannot hold it")
 
     monkeypatch.setitem(EXPORTS, "refusing", refuse)
-    with pytest.raises(ValueError, match="--adapter works with --to .*transformers"):
-        write(stage, "refusing", tmp_path / "out", adapter=True)
     with pytest.raises(ValueError, match="cannot hold it"):
         write(stage, "refusing", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["stage"]

@@ -110,6 +110,7 @@ def ask_classes(
     folders: Mapping[str, tuple[Path, str, list[dict[str, Any]]]],
     scratch: Path,
     together: bool = False,
+    adapter: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """What a process that cannot import us makes of folders: see `answer` in outside_classes.py."""
     requests = {
@@ -118,6 +119,7 @@ def ask_classes(
             "kind": kind,
             "documents": documents,
             "together": together,
+            "adapter": adapter,
         }
         for key, (folder, kind, documents) in folders.items()
     }

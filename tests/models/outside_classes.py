@@ -65,7 +65,11 @@ def _batch(processor: Any, documents: list[dict[str, Any]]) -> Any:
 
 @torch.no_grad()
 def answer(
-    folder: str, kind: str, documents: list[dict[str, Any]], together: bool = False
+    folder: str,
+    kind: str,
+    documents: list[dict[str, Any]],
+    together: bool = False,
+    adapter: bool = False,
 ) -> dict[str, Any]:
     """Load a folder and return ids [T], logits [T, W] and eight new ids of every document.
 
@@ -75,9 +79,15 @@ def answer(
             whole, and its last turn written anew; {messages} with files in them, to be gone on
             with; or {image, text}.
         together: also return the new ids [B, 8] of all documents as one batch.
+        adapter: put PEFT's on the model that lies in the folder.
     """
-    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder).eval()
     assert model.config.model_type == kind, model.config.model_type
+    name = type(model).__name__
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, f"{folder}/adapter").eval()
     processor = runpy.run_path(str(OWN))["own_processor"](folder, kind)
     found = []
     for asked in documents:
@@ -90,7 +100,7 @@ def answer(
                 "new": new[0, prompt["input_ids"].shape[1] :],
             }
         )
-    result = {"class": type(model).__name__, "documents": found}
+    result = {"class": name, "documents": found}
     if together:
         prompts = _batch(processor, documents)
         new = model.generate(**prompts, max_new_tokens=8, do_sample=False)

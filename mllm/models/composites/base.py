@@ -47,8 +47,10 @@ class Composite:
         name: what `mllm export --to` calls it; kept as `origin` of a model that was read from it.
         read: from its folder to our model.
         write: from our model to its folder.
+        body: where the class has the body of the language model; `{}` is the body's name in ours.
     """
 
     name: str
     read: Read
     write: Write
+    body: str = "model.language_model."

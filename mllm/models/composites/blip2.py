@@ -174,4 +174,4 @@ def _processor(processor: Processor, queries: int) -> Any:
     )
 
 
-BLIP2 = Composite("blip2", read, write)
+BLIP2 = Composite("blip2", read, write, body="language_model.{}.")

@@ -215,7 +215,7 @@ def _write_processor(
 
 
 def _composite(kind: _Kind) -> Composite:
-    return Composite(kind.name, partial(_read, kind), partial(_write, kind))
+    return Composite(kind.name, partial(_read, kind), partial(_write, kind), _BODY)
 
 
 IDEFICS3 = _composite(
